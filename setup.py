@@ -1,0 +1,44 @@
+"""Package metadata. The settings of the tools are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    name="fdpp",
+    version="0.1.0",
+    description="Fast inference for masked-diffusion language models: Fréchet profile decoding in one fused kernel",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.10",
+    # Namespace packages: kernels/ must not hold an __init__.py (it would shadow Hugging Face's package of that name),
+    # and comes in as fdpp.kernels through the symbolic link fdpp/kernels.
+    packages=find_namespace_packages(include=["fdpp", "fdpp.*"], exclude=["*.__pycache__"]),
+    package_data={"fdpp.tiny": ["checkpoint/*"]},
+    entry_points={"console_scripts": ["fdpp = fdpp.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        'triton>=3.6; platform_system == "Linux"',
+        "transformers>=5.17",
+        "tokenizers",
+        "safetensors",
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-benchmark", "pytest-cov", "hypothesis", "numpy", "setuptools>=77", "wheel"],
+        "lint": ["ruff", "mypy"],
+        "bench": ["pytest", "pytest-benchmark", "matplotlib"],
+    },
+)
