@@ -1,0 +1,114 @@
+"""Keys and values of a block-wise decode, and how queries meet them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention of `q` `[b, H, n, hd]` over `k`, `v` `[b, kv_heads, S, hd]`; `mask`: what may be seen."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class BlockCache:
+    """Keys (after the rotary embedding) and values `[b, kv_heads, L, head_size]` of every layer, in place.
+
+    One rule serves Fast-dLLM's caches (arXiv 2505.22618, section 3.1): a forward over columns `start..start+n` replaces
+    the keys and values there and attends over all L. A full forward feeds `0..L`; the prefix cache then feeds from the
+    block's start to the end, so only what lies before the block is reused; the dual cache feeds the block alone.
+
+    A forward may evaluate several branches, alternative contents of the same columns, that share everything else and
+    none of which is written over the others:
+
+    - `"batch"`: the branches of sequence i are rows `i * branches ..` of the queries. Their scores against the shared
+      keys and against their own are taken apart and normalised together, so no key is copied.
+    - `"tree"`: the branches follow each other in one row, `n` columns each; the first stands in the cache's columns
+      and the others in spare ones behind it, and a mask keeps them apart (`tree_mask`).
+
+    Attributes:
+        keys, values: one tensor per layer; with spare columns behind the L columns of the sequence.
+        branches: how many branches the next forward holds, 1 unless set.
+        layout: "batch" or "tree".
+    """
+
+    def __init__(self, layout: str = "batch", spare: int = 0) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.branches, self.layout, self.spare = 1, layout, spare
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[2] - self.spare
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int) -> Tensor:
+        """Attention of the fed positions `q` `[rows, H, n, hd]`, whose own keys and values are `k` and `v`."""
+        if self.branches > 1 and self.layout == "batch":
+            return self.attend_shared(layer, q, k, v, mask, start)
+        keys, values = self.write(layer, k, v, start)
+        return attend(q, keys, values, mask)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Store `k` and `v` `[b, kv_heads, n * branches, hd]` from column `start` on; returns what may be seen.
+
+        The first forward of a decode sets L, so it must be a full one; every later full forward writes in place.
+        """
+        if layer == len(self.keys):
+            if start or self.branches > 1:
+                raise ValueError(f"an empty cache needs a full forward first, got columns from {start}")
+            self.keys.append(F.pad(k, (0, 0, 0, self.spare)) if self.spare else k)
+            self.values.append(F.pad(v, (0, 0, 0, self.spare)) if self.spare else v)
+            return k, v
+        n = k.shape[2] // self.branches
+        stop, seen = start + n, self.length + (self.branches - 1) * n
+        if stop > self.length or seen > self.keys[layer].shape[2]:
+            raise ValueError(
+                f"the cache holds {self.length} columns and {self.spare} spare ones, "
+                f"got columns {start} to {stop} in {self.branches} branches"
+            )
+        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
+            stored[:, :, start:stop] = new[:, :, :n]
+            stored[:, :, self.length : seen] = new[:, :, n:]
+        return self.keys[layer][:, :, :seen], self.values[layer][:, :, :seen]
+
+    def attend_shared(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int) -> Tensor:
+        """Attention of branches in batch layout: `q`, `k`, `v` have `b * branches` rows, the cache b."""
+        keys, values = self.keys[layer], self.values[layer]
+        b, kv_heads, L, hd = keys.shape
+        rows, heads, n, _ = q.shape
+        queries = heads // kv_heads * n
+        grouped = (q * hd**-0.5).reshape(b, self.branches, kv_heads, queries, hd).transpose(1, 2)
+        own_k = k.view(b, self.branches, kv_heads, n, hd).transpose(1, 2)
+        own_v = v.view(b, self.branches, kv_heads, n, hd).transpose(1, 2)
+
+        shared = (grouped.flatten(2, 3) @ keys.transpose(2, 3)).view(b, kv_heads, self.branches, queries, L)
+        hidden = torch.zeros(1, 1, 1, 1, L, dtype=torch.bool, device=q.device)
+        hidden[..., start : start + n] = True
+        if mask is not None:
+            hidden = hidden | ~mask.view(b, self.branches, 1, 1, L).transpose(1, 2)
+        scores = torch.cat((shared.masked_fill(hidden, -torch.inf), grouped @ own_k.transpose(3, 4)), dim=-1)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+        out = (weights[..., :L].flatten(2, 3) @ values).view(b, kv_heads, self.branches, queries, hd)
+        out = out + weights[..., L:] @ own_v
+        return out.transpose(1, 2).reshape(rows, heads, n, hd)
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only the sequences `rows` (int64 indices `[b]`)."""
+        self.keys = [k.index_select(0, rows) for k in self.keys]
+        self.values = [v.index_select(0, rows) for v in self.values]
+
+
+def tree_mask(length: int, fed: slice, branches: int, device: torch.device) -> Tensor:
+    """What branches in tree layout may see: bool `[branches * n, length + (branches - 1) * n]`, n the columns of `fed`.
+
+    Branch 0 stands in the columns `fed` and sees all `length` columns; branch j sees its own n columns instead of them.
+    """
+    n = fed.stop - fed.start
+    sees = torch.zeros(branches, length + (branches - 1) * n, dtype=torch.bool, device=device)
+    sees[:, :length] = True
+    sees[1:, fed] = False
+    for branch in range(1, branches):
+        first = length + (branch - 1) * n
+        sees[branch, first : first + n] = True
+    return sees.repeat_interleave(n, dim=0)

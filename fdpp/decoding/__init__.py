@@ -1,0 +1,1 @@
+"""The block loop: when to run the model, and on what."""

@@ -1,0 +1,78 @@
+"""Draft and verify (FreeDave, arXiv 2510.00294): several steps of a decode from one forward.
+
+The predictions for a state give the next state exactly. Applied once more, to the positions that are then still masked,
+they give a guess of the state after that, and so on: a chain of drafts. One forward evaluates all of them. Where the
+step from a state, by the state's own predictions, is just the next draft, that draft's predictions are already at hand;
+the first draft is always right, so a forward never does less than an undrafted one, and the decode is the undrafted one
+state by state, whatever the rule.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdpp.decoding.config import MAX_DRAFTS
+from fdpp.reference import Selection
+
+
+class Chain:
+    """What one forward over the `states` `[b, D, T]` has shown, given the step `chosen` from each of them.
+
+    `over` `[b, D]` bool are states that end their sequence: no step is taken from them.
+
+    Attributes:
+        accepted: `[b]` int64, how many of the states are right, at least 1.
+        tokens: `[b, T]`, the state after the last right one.
+        remaining, nonfinite: `[b]`, of the steps from right states.
+    """
+
+    def __init__(self, states: Tensor, chosen: Selection, over: Tensor) -> None:
+        self.states, self.chosen = states, chosen
+        # A draft that is complete or over has no step of its own to save.
+        self.offered = chosen.committed[:, 1:].any(2) & ~over[:, 1:]
+        self.agrees = self.offered & (chosen.tokens[:, :-1] == states[:, 1:]).all(2)
+        self.accepted = 1 + self.agrees.long().cumprod(1).sum(1)
+        self.tokens = self.last(chosen.tokens)
+        self.remaining = self.last(chosen.remaining)
+        depth = torch.arange(states.shape[1], device=states.device)
+        self.right = depth < self.accepted[:, None]
+        self.nonfinite = chosen.nonfinite.masked_fill(~self.right, 0).sum(1)
+
+    def last(self, value: Tensor) -> Tensor:
+        """`value` `[b, D, ...]` at the last right state, `[b, ...]`."""
+        return value[torch.arange(value.shape[0], device=value.device), self.accepted - 1]
+
+    def last_state(self, value: Tensor) -> Tensor:
+        """`last` with its dimension of states kept, `[b, 1, ...]`."""
+        return self.last(value)[:, None]
+
+    def commit_step(self, index: Tensor, before: Tensor) -> Tensor:
+        """`before` `[b, T]` with the step's number, of `index` `[b, D]`, at what the steps from right states commit."""
+        commits = self.chosen.committed & self.right[:, :, None]
+        return torch.where(commits.any(1), (commits * index[:, :, None]).sum(1), before)
+
+
+class DraftDepth:
+    """How many states the next forward evaluates, and the acceptance of drafts by depth.
+
+    A fixed `drafts` is that many. "auto" takes twice what the last forward accepted: 2 after a wrong draft, more while
+    the drafts hold. No depth costs forwards, since the first state of every chain is right.
+    """
+
+    def __init__(self, drafts: int | str, device: torch.device) -> None:
+        self.drafts = drafts
+        self.most = MAX_DRAFTS if drafts == "auto" else int(drafts)
+        self.offered, self.accepted = torch.zeros(2, max(self.most - 1, 1), dtype=torch.float64, device=device)
+
+    def next(self, accepted: int) -> int:
+        return min(2 * accepted, self.most) if self.drafts == "auto" else self.most
+
+    def count(self, chain: Chain) -> None:
+        depths = chain.agrees.shape[1]
+        if depths:
+            self.offered[:depths] += chain.offered.sum(0)
+            self.accepted[:depths] += chain.right[:, 1:].sum(0)
+
+    def acceptance(self) -> Tensor | None:
+        return None if self.drafts == 1 else self.accepted / self.offered

@@ -1,0 +1,98 @@
+"""`select` on a GPU: outputs and scratch around the one kernel launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdpp.kernels.launch import select_launch
+from fdpp.kernels.select import select_kernel
+from fdpp.rules import Rule
+
+TICKETS = 4096
+"""Sequences per launch a stream's tickets serve: 16 kB, made once."""
+
+tickets: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def ticket_for(device: torch.device, B: int) -> Tensor:
+    """Zeroed arrival counters `[>= B]` int32 of the current stream. Kernels on one stream never overlap, and the last
+    program of a launch leaves its counter at zero, so one set serves every launch of the stream."""
+    if device.type != "cuda":
+        return torch.zeros(B, dtype=torch.int32, device=device)
+    if B > TICKETS or torch.cuda.is_current_stream_capturing():
+        # Memory from a graph's pool must not outlive the graph; a captured fill costs one small node.
+        return torch.zeros(B, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in tickets:
+        tickets[key] = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+    return tickets[key]
+
+
+def reset_tickets() -> None:
+    """Forget all arrival counters. Call it after a launch was aborted half-way, which leaves them above zero."""
+    tickets.clear()
+
+
+def select(
+    logits: Tensor,
+    tokens: Tensor,
+    active: Tensor | None,
+    params: Tensor,
+    rule: str,
+    mask_id: int,
+    temperature: float,
+    seeds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `fdpp.ops.select_op`; one launch, no host synchronisation, no allocation that depends on data."""
+    kind = Rule.registry[rule]
+    B, T, V = logits.shape
+    if logits.stride(2) != 1:
+        logits = logits.contiguous()
+    tokens = tokens.contiguous()
+    out_tokens, out_proposal = torch.empty_like(tokens), torch.empty_like(tokens)
+    confidence = torch.empty(B, T, dtype=torch.float32, device=tokens.device)
+    committed = torch.empty(B, T, dtype=torch.bool, device=tokens.device)
+    remaining = torch.empty(B, dtype=torch.int32, device=tokens.device)
+    nonfinite = torch.empty_like(remaining)
+    if B == 0 or T == 0:
+        return out_tokens, out_proposal, confidence, committed, remaining.zero_(), nonfinite.zero_()
+    config = select_launch(B, T, V)
+    partial = torch.empty(5, B, T, config.splits, dtype=torch.float32, device=tokens.device)
+    partial_token = torch.empty(B, T, config.splits, dtype=torch.int32, device=tokens.device)
+    select_kernel[(B * T * config.splits,)](
+        logits,
+        tokens,
+        tokens if active is None else active.contiguous(),
+        params,
+        tokens if seeds is None else seeds.contiguous(),
+        out_tokens,
+        out_proposal,
+        confidence,
+        committed,
+        remaining,
+        nonfinite,
+        partial,
+        partial_token,
+        ticket_for(tokens.device, B),
+        B,
+        T,
+        V,
+        logits.stride(0),
+        logits.stride(1),
+        params.stride(0) if params.shape[0] > 1 else 0,
+        config.split_len,
+        mask_id,
+        float(temperature),
+        ACCEPTS=kind.predicate,
+        BY_ENTROPY=kind.order == "entropy",
+        SAMPLED=temperature > 0.0,
+        HAS_ACTIVE=active is not None,
+        SPLITS=config.splits,
+        BLOCK_V=config.block_v,
+        BLOCK_T=config.block_t,
+        COUNT_RANKS=config.count_ranks,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+    )
+    return out_tokens, out_proposal, confidence, committed, remaining, nonfinite

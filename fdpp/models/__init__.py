@@ -1,0 +1,1 @@
+"""Masked-diffusion language models, as `transformers` models of our own (no remote code)."""

@@ -1,0 +1,112 @@
+"""LLaDA's configuration, with the keys of the published `config.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+IMPLEMENTED = {
+    "block_type": ("llama",),
+    "block_group_size": (1,),
+    "activation_type": ("silu",),
+    "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,),
+    "attention_layer_norm": (False,),
+    "input_emb_norm": (False,),
+    "scale_logits": (False,),
+    "rope": (True,),
+    "alibi": (False,),
+    "include_bias": (False,),
+    "include_qkv_bias": (False,),
+    "bias_for_layer_norm": (False, None),
+    "clip_qkv": (None,),
+    "attention_dropout": (0.0,),
+    "residual_dropout": (0.0,),
+    "embedding_dropout": (0.0,),
+    "rope_scaling": (None,),
+}
+"""Options of the published configuration that change the architecture, with the values this package implements."""
+
+
+class LLaDAConfig(PretrainedConfig):
+    """Shape and token ids of a LLaDA model.
+
+    The arguments have the names of the published `config.json` (GSAI-ML/LLaDA-8B-Base, -Instruct, LLaDA-1.5), so such
+    a file loads as it is; the defaults are those of LLaDA-8B. `embedding_size` is the number of rows of the embedding
+    and of the head, `vocab_size` unless given. An option that changes the architecture and is not implemented raises
+    `ValueError` with its name, its value and what is implemented.
+    """
+
+    model_type = "llada"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 126464,
+        embedding_size: int | None = None,
+        d_model: int = 4096,
+        n_layers: int = 32,
+        n_heads: int = 32,
+        n_kv_heads: int | None = None,
+        multi_query_attention: bool | None = None,
+        mlp_hidden_size: int | None = None,
+        mlp_ratio: int = 4,
+        max_sequence_length: int = 4096,
+        rope_theta: float = 500000.0,
+        rms_norm_eps: float = 1e-5,
+        init_std: float = 0.02,
+        weight_tying: bool = False,
+        mask_token_id: int | None = 126336,
+        eos_token_id: int | None = 126081,
+        pad_token_id: int | None = 126081,
+        **kwargs: Any,
+    ) -> None:
+        for option, implemented in IMPLEMENTED.items():
+            if option in kwargs and kwargs[option] not in implemented:
+                expected = " or ".join(repr(value) for value in implemented)
+                raise ValueError(f"LLaDA config: {option}={kwargs[option]!r} is not implemented, expected {expected}")
+        if n_kv_heads is None:
+            n_kv_heads = 1 if multi_query_attention else n_heads
+        if multi_query_attention and n_kv_heads != 1:
+            raise ValueError(f"LLaDA config: multi_query_attention means n_kv_heads=1, got n_kv_heads={n_kv_heads}")
+        if min(vocab_size, d_model, n_layers, n_heads, n_kv_heads) < 1:
+            raise ValueError(
+                f"LLaDA config: expected sizes of at least 1, got vocab_size={vocab_size}, d_model={d_model}, "
+                f"n_layers={n_layers}, n_heads={n_heads}, n_kv_heads={n_kv_heads}"
+            )
+        if d_model % n_heads or n_heads % n_kv_heads:
+            raise ValueError(
+                "LLaDA config: expected n_heads to divide d_model and n_kv_heads to divide n_heads, "
+                f"got d_model={d_model}, n_heads={n_heads}, n_kv_heads={n_kv_heads}"
+            )
+        if (d_model // n_heads) % 2:
+            raise ValueError(f"LLaDA config: rotary embedding needs an even head size, got {d_model // n_heads}")
+        self.vocab_size = vocab_size
+        self.embedding_size = vocab_size if embedding_size is None else embedding_size
+        if self.embedding_size < vocab_size:
+            raise ValueError(f"LLaDA config: embedding_size={embedding_size} is below vocab_size={vocab_size}")
+        self.d_model = d_model
+        self.n_layers = n_layers
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.mlp_hidden_size = mlp_ratio * d_model if mlp_hidden_size is None else mlp_hidden_size
+        self.max_sequence_length = max_sequence_length
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.init_std = init_std
+        self.weight_tying = weight_tying
+        self.mask_token_id = mask_token_id
+        if kwargs.pop("tie_word_embeddings", weight_tying) != weight_tying:
+            raise ValueError(f"LLaDA config: tie_word_embeddings contradicts weight_tying={weight_tying}")
+        super().__init__(
+            eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=weight_tying, **kwargs
+        )

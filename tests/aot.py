@@ -1,0 +1,169 @@
+"""Compile what `fdpp.gpu.select` would launch, for GPUs that this machine lacks, and print what came out as JSON.
+
+A process of its own (`TRITON_INTERPRET=0 python tests/aot.py`): the interpreter's flag decides at import what
+`@triton.jit` makes. `gpu.select` itself runs, on tensors without memory and with a stand-in for Triton's driver that
+names the target, so that constants, argument types and alignment are those of a real launch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import fdpp
+from fdpp import gpu, ops
+
+V = 126464
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One launch: `B` sequences of `T` positions. Equal constants and types compile to the same kernel."""
+
+    target: str
+    rule: fdpp.Rule = fdpp.Frechet(0.25)  # noqa: RUF009
+    B: int = 1
+    T: int = 32
+    V: int = V
+    dtype: str = "bfloat16"
+    sampled: bool = False
+    active: bool = False
+
+    @property
+    def name(self) -> str:
+        facts = [self.target, type(self.rule).__name__, f"{self.B}x{self.T}x{self.V}", self.dtype]
+        return "-".join(facts + ["sampled"] * self.sampled + ["active"] * self.active)
+
+
+def variants() -> list[Variant]:
+    entropy = fdpp.EntropyBound(0.1)
+    rules = (fdpp.Quota(2), fdpp.Threshold(0.9), fdpp.Factor(0.75), fdpp.Frechet(0.25, 0.1), entropy)
+    found = [Variant("sm_90", rule) for rule in rules]
+    found += [Variant("sm_90", dtype=dtype, active=True) for dtype in ("float16", "float32")]
+    found += [Variant("sm_90", V=126349), Variant("sm_90", V=126349, dtype="float32", sampled=True)]
+    for T in (32, 64, 128, 256, 1024):
+        found.append(Variant("sm_90", B=256, T=T))
+        found.append(Variant("sm_90", entropy, B=256, T=T, sampled=True, active=True))
+    for T in (64, 128, 256):
+        found.append(Variant("sm_90", T=T))
+    for target in ("sm_80", "sm_100", "gfx942"):
+        found += [Variant(target), Variant(target, entropy), Variant(target, entropy, sampled=True)]
+        found += [Variant(target, B=256, T=128, sampled=True)]
+    found += [Variant("sm_80", T=1024), Variant("gfx942", T=1024), Variant("sm_100", T=1024)]
+    return found
+
+
+class TargetDriver:
+    """As much of a Triton driver as choosing a compilation target takes."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target]
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.target)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiled:
+    """Stands in for the kernel in `fdpp.gpu`: compiles instead of launching, and keeps the result."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.last: Any = None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compile_only(*args: Any, **kwargs: Any) -> None:
+            self.last = self.kernel.warmup(*args, grid=grid, **kwargs)
+
+        return compile_only
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack and local memory per thread: spills are stack."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "local": int(found["LOCAL"])}
+
+
+def resources_amd(assembly: str) -> dict[str, int]:
+    def number(name: str) -> int:
+        match = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        assert match, name
+        return int(match[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "stack": number("private_segment_fixed_size"),
+        "local": number("vgpr_spill_count"),
+    }
+
+
+MEMORY = re.compile(
+    r"(?:^|\s)(ld\.global\S*|st\.global\S*|atom\.global\S*|bar\.sync"
+    r"|(?:global|buffer)_(?:load|store|atomic)_\S+|s_barrier)\s"
+)
+
+
+def memory_operations(assembly: str) -> list[str]:
+    """Global loads, stores and atomics and the barriers, as written."""
+    return [match[1] for line in assembly.splitlines() if (match := MEMORY.search(line + " "))]
+
+
+def compiled(variant: Variant, kernel: Compiled) -> dict[str, Any]:
+    triton.runtime.driver.set_active(TargetDriver(variant.target))
+    B, T = variant.B, variant.T
+
+    def like(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    gpu.select(
+        like(getattr(torch, variant.dtype), B, T, variant.V),
+        like(torch.int64, B, T),
+        like(torch.bool, B, T) if variant.active else None,
+        ops.pack(variant.rule, "meta"),
+        variant.rule.key(),
+        126336,
+        1.0 if variant.sampled else 0.0,
+        like(torch.int64, B) if variant.sampled else None,
+    )
+    asm = kernel.last.asm
+    amd = "amdgcn" in asm
+    return {
+        "name": variant.name,
+        **{key: value for key, value in asdict(variant).items() if key != "rule"},
+        "by_entropy": variant.rule.order == "entropy",
+        "threads": kernel.last.metadata.num_warps * TARGETS[variant.target].warp_size,
+        "fp_fusion": kernel.last.metadata.enable_fp_fusion,
+        **(resources_amd(asm["amdgcn"]) if amd else resources(asm["cubin"])),
+        "memory": memory_operations(asm["amdgcn" if amd else "ptx"]),
+    }
+
+
+if __name__ == "__main__":
+    gpu.select_kernel = kernel = Compiled(gpu.select_kernel)
+    json.dump([compiled(variant, kernel) for variant in variants()], sys.stdout)

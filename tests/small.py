@@ -1,0 +1,43 @@
+"""Small random LLaDAs whose confidences spread over (0, 1), for tests that need a model but not a trained one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdpp import LLaDAConfig, LLaDAModelLM
+
+V, PAD, MASK, EOS = 64, 61, 62, 63
+
+
+def small_model(seed: int = 0, **config: Any) -> LLaDAModelLM:
+    """Two layers, 64 tokens; the same seed and configuration give the same weights."""
+    sizes = {"vocab_size": V, "d_model": 32, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 48, "init_std": 0.5}
+    ids = {"mask_token_id": MASK, "eos_token_id": EOS, "pad_token_id": PAD}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LLaDAModelLM(LLaDAConfig(**{**sizes, **ids, "max_sequence_length": 256, **config})).eval()
+
+
+def exact_model(seed: int = 0, **config: Any) -> LLaDAModelLM:
+    """`small_model` that computes in float64, so that no rounding of a batched matmul can decide a commit."""
+    model = small_model(seed, **config).double()
+    model.project = lambda hidden: LLaDAModelLM.project(model, hidden).float()
+    return model
+
+
+def prompts(B: int, P: int, seed: int = 0) -> Tensor:
+    """`[B, P]` random ids, none of them special."""
+    return torch.randint(0, PAD, (B, P), generator=torch.Generator().manual_seed(seed))
+
+
+def left_pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Input ids and attention mask `[B, P]` of one-dimensional prompts."""
+    P = max(len(row) for row in rows)
+    input_ids, attention_mask = torch.full((len(rows), P), PAD), torch.zeros(len(rows), P, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        input_ids[b, P - len(row) :] = row
+        attention_mask[b, P - len(row) :] = 1
+    return input_ids, attention_mask

@@ -1,0 +1,269 @@
+"""Complete published decodes, reproduced by `generate`: every token, the forward that decided it, and the NFE.
+
+FORMAT.md, section 4, describes the runs. Not compared are runs that rounding can change (`stable` false), and where the
+published code breaks its own rule the rule is imitated here, so that the rest of the decode can be compared.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from golden import Trajectory, model, trajectories
+from torch import Tensor
+
+import fdpp
+from fdpp.decoding import evidence
+from fdpp.reference import Selection
+
+MASK = 500
+
+
+def published_factor(n: Tensor, last: Tensor, total: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+    """The factor rule as published code has it, over profiles `[B, T]` on the CPU.
+
+    It accepts equality, and a first failure at the profile's last position looks like no failure. Columns past the end
+    of a profile cost nothing.
+    """
+    accepted = ((n + 1) * last <= p0) | (n == 1)
+    size = (last > 0).sum(1, keepdim=True)
+    return accepted | (accepted | (n >= size)).all(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class PublishedFactor(fdpp.Rule):
+    f: float
+    predicate: ClassVar[Any] = published_factor
+
+    def params(self) -> tuple[float, float]:
+        return self.f, 0.0
+
+
+@dataclass(frozen=True)
+class LeftToRight(fdpp.Rule):
+    """FreeDave's `alg_temp=-1`: the leading masked positions whose confidence is at least `tau`, or the first one.
+
+    These are no prefix of the profile, so no rule of ours: `select_left_to_right` stands in for the operator.
+    """
+
+    tau: float
+    predicate: ClassVar[Any] = published_factor
+
+    def params(self) -> tuple[float, float]:
+        return self.tau, 0.0
+
+
+def select_left_to_right(
+    logits: Tensor, tokens: Tensor, active: None, params: Tensor, rule: str, mask_id: int, *sampling: Any
+) -> Selection:
+    out = fdpp.select(logits, tokens, rule=fdpp.Quota(1), mask_id=mask_id)
+    masked = tokens == mask_id
+    leading = (~masked | (out.confidence >= params[:, :1])).cumprod(1).bool()
+    committed = masked & (leading | (masked.cumsum(1) == 1))
+    tokens = torch.where(committed, out.proposal, tokens)
+    remaining = (tokens == mask_id).sum(1, dtype=torch.int32)
+    return Selection(tokens, out.proposal, out.confidence, committed, remaining, out.nonfinite)
+
+
+class Recorder:
+    """A streamer that notes which forward decided every position of the response."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.blocks: list[Tensor] = []
+        self.step_of: Tensor | None = None
+
+    def put(self, value: Tensor) -> None:
+        if self.step_of is not None:
+            self.blocks.append(self.step_of)
+        self.step_of = None
+
+    def put_draft(self, value: Tensor) -> None:
+        if self.step_of is None:
+            self.step_of = torch.full_like(value, -1)
+        self.step_of[(value != MASK) & (self.step_of < 0)] = self.forwards
+        self.forwards += 1
+
+    def end(self) -> None:
+        self.step_of = torch.cat(self.blocks, dim=1)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A decode of ours; `step_of` and `forwards` count the forwards of the batch, the rest those of each row."""
+
+    sequences: Tensor
+    step_of: Tensor
+    commit_step: Tensor
+    nfe: Tensor
+    forwards: int
+
+
+@functools.cache
+def decode(
+    model_name: str,
+    prompt: tuple[tuple[int, ...], ...],
+    block_length: int,
+    cache: str,
+    rule: fdpp.Rule,
+    steps: int | None,
+) -> Decode:
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        if isinstance(rule, LeftToRight):
+            patch.setattr(evidence, "select_packed", select_left_to_right)
+        out = model(model_name).generate(
+            torch.tensor(prompt),
+            max_new_tokens=64,
+            block_length=block_length,
+            rule=rule,
+            steps=steps,
+            cache=cache,
+            stop_at_eos=False,
+            streamer=recorder,
+        )
+    return Decode(out.sequences, recorder.step_of, out.commit_step, out.nfe, recorder.forwards)
+
+
+def rule_of(run: dict[str, Any]) -> fdpp.Rule:
+    params = run["params"]
+    if params.get("alg_temp") == -1:
+        return LeftToRight(2.0 if params["confidence_threshold"] is None else params["confidence_threshold"])
+    tau = params.get("threshold", params.get("confidence_threshold"))
+    if tau is not None:
+        return fdpp.Threshold(tau)
+    if params.get("factor") is not None:
+        return PublishedFactor(params["factor"])
+    if params.get("frechet_margin") is not None:
+        return fdpp.Frechet(params["frechet_margin"])
+    return fdpp.Quota()
+
+
+def cache_of(run: dict[str, Any]) -> str:
+    if "dual_cache" in run["params"]:
+        return "dual" if run["params"]["dual_cache"] else "prefix"
+    return {"generate": "none", "generate_with_prefix_cache": "prefix", "generate_with_dual_cache": "dual"}[run["func"]]
+
+
+def ours(trajectory: Trajectory, rule: fdpp.Rule | None = None, prompt: Tensor | None = None) -> Decode:
+    """Our decode of the run: `steps` only where they are a schedule, and optionally with another rule or prompt."""
+    run = trajectory.run
+    rule = rule or rule_of(run)
+    prompt = trajectory.prompt if prompt is None else prompt
+    steps = run["params"].get("steps") if rule == fdpp.Quota() else None
+    return decode(
+        run["model"], tuple(map(tuple, prompt.tolist())), run["params"]["block_length"], cache_of(run), rule, steps
+    )
+
+
+def seen_by_rows(step_of: Tensor, block_length: int) -> tuple[Tensor, Tensor]:
+    """The same decode counted by each row: its step `[B, R]` that decided a position, and its forwards `[B]`.
+
+    `step_of` counts the batch's forwards. There the rows begin a block together, when the slowest has finished the one
+    before; a row takes no part in forwards after its own block is complete.
+    """
+    own = torch.zeros(step_of.shape[0], 1, dtype=torch.int64)
+    begin, steps = 0, []
+    for block in step_of.split(block_length, dim=1):
+        steps.append(own + block - begin)
+        own = own + block.amax(1, keepdim=True) - begin + 1
+        begin = int(block.amax()) + 1
+    return torch.cat(steps, dim=1), own[:, 0]
+
+
+def kind(trajectory: Trajectory) -> str:
+    """What is asked of a run; classifier-free guidance and drafts are not offered."""
+    run = trajectory.run
+    if run["mode"] in ("quota+cfg", "freedave"):
+        return "not offered"
+    if run["masks_left"]:
+        return "masks left"
+    return "reproduced" if run["stable"] else "unstable"
+
+
+PEERS = ("fastdllmpp", "fastdllm", "llada", "freedave")
+RUNS = {peer: trajectories(peer) for peer in PEERS}
+
+
+def of_kind(wanted: str) -> list[Any]:
+    return [pytest.param(t, id=t.id) for peer in PEERS for t in RUNS[peer] if kind(t) == wanted]
+
+
+def test_every_run_is_accounted_for() -> None:
+    counts = {peer: Counter(map(kind, RUNS[peer])) for peer in PEERS}
+    assert counts == {
+        "fastdllmpp": {"reproduced": 224, "unstable": 8, "masks left": 2},
+        "fastdllm": {"reproduced": 35, "unstable": 1},
+        "llada": {"reproduced": 36, "not offered": 24},
+        "freedave": {"reproduced": 46, "unstable": 2, "not offered": 480},
+    }
+
+
+@pytest.mark.parametrize("trajectory", of_kind("reproduced"))
+def test_reproduced(trajectory: Trajectory) -> None:
+    out, run = ours(trajectory), trajectory.run
+    assert out.sequences.equal(trajectory.out)
+    step_of = trajectory.step_of[:, -64:]
+    assert out.step_of.equal(step_of)
+    assert out.forwards == run["n_forward"] == (run["nfe"] or run["n_forward"])
+    commit_step, nfe = seen_by_rows(step_of, run["params"]["block_length"])
+    assert out.commit_step.equal(commit_step)
+    assert out.nfe.equal(nfe)
+
+
+@pytest.mark.parametrize("trajectory", of_kind("unstable"))
+def test_unstable_runs_end_all_the_same(trajectory: Trajectory) -> None:
+    out = ours(trajectory)
+    assert not (out.sequences == MASK).any()
+    assert out.sequences[:, :-64].equal(trajectory.prompt)
+
+
+@pytest.mark.parametrize("trajectory", of_kind("masks left"))
+def test_too_few_steps_leave_no_mask(trajectory: Trajectory) -> None:
+    """Published dual-cache decodes stop after `steps`; ours go on, and decode as if there had been enough."""
+    assert trajectory.run["note"] == "few_steps" and (trajectory.out == MASK).any()
+    params = trajectory.run["params"] | {"steps": 64}
+    same = ("func", "model", "prompt")
+    enough = next(
+        t
+        for t in RUNS[trajectory.peer]
+        if t.run["params"] == params and all(t.run[key] == trajectory.run[key] for key in same)
+    )
+    out = ours(trajectory)
+    assert not (out.sequences == MASK).any()
+    assert out.sequences.equal(enough.out)
+
+
+@pytest.mark.parametrize(
+    "trajectory", [pytest.param(t, id=t.id) for t in RUNS["fastdllmpp"] if t.run["prompt"].endswith("ab")]
+)
+def test_rows_do_not_depend_on_the_batch(trajectory: Trajectory) -> None:
+    together = ours(trajectory)
+    for row in range(2):
+        alone = ours(trajectory, prompt=trajectory.prompt[row : row + 1])
+        assert alone.sequences[0].equal(together.sequences[row])
+        assert alone.nfe[0] == together.nfe[row]
+
+
+def test_our_factor_is_the_strict_one() -> None:
+    """The published fault decides in every published factor decode, so with the rule of the paper none is the same."""
+    runs = [t for t in RUNS["fastdllmpp"] if "factor" in t.run["params"] and kind(t) == "reproduced"]
+    strict = [ours(t, rule=fdpp.Factor(t.run["params"]["factor"])) for t in runs]
+    assert len(runs) == 51
+    for trajectory, out in zip(runs, strict, strict=True):
+        assert not (out.sequences == MASK).any()
+        assert not out.step_of.equal(trajectory.step_of[:, -64:])
+    assert sum(out.forwards > t.run["nfe"] for t, out in zip(runs, strict, strict=True)) == 44
+
+
+def test_the_caches_decode_differently() -> None:
+    """So the runs above tell them apart."""
+    runs = [t for t in RUNS["fastdllmpp"] if t.run["mode"] == "thr0.9" and t.run["prompt"] == "p20a"]
+    assert {cache_of(t.run) for t in runs} == {"none", "prefix", "dual"}
+    for block_length in (16, 32):
+        outs = [ours(t).step_of for t in runs if t.run["params"]["block_length"] == block_length]
+        assert len(outs) == len({tuple(out.flatten().tolist()) for out in outs}) == 3

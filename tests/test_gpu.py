@@ -1,0 +1,243 @@
+"""On a GPU: many launches, streams and graphs, compiled modules, big inputs, and what a step costs besides time.
+
+`test_select.py`, `test_kernels.py`, `test_ops.py`, `test_noise.py` and `test_rules.py` run there too, with the compiled
+kernel in place of the interpreter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from inputs import Problem, assert_as_specified, assert_equal, expected, generator, random_problem, run
+from torch import Tensor
+
+import fdpp
+from fdpp import DenoisingStep, EntropyBound, Frechet, Quota, Rule, Selection, Threshold, gpu, ops, reference
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+
+
+def on_device(problem: Problem) -> Problem:
+    tensors = {name: getattr(problem, name) for name in ("logits", "tokens", "active", "seeds")}
+    return dataclasses.replace(
+        problem, **{name: None if tensor is None else tensor.to(DEVICE) for name, tensor in tensors.items()}
+    )
+
+
+def step_for(problem: Problem) -> DenoisingStep:
+    return DenoisingStep(problem.rules[0], problem.mask_id, problem.temperature).to(DEVICE)
+
+
+def call(step: DenoisingStep, problem: Problem) -> Selection:
+    return step(problem.logits, problem.tokens, problem.active, problem.seeds)
+
+
+def problems() -> list[Problem]:
+    """Few and many splits, counted and sorted ranks, greedy and sampled."""
+    return [
+        random_problem(0, 3, 7, 50, Frechet(0.1)),
+        random_problem(1, 1, 32, 9001, Frechet(0.1), dtype=torch.bfloat16, active=True),
+        random_problem(2, 4, 40, 5003, EntropyBound(2.0), temperature=0.8),
+        random_problem(3, 2, 130, 2500, Threshold(0.3)),
+        random_problem(4, 1, 2, 126464, Quota(1), dtype=torch.bfloat16),
+    ]
+
+
+@pytest.mark.slow
+def test_thousands_of_launches() -> None:
+    """Whichever program arrives last, the result is the same to the last bit, and right."""
+    for problem in problems():
+        truth = expected(problem)
+        device = on_device(problem)
+        step = step_for(problem)
+        first = call(step, device)
+        assert_as_specified(Selection(*(field.cpu() for field in first)), problem, truth)
+        differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
+        for _ in range(2000):
+            for a, b in zip(first, call(step, device), strict=True):
+                differing += (a != b).sum()
+        assert int(differing) == 0
+    assert all(not tickets.any() for tickets in gpu.tickets.values())
+
+
+@pytest.mark.slow
+def test_streams_do_not_share_tickets() -> None:
+    """Four streams launch at once, each with tickets of its own."""
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    work = [on_device(problem) for problem in problems()[:4]]
+    steps = [step_for(problem) for problem in work]
+    first = [call(step, problem) for step, problem in zip(steps, work, strict=True)]
+    differing = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    torch.cuda.synchronize()
+    for repeat in range(500):
+        for i, stream in enumerate(streams):
+            k = (i + repeat) % 4
+            with torch.cuda.stream(stream):
+                for a, b in zip(first[k], call(steps[k], work[k]), strict=True):
+                    differing[i] += (a != b).sum()
+    torch.cuda.synchronize()
+    assert differing.tolist() == [0] * 4
+
+
+def test_reset_after_an_aborted_launch() -> None:
+    problem = problems()[0]
+    run("cuda", problem)
+    for tickets in gpu.tickets.values():
+        tickets.fill_(3)
+    gpu.reset_tickets()
+    assert_as_specified(run("cuda", problem), problem)
+
+
+@pytest.mark.parametrize("sequences", [gpu.TICKETS, gpu.TICKETS + 1, 70_000])
+def test_many_sequences(sequences: int) -> None:
+    """More than the kept tickets serve, and more than a grid's second dimension may have."""
+    tokens = torch.full((sequences, 1), 16, device=DEVICE)
+    logits = torch.randn(sequences, 1, 17, device=DEVICE)
+    out = fdpp.select(logits, tokens, rule=Quota(1), mask_id=16)
+    assert out.committed.all() and out.tokens.equal(logits[..., :16].argmax(-1))
+
+
+def captured(step: DenoisingStep, problem: Problem) -> tuple[torch.cuda.CUDAGraph, Selection]:
+    call(step, problem)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(step, problem)
+    return graph, out
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_graph_replays_equal_eager(index: int) -> None:
+    """New inputs in the captured memory, many replays, and eager launches in between."""
+    problem = on_device(problems()[index])
+    step = step_for(problem)
+    graph, out = captured(step, problem)
+    for seed in range(20):
+        problem.logits.copy_(torch.randn(problem.logits.shape, generator=generator(seed)) * 3)
+        problem.tokens.copy_(
+            torch.where(torch.rand(problem.tokens.shape, generator=generator(seed)) < 0.5, 0, problem.mask_id)
+        )
+        graph.replay()
+        assert_equal(out, call(step, problem))
+
+
+@pytest.mark.slow
+def test_graph_of_a_whole_block() -> None:
+    """Steps chained in one graph, replayed a thousand times."""
+    problem = on_device(random_problem(1, 2, 32, 9001, Quota(2), dtype=torch.bfloat16, masked=1.0))
+    step = step_for(problem)
+
+    def block() -> Tensor:
+        tokens = problem.tokens
+        for _ in range(16):
+            tokens = step(problem.logits, tokens).tokens
+        return tokens
+
+    eager = block()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens = block()
+    for _ in range(1000):
+        graph.replay()
+    assert tokens.equal(eager) and (tokens != problem.mask_id).all()
+
+
+def test_a_step_does_not_wait_for_the_device() -> None:
+    work = [(step_for(problem), on_device(problem)) for problem in problems()]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step, problem in work:
+            call(step, problem)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_of_a_step() -> None:
+    """Outputs and scratch take less than 1% of the logits' memory, however many rows are masked."""
+    problem = on_device(random_problem(0, 1, 32, 126464, Frechet(0.25), dtype=torch.bfloat16))
+    step = step_for(problem)
+    call(step, problem)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(step, problem)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < 0.01 * problem.logits.numel() * problem.logits.element_size()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_compiled_step(mode: str, dynamic: bool, temperature: float) -> None:
+    torch._dynamo.reset()
+    for seed, (B, T, V) in enumerate([(2, 8, 30), (3, 12, 5003), (4, 33, 50)][: 3 if dynamic else 1]):
+        problem = on_device(random_problem(seed, B, T, V, Frechet(0.25), active=True, temperature=temperature))
+        step = step_for(problem)
+        compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, mode=mode)
+        for _ in range(3):
+            assert_equal(call(compiled, problem), call(step, problem))
+
+
+def test_a_step_left_on_the_cpu_is_refused() -> None:
+    problem = on_device(problems()[0])
+    with pytest.raises(ValueError, match="cpu"):
+        call(DenoisingStep(problem.rules[0], problem.mask_id), problem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [Frechet(0.25), EntropyBound(0.5)], ids=str)
+@pytest.mark.parametrize("T", [32, 256, 1024])
+def test_full_size(rule: Rule, T: int) -> None:
+    """LLaDA's vocabulary in bfloat16; the specification's formulas, vectorised over the rows in float64."""
+    B, V, mask_id = 2, 126464, 126336
+    g = torch.Generator(DEVICE).manual_seed(T)
+    logits = torch.randn(B, T, V, generator=g, device=DEVICE, dtype=torch.bfloat16)
+    raised = torch.randint(0, mask_id, (B, T, 1), generator=g, device=DEVICE)
+    height = torch.rand(B, T, 1, generator=g, device=DEVICE) * 12 + 10
+    logits.scatter_(2, raised, height.bfloat16())
+    tokens = torch.full((B, T), mask_id, device=DEVICE)
+    tokens[:, ::3] = 5
+    out = fdpp.select(logits, tokens, rule=rule, mask_id=mask_id)
+    for b in range(B):
+        profile = []
+        for t in (tokens[b] == mask_id).nonzero().flatten().tolist():
+            row = logits[b, t].double()
+            proposal = int(row.index_fill(0, torch.tensor([mask_id], device=DEVICE), -torch.inf).argmax())
+            assert int(out.proposal[b, t]) == proposal
+            r, h = reference.residual(row, proposal), reference.entropy(row)
+            assert float(out.confidence[b, t]) == pytest.approx(1.0 / (1.0 + r), rel=2e-6)
+            profile.append((h if rule.order == "entropy" else r, t, r, h))
+        profile.sort()
+
+        def count(scale: float, profile: list[tuple[float, int, float, float]] = profile) -> int:
+            return max(reference.accepted(rule, [p[2] * scale for p in profile], [p[3] * scale for p in profile]), 1)
+
+        assert count(1 - 1e-5) <= int(out.committed[b].sum()) <= count(1 + 1e-5) or (
+            count(1 + 1e-5) <= int(out.committed[b].sum()) <= count(1 - 1e-5)
+        )
+        last = profile[int(out.committed[b].sum()) - 1][0]
+        for key, t, _, _ in profile:
+            assert bool(out.committed[b, t]) == (key <= last) or abs(key - last) < 1e-5 * last
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_another_device_than_the_current_one() -> None:
+    problem = problems()[0]
+    out = fdpp.select(
+        problem.logits.to("cuda:1"), problem.tokens.to("cuda:1"), rule=problem.rules[0], mask_id=problem.mask_id
+    )
+    assert out.tokens.device == torch.device("cuda:1")
+    assert_as_specified(Selection(*(field.cpu() for field in out)), problem)
+
+
+def test_the_dispatcher_leads_to_the_kernel() -> None:
+    problem = problems()[0]
+    device = on_device(problem)
+    arguments = (device.logits, device.tokens, None, ops.pack(problem.rules[0], DEVICE), problem.rules[0].key())
+    out = ops.select_op(*arguments, problem.mask_id, 0.0, None)
+    assert_equal(Selection(*out), call(step_for(problem), device))

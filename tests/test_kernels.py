@@ -1,0 +1,109 @@
+"""What holds of the kernel however its work is cut up, and what it leaves behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import INTERPRETED, assert_as_specified, assert_equal, random_problem, run
+from torch import Tensor
+
+from fdpp import EntropyBound, Frechet, Rule, gpu
+from fdpp.kernels import launch
+from fdpp.kernels.launch import MERGE_TILE, select_launch
+
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
+
+KERNELS = [
+    pytest.param("interpreter", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(B=st.integers(1, 300), T=st.integers(1, 1024), V=st.integers(1, 300_000))
+def test_launch_configurations_cover_the_vocabulary(B: int, T: int, V: int) -> None:
+    config = select_launch(B, T, V)
+    assert config.splits.bit_count() == config.block_t.bit_count() == config.block_v.bit_count() == 1
+    assert T <= config.block_t < max(2 * T, 3)
+    assert config.block_t * config.splits <= MERGE_TILE
+    assert config.split_len % config.block_v == 0
+    assert config.splits * config.split_len >= V
+    assert config.splits == 1 or config.splits * config.block_v <= V + config.block_v
+    assert config == select_launch(B, T, V) and hash(config)
+
+
+def test_launch_configurations_fill_the_device() -> None:
+    """One 32-token block at LLaDA's vocabulary is cut into hundreds of programs, a big batch into one a row."""
+    assert 32 * select_launch(1, 32, 126464).splits >= 264
+    assert select_launch(256, 32, 126464).splits == 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("rule", [Frechet(0.1), EntropyBound(2.0)], ids=str)
+@pytest.mark.parametrize("T", [2, 11, 32])
+def test_counting_and_sorting_agree(kernel: str, rule: Rule, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = random_problem(T, 2, T, 30, rule, masked=0.8)
+    problem.logits[1, T // 2] = problem.logits[1, 0]
+    problem.logits[1, T - 1] = float("nan")
+    results = []
+    for limit in (1024, 1):
+        monkeypatch.setattr(launch, "COUNT_RANKS_UP_TO", limit)
+        assert select_launch(2, T, 30).count_ranks == (limit == 1024)
+        results.append(run(kernel, problem))
+    assert_equal(*results)
+    assert_as_specified(results[0], problem)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("rule", [Frechet(0.1), EntropyBound(6.0)], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_any_number_of_splits(kernel: str, rule: Rule, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five tiles as one split, as two, and as eight, some of them empty."""
+    problem = random_problem(2, 1, 6, 5000, rule, masked=1.0, temperature=temperature)
+    problem.logits[0, 3] = -float("inf")
+    problem.logits[0, 3, 4500] = 2.0
+    monkeypatch.setattr(launch, "BLOCK_V", 1024)
+    results = []
+    for programs, splits in ((1, 1), (12, 2), (1024, 4)):
+        monkeypatch.setattr(launch, "PROGRAMS", programs)
+        assert select_launch(1, 6, 5000).splits == splits
+        results.append(run(kernel, problem))
+        assert_as_specified(results[-1], problem)
+    for result in results[1:]:
+        assert result.proposal.equal(results[0].proposal)
+        torch.testing.assert_close(result.confidence, results[0].confidence, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_tickets_are_left_at_zero(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the next launch on the stream may use them as they are."""
+    kept: dict[torch.device, Tensor] = {}
+
+    def ticket_for(device: torch.device, B: int) -> Tensor:
+        return kept.setdefault(device, torch.zeros(8, dtype=torch.int32, device=device))
+
+    monkeypatch.setattr(gpu, "ticket_for", ticket_for)
+    for B, T, V in ((3, 5, 20), (8, 2, 5000), (1, 40, 20), (3, 5, 20)):
+        problem = random_problem(B, B, T, V, Frechet(0.1))
+        assert_as_specified(run(kernel, problem), problem)
+        (tickets,) = kept.values()
+        assert not tickets.any()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_scratch_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and partial results start as NaN or rubbish; nothing of it may come through."""
+
+    def rubbish(*shape: Any, **options: Any) -> Tensor:
+        made = original(*shape, **options)
+        return made.fill_(float("nan") if made.is_floating_point() else 77)
+
+    problem = random_problem(3, 2, 6, 5000, Frechet(0.1), temperature=1.0, active=True)
+    clean = run("interpreter", problem)
+    original = torch.empty
+    monkeypatch.setattr(torch, "empty", rubbish)
+    assert_equal(run("interpreter", problem), clean)
