@@ -154,7 +154,8 @@ def select_kernel(
             partial, partial_token, i_b, o_t, m_candidate, B, T, SAMPLED, BY_ENTROPY, SPLITS
         )
         o_mask = i_b.to(tl.int64) * stride_lb + o_t.to(tl.int64) * stride_lt + mask_id
-        m_mask = m_candidate & (mask_id >= 0) & (mask_id < V)
+        b_mask_id = tl.zeros_like(o_t) + mask_id
+        m_mask = m_candidate & (b_mask_id >= 0) & (b_mask_id < V)
         b_mask_logit = tl.load(logits + o_mask, mask=m_mask, other=float("-inf")).to(tl.float32)
         b_residual, b_entropy, m_usable = residual_and_entropy(top, rest, logit, slope, b_mask_logit, BY_ENTROPY)
         m_usable = m_usable & m_candidate

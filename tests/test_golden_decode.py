@@ -1,7 +1,7 @@
 """Complete published decodes, reproduced by `generate`: every token, the forward that decided it, and the NFE.
 
-FORMAT.md, section 4, describes the runs. Not compared are runs that rounding can change (`stable` false), and where the
-published code breaks its own rule the rule is imitated here, so that the rest of the decode can be compared.
+FORMAT.md, section 4, describes the runs. Runs that rounding can change (`stable` false) are not compared. Where the
+published code breaks its own rule, the rule is imitated here, so that the rest of the decode can be compared.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from golden import Trajectory, model, trajectories
 from torch import Tensor
 
 import fdpp
-from fdpp.decoding import evidence
-from fdpp.reference import Selection
 
 MASK = 500
 
@@ -45,28 +43,14 @@ class PublishedFactor(fdpp.Rule):
 
 @dataclass(frozen=True)
 class LeftToRight(fdpp.Rule):
-    """FreeDave's `alg_temp=-1`: the leading masked positions whose confidence is at least `tau`, or the first one.
-
-    These are no prefix of the profile, so no rule of ours: `select_left_to_right` stands in for the operator.
-    """
+    """FreeDave's `alg_temp=-1`: the leading masked positions whose confidence is at least `tau`, or the first one."""
 
     tau: float
     predicate: ClassVar[Any] = published_factor
 
-    def params(self) -> tuple[float, float]:
-        return self.tau, 0.0
-
-
-def select_left_to_right(
-    logits: Tensor, tokens: Tensor, active: None, params: Tensor, rule: str, mask_id: int, *sampling: Any
-) -> Selection:
-    out = fdpp.select(logits, tokens, rule=fdpp.Quota(1), mask_id=mask_id)
-    masked = tokens == mask_id
-    leading = (~masked | (out.confidence >= params[:, :1])).cumprod(1).bool()
-    committed = masked & (leading | (masked.cumsum(1) == 1))
-    tokens = torch.where(committed, out.proposal, tokens)
-    remaining = (tokens == mask_id).sum(1, dtype=torch.int32)
-    return Selection(tokens, out.proposal, out.confidence, committed, remaining, out.nonfinite)
+    def extend(self, confidence: Tensor, candidate: Tensor, committed: Tensor) -> Tensor:
+        leading = (~candidate | (confidence >= self.tau)).cumprod(1).bool()
+        return candidate & (leading | (candidate.cumsum(1) == 1))
 
 
 class Recorder:
@@ -113,19 +97,16 @@ def decode(
     steps: int | None,
 ) -> Decode:
     recorder = Recorder()
-    with pytest.MonkeyPatch.context() as patch:
-        if isinstance(rule, LeftToRight):
-            patch.setattr(evidence, "select_packed", select_left_to_right)
-        out = model(model_name).generate(
-            torch.tensor(prompt),
-            max_new_tokens=64,
-            block_length=block_length,
-            rule=rule,
-            steps=steps,
-            cache=cache,
-            stop_at_eos=False,
-            streamer=recorder,
-        )
+    out = model(model_name).generate(
+        torch.tensor(prompt),
+        max_new_tokens=64,
+        block_length=block_length,
+        rule=rule,
+        steps=steps,
+        cache=cache,
+        stop_at_eos=False,
+        streamer=recorder,
+    )
     return Decode(out.sequences, recorder.step_of, out.commit_step, out.nfe, recorder.forwards)
 
 
@@ -176,10 +157,13 @@ def seen_by_rows(step_of: Tensor, block_length: int) -> tuple[Tensor, Tensor]:
 
 
 def kind(trajectory: Trajectory) -> str:
-    """What is asked of a run; classifier-free guidance and drafts are not offered."""
-    run = trajectory.run
-    if run["mode"] in ("quota+cfg", "freedave"):
+    """What is asked of a run; guidance and FreeDave's drafts across a block's end (`eager`) are not offered."""
+    run, params = trajectory.run, trajectory.run["params"]
+    if run["mode"] == "quota+cfg" or params.get("eager_acceptance_mode"):
         return "not offered"
+    if run["mode"] == "freedave":
+        checked = run["stable"] and run["prompt"] == "p7a" and params["draft_mode"] != "debug"
+        return "drafted" if checked else "drafted, not compared"
     if run["masks_left"]:
         return "masks left"
     return "reproduced" if run["stable"] else "unstable"
@@ -199,7 +183,7 @@ def test_every_run_is_accounted_for() -> None:
         "fastdllmpp": {"reproduced": 224, "unstable": 8, "masks left": 2},
         "fastdllm": {"reproduced": 35, "unstable": 1},
         "llada": {"reproduced": 36, "not offered": 24},
-        "freedave": {"reproduced": 46, "unstable": 2, "not offered": 480},
+        "freedave": {"reproduced": 46, "unstable": 2, "drafted": 60, "drafted, not compared": 228, "not offered": 192},
     }
 
 
@@ -213,6 +197,29 @@ def test_reproduced(trajectory: Trajectory) -> None:
     commit_step, nfe = seen_by_rows(step_of, run["params"]["block_length"])
     assert out.commit_step.equal(commit_step)
     assert out.nfe.equal(nfe)
+
+
+@pytest.mark.parametrize("trajectory", of_kind("drafted"))
+def test_drafts_cost_the_published_forwards(trajectory: Trajectory) -> None:
+    """FreeDave's decode in as many forwards. With a threshold it drafts other states, and is not always lossless."""
+    run, params, undrafted = trajectory.run, trajectory.run["params"], ours(trajectory)
+    out = model(run["model"]).generate(
+        trajectory.prompt,
+        max_new_tokens=64,
+        block_length=params["block_length"],
+        rule=rule_of(run),
+        cache=cache_of(run),
+        stop_at_eos=False,
+        drafts=params["draft_steps"],
+        branches="tree" if params["draft_mode"] == "tree_attention" else "batch",
+    )
+    assert out.sequences.equal(undrafted.sequences)
+    assert out.commit_step.equal(undrafted.commit_step)
+    if run["equals_baseline"]:
+        assert out.sequences.equal(trajectory.out)
+    if params["confidence_threshold"] is None:
+        assert run["equals_baseline"] and int(out.nfe[0]) == run["nfe"]
+    assert out.nfe[0] < undrafted.nfe[0]
 
 
 @pytest.mark.parametrize("trajectory", of_kind("unstable"))

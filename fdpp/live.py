@@ -1,0 +1,130 @@
+"""A decode seen in a terminal: the block's masks fill in while it is unmasked."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import time
+from typing import Any, TextIO
+
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+NEW, MASK, STATUS = "1;32", "2", "2"
+"""Terminal attributes: bold green for what the last forward committed, dim for masks and the counter."""
+
+
+def is_live(out: TextIO) -> bool:
+    """Whether `out` is a terminal that can move its cursor."""
+    return out.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def fit(out: TextIO, text: str, ascii_text: str) -> str:
+    """`text` where the encoding of `out` holds it, else `ascii_text`."""
+    try:
+        text.encode(getattr(out, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return ascii_text
+    return text
+
+
+def paint(text: str, style: str) -> str:
+    """`text` in terminal attributes; without the colours where NO_COLOR is set (https://no-color.org)."""
+    if os.environ.get("NO_COLOR"):
+        style = style.split(";")[0]
+    return f"\x1b[{style}m{text}\x1b[0m" if style and text else text
+
+
+def wrap(pieces: list[tuple[str, str]], width: int) -> list[str]:
+    """Lines of at most `width` characters from `(text, style)` pieces; lines break between pieces and at newlines."""
+    lines, column = [""], 0
+    for text, style in pieces:
+        for index, part in enumerate(text.split("\n")):
+            if index or (column and column + len(part) > width):
+                lines.append("")
+                column, part = 0, part if index else part.lstrip()
+            part = "".join(char if char.isprintable() else " " for char in part)
+            lines[-1] += paint(part, style)
+            column += len(part)
+    return lines
+
+
+class LiveView(BaseStreamer):
+    """Streamer for `generate` with one sequence: redraws the response after every forward and erases it at the end.
+
+    A context manager, which gives the cursor back whatever happens.
+
+    Args:
+        tokenizer: decodes the response.
+        mask_id: the id that is drawn as a dot.
+        out: the terminal; None: standard output.
+        pause: seconds to wait after every drawing.
+    """
+
+    def __init__(self, tokenizer: Any, mask_id: int, out: TextIO | None = None, pause: float = 0.0) -> None:
+        self.tokenizer, self.mask_id, self.pause = tokenizer, mask_id, pause
+        self.out = sys.stdout if out is None else out
+        self.hidden = set(tokenizer.all_special_ids) | {mask_id}
+        self.dot = fit(self.out, " ·", " _")
+        self.prompt_seen = False
+        self.done: list[int] = []
+        self.block: list[int] = []
+        self.forwards = self.height = 0
+
+    def __enter__(self) -> LiveView:
+        # Without automatic margins a line of wide characters is cut, not continued: the height stays known.
+        self.out.write("\x1b[?25l\x1b[?7l")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.out.write("\x1b[?25h\x1b[?7h")
+        self.out.flush()
+
+    def put(self, value: Tensor) -> None:
+        if self.prompt_seen:
+            self.done += value[0].tolist()
+            self.block = []
+        self.prompt_seen = True
+
+    def put_draft(self, value: Tensor) -> None:
+        before = self.block or [self.mask_id] * value.shape[1]
+        self.block = value[0].tolist()
+        self.forwards += 1
+        self.draw(before)
+        time.sleep(self.pause)
+
+    def end(self) -> None:
+        self.out.write(f"\x1b[{self.height}F\x1b[J" if self.height else "")
+        self.height = 0
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def pieces(self, before: list[int]) -> list[tuple[str, str]]:
+        """Text and style of every visible token; the tokens that are masks in `before` and no longer are are new."""
+        visible = [token for token in self.done if token not in self.hidden]
+        text = self.decode(visible)
+        pieces = [(word, "") for word in re.split("(?= )", text) if word]
+        ids = visible
+        for old, token in zip(before, self.block, strict=True):
+            ids = [*ids, token]
+            longer = self.decode(ids)
+            if token == self.mask_id:
+                pieces.append((self.dot, MASK))
+            elif token not in self.hidden:
+                pieces.append((longer[len(text) :], NEW if old == self.mask_id else ""))
+            text = longer
+        return [(piece if index else piece.lstrip(" "), style) for index, (piece, style) in enumerate(pieces)]
+
+    def draw(self, before: list[int]) -> None:
+        width, rows = shutil.get_terminal_size()
+        tokens = sum(token not in self.hidden for token in self.done + self.block)
+        status = f"forward {self.forwards}, {tokens} tokens, {tokens / self.forwards:.2f} tokens per forward"
+        lines = wrap(self.pieces(before), width - 1)[-max(rows - 3, 1) :]
+        lines += ["", paint(status[: width - 1], STATUS)]
+        up = f"\x1b[{self.height}F" if self.height else ""
+        self.out.write(up + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
+        self.out.flush()
+        self.height = len(lines)

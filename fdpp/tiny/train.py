@@ -1,0 +1,234 @@
+"""Train the embedded model from scratch: `python -m fdpp.tiny.train`.
+
+The objective is LLaDA's masked-diffusion fine-tuning loss (arXiv 2502.09992, algorithm 2): the prompt stays clean,
+each response token is masked with probability t ~ U(0, 1), the cross-entropy of the masked tokens is weighted 1/t. It
+is used in the paper's equivalent form of lower variance (equation 6): l of the L response tokens are masked without
+replacement, l uniform in 1..L, in place of t = l/L. A third of the examples are masked so over the whole response, as
+LLaDA does. The others are masked as block-wise decoding meets them, which LLaDA does not train for: in a third the
+blocks before a random one are clean, the later ones fully masked, and the loss is taken over that block alone; in the
+last third only results are masked, which is what confident decoding leaves for last, and over them the loss is taken.
+Without those the sums, one token in twelve, are learned several times slower.
+
+Every batch is a function of the seed and the step, so a run stopped at any step and resumed from its state file ends
+with the same weights as one that was not stopped (on the same machine and number of threads).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
+
+from fdpp.models.llada import LLaDAConfig, LLaDAModelLM
+from fdpp.rules import Quota
+from fdpp.tiny.problems import MAX_STEPS, MIN_STEPS, Problem, generate, is_exact
+from fdpp.tiny.tokenizer import build_tokenizer
+
+BLOCK = 32
+MAX_RESPONSE = 128
+PARTS = 2
+SEED_STRIDE = 1_000_003
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+
+
+def build_model(seed: int) -> LLaDAModelLM:
+    """The untrained model (1.2 M parameters)."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(seed)
+    return LLaDAModelLM(
+        LLaDAConfig(
+            vocab_size=len(tokenizer),
+            d_model=128,
+            n_layers=6,
+            n_heads=4,
+            mlp_hidden_size=352,
+            max_sequence_length=256,
+            rope_theta=10000.0,
+            mask_token_id=tokenizer.mask_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_batch(tokenizer: Any, seed: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One batch of about `tokens` tokens: noisy ids `[B, L]`, targets `[B, L]` (-100 where unmasked), weights `[B, L]`.
+
+    All problems of a batch have the same number of steps and so the same lengths. The response is padded with EOS to
+    the end of its block, or to 128 tokens in a sixth of the batches.
+    """
+    noise = torch.Generator().manual_seed(seed)
+    steps = int(torch.randint(MIN_STEPS, MAX_STEPS + 1, (1,), generator=noise))
+    sample = generate("train", 1, seed, steps)[0]
+    prompt = len(tokenizer(sample.prompt)["input_ids"])
+    response = math.ceil((len(tokenizer(sample.response)["input_ids"]) + 1) / BLOCK) * BLOCK
+    if torch.rand(1, generator=noise) < 1 / 6:
+        response = MAX_RESPONSE
+    B = max(1, tokens // (prompt + response))
+    clean = encode(tokenizer, generate("train", B, seed, steps), prompt + response)
+
+    position = torch.arange(response)
+    block = torch.randint(0, response // BLOCK, (B, 1), generator=noise)
+    kind = torch.randint(0, 3, (B, 1), generator=noise)
+    current = (kind == 0) | ((kind == 1) & (position // BLOCK == block))
+    current |= (kind == 2) & results(tokenizer, clean[:, prompt:])
+    size = current.sum(1, keepdim=True)
+    masked_count = (torch.rand(B, 1, generator=noise) * size).floor() + 1
+    order = torch.rand(B, response, generator=noise).masked_fill(~current, 2.0).argsort(1).argsort(1)
+    chosen = current & (order < masked_count)
+    later = (kind == 1) & (position // BLOCK > block)
+
+    noisy, target = clean.clone(), torch.full_like(clean, -100)
+    noisy[:, prompt:][chosen | later] = tokenizer.mask_token_id
+    target[:, prompt:][chosen] = clean[:, prompt:][chosen]
+    weight = torch.zeros(clean.shape)
+    weight[:, prompt:] = (1 / (B * masked_count)).expand(B, response)
+    return noisy, target, weight
+
+
+def results(tokenizer: Any, response: Tensor) -> Tensor:
+    """Where `response` `[B, L]` states a result: bool `[B, L]`, the word after "has", "makes", "are" or ":"."""
+    words = torch.tensor(tokenizer.convert_tokens_to_ids(["has", "makes", "are", ":"]))
+    return torch.isin(response.roll(1, dims=1), words)
+
+
+def encode(tokenizer: Any, problems: list[Problem], length: int) -> Tensor:
+    """Prompt and response of problems with equal lengths, padded with EOS: ids `[B, length]`."""
+    rows = tokenizer([f"{problem.prompt} {problem.response}" for problem in problems])["input_ids"]
+    return torch.tensor([row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows])
+
+
+class PlainAttention(TorchFunctionMode):
+    """Within this context attention is two matrix products and a softmax.
+
+    The backward of the fused attention would take half of a training step on a CPU.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v = args
+        score = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return torch.softmax(score, dim=-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def diffusion_loss(model: LLaDAModelLM, noisy: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted cross-entropy of the masked tokens, a scalar; the head runs on the masked positions only."""
+    masked = target != -100
+    with PlainAttention(), torch.autocast(noisy.device.type, dtype=torch.bfloat16):
+        logits = model.project(model.model(noisy)[masked])
+    return (cross_entropy(logits.float(), target[masked], reduction="none") * weight[masked]).sum()
+
+
+def build_optimizers(model: LLaDAModelLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embedding, head and norms; the learning rate is set every step."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".blocks." in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or ".blocks." not in name]
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear warm-up over the first 200 steps (at most a tenth of them), then a cosine to zero."""
+    warmup = min(200, max(1, steps // 10))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def evaluate(model: LLaDAModelLM, tokenizer: Any, problems: list[Problem]) -> float:
+    """Share of exact answers, decoded one token per forward, most confident first, in blocks of 32."""
+    batch = tokenizer([problem.prompt for problem in problems], padding=True, return_tensors="pt").to(model.device)
+    out = model.generate(**batch, rule=Quota(1), max_new_tokens=MAX_RESPONSE, block_length=BLOCK, cache="none")
+    texts = tokenizer.batch_decode(out.sequences[:, batch["input_ids"].shape[1] :])
+    return sum(is_exact(text, problem) for text, problem in zip(texts, problems, strict=True)) / len(problems)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fdpp.tiny.train", description="Train the embedded model.")
+    option = parser.add_argument
+    option("--out", type=Path, default=CHECKPOINT, help="folder of the checkpoint (default: the package's own)")
+    option("--state", type=Path, default=Path("tiny-train.pt"), help="state file, resumed from if it exists")
+    option("--steps", type=int, default=3500, help="optimizer steps of the whole run (default: %(default)s)")
+    option("--minutes", type=float, default=math.inf, help="stop after so many minutes; the same command resumes")
+    option("--tokens", type=int, default=8192, help="tokens per step (default: %(default)s)")
+    option("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    option("--seed", type=int, default=0, help="seed of the weights and the data (default: %(default)s)")
+    option("--save-every", type=int, default=500, help="steps between saves (default: %(default)s)")
+    option("--eval-problems", type=int, default=500, help="held-out problems of the final evaluation")
+    option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    args = parser.parse_args(argv)
+
+    tokenizer = build_tokenizer()
+    model = build_model(args.seed).to(args.device)
+    optimizers = build_optimizers(model)
+    step = 0
+    if args.state.exists():
+        state = torch.load(args.state, map_location=args.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step = state["step"]
+
+    def save() -> None:
+        partial = args.state.with_suffix(".partial")
+        saved = [optimizer.state_dict() for optimizer in optimizers]
+        torch.save({"step": step, "model": model.state_dict(), "optimizers": saved}, partial)
+        os.replace(partial, args.state)
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+
+    parameters = list(model.parameters())
+
+    def gradients(part: tuple[Tensor, ...]) -> tuple[float, tuple[Tensor, ...]]:
+        loss = diffusion_loss(model, *(tensor.to(args.device) for tensor in part))
+        return loss.item(), torch.autograd.grad(loss, parameters)
+
+    # Two threads with half a batch each wait for each other once a step, not in every operator.
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(PARTS, initializer=torch.set_num_threads, initargs=(1,))
+    sample = generate("held-out", 40, seed=1)
+    deadline = time.monotonic() + 60 * args.minutes
+    average = 0.0
+    bar = tqdm(initial=step, total=args.steps, unit="step", mininterval=5)
+    while step < args.steps and time.monotonic() < deadline:
+        batch = make_batch(tokenizer, args.seed * SEED_STRIDE + step, args.tokens)
+        parts = list(pool.map(gradients, zip(*(tensor.chunk(PARTS) for tensor in batch), strict=True)))
+        for parameter, *shares in zip(parameters, *(part[1] for part in parts), strict=True):
+            parameter.grad = torch.stack(shares).sum(0)
+        loss = sum(part[0] for part in parts)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * schedule(step, args.steps)
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        average += 0.02 * (loss - average) if average else loss
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+        bar.update()
+        if step % args.save_every == 0:
+            save()
+            bar.write(f"step {step}: loss {average:.4f}, exact {evaluate(model, tokenizer, sample):.0%} of 40")
+    bar.close()
+    pool.shutdown()
+    save()
+    if step == args.steps and args.eval_problems:
+        share = evaluate(model, tokenizer, generate("held-out", args.eval_problems))
+        print(f"{share:.1%} exact answers on {args.eval_problems} held-out problems, one token per forward")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The command line as a person meets it: what is printed where, exit codes, and one line instead of a traceback."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fdpp
+from fdpp import cli, tiny
+from fdpp.decoding.config import DiffusionGenerationConfig
+
+PROMPT = (
+    "Mia has 12 apples . In May she finds 5 . In June she loses 3 . In July she buys 4 . In August she sells 6 . "
+    "How many apples now ?"
+)
+SHORT = ("--gen-length", "32", "--device", "cpu")
+CHAT = "{% for message in messages %}Mia {{ message['content'] }} now{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder like a published checkpoint's, with a chat template."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model, tokenizer = tiny.load()
+    tokenizer.chat_template = CHAT
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def answer(prompt, **settings):
+    """What `fdpp generate` should print, by way of the Python API."""
+    model, tokenizer = tiny.load()
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    out = model.generate(ids, generation_config=DiffusionGenerationConfig(max_new_tokens=32, **settings))
+    return tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True).strip(), int(out.nfe)
+
+
+@pytest.mark.parametrize("command", ["", "demo", "generate"])
+def test_help(command, capsys):
+    assert cli.main([*command.split(), "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"usage: fdpp {command}".strip()) and not err
+
+
+def test_help_of_generate_explains_every_option(capsys):
+    cli.main(["generate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for option, default in (
+        ("--model", "tiny"), ("--rule", "frechet"), ("--margin", "0.25"), ("--calibration", "0"), ("--tau", "0.9"),
+        ("--factor", "0.75"), ("--gamma", "0.1"), ("--k", "1"), ("--gen-length", "128"), ("--block-length", "32"),
+        ("--cache", "dual"), ("--drafts", "1"), ("--temperature", "0"), ("--seed", "0"), ("--dtype", "auto"),
+        ("--device", "auto"),
+    ):  # fmt: skip
+        explained = text[text.index("options:") :].split(f" {option} ", 1)[1]
+        assert f"(default: {default}" in explained.split(" --")[0], option
+    assert text.count("fdpp generate --") == 2, "two examples"
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fdpp {fdpp.__version__}\n"
+
+
+def test_generate_prints_the_answer_and_its_figures(capsys):
+    assert cli.main(["generate", "--prompt", PROMPT, *SHORT]) == 0
+    out, err = capsys.readouterr()
+    expected, nfe = answer(PROMPT)
+    assert out == expected + "\n"
+    assert f"{nfe} forwards (NFE)" in err and "tokens per forward" in err and "tok/s" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ("--rule quota --steps 5 --cache none", {"rule": fdpp.Quota(), "steps": 5, "cache": "none"}),
+        ("--rule quota --k 3 --cache prefix", {"rule": fdpp.Quota(3), "cache": "prefix"}),
+        ("--rule threshold --tau 0.5", {"rule": fdpp.Threshold(0.5)}),
+        ("--rule factor --factor 1.5 --block-length 16", {"rule": fdpp.Factor(1.5), "block_length": 16}),
+        ("--margin 0.1 --calibration 0.01", {"rule": fdpp.Frechet(0.1, 0.01)}),
+        ("--rule entropy --gamma 2 --no-stop-at-eos", {"rule": fdpp.EntropyBound(2.0), "stop_at_eos": False}),
+        ("--rule localleap --tau 0.8 --relaxed 0.5 --radius 2", {"rule": fdpp.LocalLeap(0.8, 0.5, 2)}),
+        ("--rule klass --confidence 0.5 --kl 0.1 --window 1", {"rule": fdpp.Klass(0.5, 0.1, 1)}),
+        ("--rule dawn --tau-sink 0.02 --layers 2", {"rule": fdpp.Dawn(tau_sink=0.02, layers=2)}),
+        ("--rule quota --drafts 4", {"rule": fdpp.Quota(), "drafts": 4}),
+        ("--drafts auto", {"drafts": "auto"}),
+        ("--temperature 0.7 --seed 3", {"temperature": 0.7, "seed": 3}),
+    ],
+)
+def test_options_reach_the_decode(options, settings, capsys):
+    assert cli.main(["generate", "--prompt", PROMPT, *SHORT, *options.split()]) == 0
+    out, err = capsys.readouterr()
+    expected, nfe = answer(PROMPT, **settings)
+    assert out == expected + "\n" and f"{nfe} forwards" in err
+
+
+def test_stream_without_a_terminal_prints_the_same(capsys):
+    cli.main(["generate", "--prompt", PROMPT, "--device", "cpu"])
+    plain = capsys.readouterr().out
+    assert cli.main(["generate", "--prompt", PROMPT, "--device", "cpu", "--stream"]) == 0
+    assert capsys.readouterr().out.split() == plain.split()
+
+
+def test_prompt_from_standard_input(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT + "\n"))
+    assert cli.main(["generate", "--prompt", "-", *SHORT]) == 0
+    assert capsys.readouterr().out == answer(PROMPT)[0] + "\n"
+
+
+def test_standard_input_that_is_no_text(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    assert cli.main(["generate", "--prompt", "-"]) == 2
+    assert capsys.readouterr().err.startswith("fdpp: error: --prompt -: ")
+
+
+def test_words_that_the_model_does_not_know_are_pointed_out(capsys):
+    assert cli.main(["generate", "--prompt", "Mia has a \udcff 5", *SHORT]) == 0
+    assert "2 of 5 words of the prompt are unknown to the model" in capsys.readouterr().err
+
+
+def test_checkpoint_folder_with_chat_template(checkpoint, capsys):
+    said = {}
+    for raw in ([], ["--raw"]):
+        assert cli.main(["generate", "--model", str(checkpoint), "--prompt", "has 12 apples .", *SHORT, *raw]) == 0
+        said[bool(raw)] = capsys.readouterr().out.strip()
+    assert said[True] == answer("has 12 apples .")[0]
+    assert said[False] == answer("Mia has 12 apples . now")[0]
+
+
+def test_bfloat16(capsys):
+    assert cli.main(["generate", "--prompt", PROMPT, *SHORT, "--dtype", "bfloat16"]) == 0
+    assert "NFE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: COMMAND (see fdpp --help)"),
+        ("frobnicate", "'frobnicate'"),
+        ("generate", "--prompt (see fdpp generate --help)"),
+        ("generate --prompt", "--prompt: expected one argument"),
+        ("generate --prompt x --steep 2", "unrecognized arguments: --steep 2"),
+        ("generate --prompt x --tau 0.9", "--tau does not belong to --rule frechet, which takes --calibration and"),
+        ("generate --prompt x --steps 9", "--steps does not belong to --rule frechet"),
+        (
+            "generate --prompt x --rule quota --margin 0",
+            "--margin does not belong to --rule quota, which takes --k and",
+        ),
+        ("generate --prompt x --rule quota --k 2 --steps 9", "steps=9 is a schedule for rule=Quota()"),
+        ("generate --prompt x --rule quota --k 0", "--k: expected a whole number of at least 1, got '0'"),
+        ("generate --prompt x --rule wild", "--rule: invalid choice: 'wild'"),
+        ("generate --prompt x --margin -1", "expected margin in [0, inf), got -1.0"),
+        ("generate --prompt x --margin much", "--margin: invalid float value: 'much'"),
+        ("generate --prompt x --gen-length 1.5", "--gen-length: expected a whole number of at least 1, got '1.5'"),
+        ("generate --prompt x --block-length 1025", "block_length: expected an int from 1 to 1024, got 1025"),
+        ("generate --prompt x --drafts 65", 'drafts: expected an int from 1 to 64 or "auto", got 65'),
+        ("generate --prompt x --drafts few", "--drafts: expected a whole number of at least 1, got 'few'"),
+        ("generate --prompt x --temperature nan", "temperature: expected a finite number"),
+        ("generate --prompt x --seed 9223372036854775808", "--seed: expected a whole number"),
+        ("generate --prompt x --gen-length 1000", "exceed the model's window of"),
+        ("generate --prompt x --model no/such/folder", "no/such/folder: no such folder"),
+        ("generate --prompt x --model unknown", "unknown: no such folder"),
+        ("demo --problems 0", "--problems: expected a whole number of at least 1"),
+        ("demo --cache all", "--cache: invalid choice: 'all'"),
+    ],
+)
+def test_user_errors(arguments, message, capsys):
+    assert cli.main(arguments.split()) == 2
+    out, err = capsys.readouterr()
+    line = err.splitlines()[-1]
+    assert line.startswith("fdpp: error: ") and message in line and "Traceback" not in err and not out
+
+
+def test_empty_prompt(capsys):
+    assert cli.main(["generate", "--prompt", " \n"]) == 2
+    assert capsys.readouterr().err == "fdpp: error: the prompt is empty\n"
+
+
+def test_cuda_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["generate", "--prompt", "x", "--device", "cuda"]) == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
+
+
+def test_folders_that_are_no_llada_checkpoint(checkpoint, tmp_path, capsys):
+    def complaint(name, **files):
+        folder = tmp_path / name
+        shutil.copytree(checkpoint, folder)
+        for file, content in files.items():
+            path = next(folder.glob(f"{file}.*"))
+            path.unlink() if content is None else path.write_text(content)
+        assert cli.main(["generate", "--prompt", "x", "--model", str(folder)]) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(f"fdpp: error: --model {folder}: ") and err.count("\n") == 1 and not out
+        return err
+
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert "got gpt2" in complaint("other", config=json.dumps({"model_type": "gpt2"}))
+    assert "got none" in complaint("configless", config=None)
+    assert "not a valid JSON" in complaint("broken", config="{")
+    assert "missing keys" in complaint("deeper", config=json.dumps({**config, "n_layers": config["n_layers"] + 1}))
+    assert "alibi" in complaint("unimplemented", config=json.dumps({**config, "alibi": True}))
+    complaint("weightless", model=None)
+    complaint("damaged", model="not safetensors")
+    complaint("wordless", tokenizer=None)
+
+
+def test_non_finite_logits_are_reported(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "nan"
+    shutil.copytree(checkpoint, folder)
+    model = fdpp.LLaDAModelLM.from_pretrained(folder)
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    model.save_pretrained(folder)
+    assert cli.main(["generate", "--prompt", "Mia", "--model", str(folder), *SHORT]) == 2
+    assert "fdpp: error: the model's logits held NaN" in capsys.readouterr().err
+
+
+def test_ctrl_c(monkeypatch, capsys):
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fdpp.LLaDAModelLM, "generate", interrupted)
+    assert cli.main(["generate", "--prompt", PROMPT]) == 130
+    assert capsys.readouterr() == ("", "\n")
+
+
+def test_closed_pipe_is_quiet():
+    """A real process, for the interpreter flushes once more when it exits."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fdpp", "generate", "--prompt", PROMPT, *SHORT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 141, err
+    assert "Error" not in err and "Traceback" not in err
+
+
+def test_output_in_ascii(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["demo", "--help"]) == 0
+    assert b"Fr?chet" in out.buffer.getvalue()

@@ -1,0 +1,212 @@
+"""The demo and the live view: plain lines without a terminal, a redrawn block in one."""
+
+import io
+import os
+import re
+import sys
+
+import pytest
+import torch
+
+from fdpp import cli, demo, live, tiny
+
+RULES = ("one per step", "threshold 0.9", "factor 0.75", "Fréchet 0.25")
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+class AsciiTerminal(Terminal):
+    encoding = "ascii"
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("LINES", "24")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(demo, "PAUSE", 0.0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.load()[1]
+
+
+def screen(text):
+    """The lines that a terminal shows after `text`, attributes left out."""
+    lines, row, written = [""], 0, ""
+    for part in re.split(r"(\n|\x1b\[[?\d;]*[A-Za-z])", text):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+            written = ""
+        elif re.fullmatch(r"\x1b\[\d+F", part):
+            row -= int(part[2:-1])
+            written = ""
+            assert row >= 0, "the view never moves above its own first line"
+        elif part == "\x1b[J":
+            lines[row:] = [""]
+        elif part == "\x1b[K":
+            lines[row] = written
+        elif part and not part.startswith("\x1b"):
+            written += part
+            lines[row] = written + lines[row][len(written) :]
+    return lines
+
+
+def play(tokenizer, out, drafts):
+    """Feed a view the texts of successive drafts of one block; returns what it wrote for each."""
+    view, frames = live.LiveView(tokenizer, tokenizer.mask_token_id, out), []
+    with view:
+        view.put(torch.tensor([tokenizer("Mia has 12 apples .")["input_ids"]]))
+        for draft in drafts:
+            start = out.tell()
+            view.put_draft(torch.tensor([tokenizer(draft)["input_ids"]]))
+            frames.append(out.getvalue()[start:])
+    return view, frames
+
+
+def test_plain_lines_without_a_terminal(capsys):
+    assert cli.main(["demo", "--problems", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and "problem/s" not in err
+    lines = out.splitlines()
+    problems = tiny.generate("held-out", 2)
+    for problem in problems:
+        _response, verdict = lines[lines.index(problem.prompt) + 1 :][:2]
+        assert re.match(rf"(correct|wrong, the answer is {problem.answer}): \d+ tokens, \d+ forwards, ", verdict)
+    rows = [line for line in lines if line.startswith(RULES)]
+    assert [row[:13].strip() for row in rows] == list(RULES)
+    for row in rows:
+        assert re.fullmatch(r"\d/2 +\d+% +\d+\.\d +\d+\.\d\d +\d+", row[13:].strip())
+
+
+def test_figures_count_forwards_and_response_tokens():
+    model, tokenizer = tiny.load()
+    problems = tiny.generate("held-out", 3)
+    decoded = demo.decode(model, tokenizer, problems, demo.RULES["Fréchet 0.25"], "dual")
+    assert decoded.tokens == sum(len(tokenizer(text)["input_ids"]) for text in decoded.texts)
+    assert demo.decode(model, tokenizer, problems, demo.RULES["Fréchet 0.25"], "dual").texts == decoded.texts
+    one_by_one = [demo.decode(model, tokenizer, [p], demo.RULES["Fréchet 0.25"], "dual") for p in problems]
+    assert decoded.nfe == sum(single.nfe for single in one_by_one)
+    assert decoded.texts == [single.texts[0] for single in one_by_one]
+
+
+def test_a_correct_answer_is_called_correct(monkeypatch, capsys):
+    model, tokenizer = tiny.load()
+    [problem] = tiny.generate("held-out", 1)
+    for text, verdict in (
+        (problem.response, "correct: 9"),
+        ("Answer : 99", f"wrong, the answer is {problem.answer}: 9"),
+    ):
+        monkeypatch.setattr(demo, "decode", lambda *args, text=text: demo.Decoded([text], 9, 3, 1.0))
+        demo.show(model, tokenizer, problem, "dual")
+        assert capsys.readouterr().out.splitlines()[1:3] == [
+            text,
+            f"{verdict} tokens, 3 forwards, 3.00 tokens per forward",
+        ]
+
+
+def test_demo_in_a_terminal_shows_the_masks_fill_in(monkeypatch):
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["demo", "--problems", "1"]) == 0
+    text = out.getvalue()
+    [problem] = tiny.generate("held-out", 1)
+    forwards = int(re.search(r"(\d+) forwards", text)[1])
+    assert [int(n) for n in re.findall(r"forward (\d+),", text)] == list(range(1, forwards + 1))
+    assert "\x1b[2m ·" in text and "\x1b[1;32m" in text
+    assert text.index("\x1b[?25l") < text.index("\x1b[?25h"), "the cursor comes back"
+    shown = screen(text)
+    assert not any("·" in line or line.startswith("forward ") for line in shown), "the view erases itself"
+    assert " ".join(shown[2:]).startswith(problem.prompt)
+    assert all(len(line) < 60 for line in shown[2 : shown.index("", 2) - 1]), "prompt and answer are wrapped"
+
+
+def test_frames_of_the_live_view(tokenizer):
+    out = Terminal()
+    view, frames = play(
+        tokenizer,
+        out,
+        ["<mask> : <mask> <mask> apples . <mask>", "May : <mask> 5 apples . <mask>", "May : 12 5 apples . <eos>"],
+    )
+    assert [screen(frame.rpartition("F")[2])[0] for frame in frames] == [
+        "· : · · apples . ·", "May : · 5 apples . ·", "May : 12 5 apples ."
+    ]  # fmt: skip
+    assert "\x1b[1;32mMay\x1b[0m :\x1b[2m ·\x1b[0m\x1b[1;32m 5\x1b[0m apples" in frames[1]
+    assert "forward 3, 6 tokens, 2.00 tokens per forward" in frames[2]
+    assert screen(out.getvalue())[:3] == ["May : 12 5 apples .", "", "forward 3, 6 tokens, 2.00 tokens per forward"]
+    view.put(torch.tensor([tokenizer("May : 12 5 apples . <eos>")["input_ids"]]))
+    view.put_draft(torch.tensor([tokenizer("<mask> 7")["input_ids"]]))
+    assert screen(out.getvalue())[0] == "May : 12 5 apples . · 7"
+    view.end()
+    assert screen(out.getvalue()) == [""]
+
+
+def test_a_response_of_nothing_but_eos(tokenizer):
+    out = Terminal()
+    play(tokenizer, out, ["<eos> <eos>"])
+    assert screen(out.getvalue())[:3] == ["", "", "forward 1, 0 tokens, 0.00 tokens per forward"]
+
+
+def test_no_color_and_ascii(tokenizer, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = AsciiTerminal()
+    play(tokenizer, out, ["<mask> : 5"])
+    text = out.getvalue()
+    assert text.isascii() and "\x1b[1m : \x1b" not in text and ";32m" not in text and "_" in text
+
+
+def test_a_long_response_fits_the_terminal(tokenizer, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setenv("LINES", "8")
+    out = Terminal()
+    _, [frame] = play(tokenizer, out, ["Mia has 12 apples . " * 12 + "<mask>"])
+    lines = screen(frame)
+    assert len(lines) <= 8 and all(len(line) < 30 for line in lines) and any("·" in line for line in lines)
+
+
+def test_wrap_keeps_newlines_and_drops_control_characters():
+    assert live.wrap([("one", ""), (" two", ""), ("\n  three\x1b[2J", "")], 6) == ["one", "two", "  three [2J"]
+
+
+def test_dumb_terminals_are_not_drawn_on(monkeypatch):
+    assert live.is_live(Terminal()) and not live.is_live(io.StringIO())
+    monkeypatch.setenv("TERM", "dumb")
+    assert not live.is_live(Terminal())
+    monkeypatch.delenv("TERM")
+    assert not live.is_live(Terminal())
+
+
+def test_generate_streams_to_a_terminal(monkeypatch, capsys):
+    prompt = tiny.generate("held-out", 1)[0].prompt
+    assert cli.main(["generate", "--prompt", prompt, "--gen-length", "32", "--device", "cpu"]) == 0
+    plain = capsys.readouterr().out
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["generate", "--prompt", prompt, "--gen-length", "32", "--device", "cpu", "--stream"]) == 0
+    assert "forward 1, " in out.getvalue() and "".join(screen(out.getvalue())) == plain.strip()
+
+
+def test_the_table_without_an_accent_where_the_output_has_none(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="replace")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(demo, "RULES", {name: demo.RULES[name] for name in ("Fréchet 0.25",)})
+    assert cli.main(["demo", "--problems", "1"]) == 0
+    text = out.buffer.getvalue().decode("ascii")
+    assert text.count("Frechet 0.25") == 2 and "?" in text and os.linesep in text
+
+
+def test_a_package_without_checkpoint(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tiny.load, "__defaults__", (tmp_path,))
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err.startswith("fdpp: error: expected a checkpoint (model.safetensors)")

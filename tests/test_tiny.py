@@ -1,0 +1,203 @@
+"""The embedded model: its problems, its tokenizer, its training and its checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import fdpp
+from fdpp import tiny
+from fdpp.tiny import problems, train
+from fdpp.tiny.tokenizer import SPECIAL, build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return tiny.load()
+
+
+def chain_of(problem):
+    return problem.start, problem.changes
+
+
+def test_the_split_is_a_function_of_the_numbers_alone():
+    trained, held_out = tiny.generate("train", 5000, seed=3), tiny.generate("held-out", 2000, seed=3)
+    assert all(problems.split_of(*chain_of(problem)) == "train" == problem.split for problem in trained)
+    assert all(problems.split_of(*chain_of(problem)) == "held-out" == problem.split for problem in held_out)
+    assert not {chain_of(problem) for problem in trained} & {chain_of(problem) for problem in held_out}
+
+
+def test_every_chain_belongs_to_one_split_and_an_eighth_is_held_out():
+    rng = random.Random(0)
+    chains = [problems._chain(rng, 6) for _ in range(8000)]
+    splits = [problems.split_of(*chain) for chain in chains]
+    assert set(splits) == set(problems.SPLITS)
+    assert splits.count("held-out") / len(splits) == pytest.approx(1 / problems.HELD_OUT_SHARE, abs=0.02)
+
+
+def test_training_draws_from_the_training_split_only(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train, "generate", lambda split, *args: drawn.append(split) or tiny.generate(split, *args))
+    train.make_batch(build_tokenizer(), 0, 1024)
+    assert set(drawn) == {"train"}
+
+
+@pytest.mark.parametrize("steps", range(problems.MIN_STEPS, problems.MAX_STEPS + 1))
+def test_the_worked_solution_is_right(steps):
+    tokenizer = build_tokenizer()
+    for problem in tiny.generate("held-out", 100, seed=1, steps=steps):
+        value = problem.start
+        lines = re.findall(r"In (\w+ \w+) (\w+) (\d+) , so \w+ \w+ (\d+) (\w+) \.", problem.response)
+        for (when, verb, change, after, thing), expected in zip(lines, problem.changes, strict=True):
+            assert (verb in problems.GAINS) == (expected > 0)
+            assert (verb in problems.LOSSES) == (expected < 0)
+            assert int(change) == abs(expected)
+            value += expected
+            assert int(after) == value
+            assert 0 < value <= problems.MAX_VALUE
+            assert f"In {when} {verb} {change} ." in problem.prompt
+            assert f"many {thing} now" in problem.prompt
+        assert value == problem.answer == tiny.answer_of(problem.response)
+        assert 50 <= len(tokenizer(problem.response)["input_ids"]) <= 102
+
+
+def test_problems_repeat_for_a_seed_and_differ_between_seeds():
+    assert tiny.generate("train", 20, seed=5) == tiny.generate("train", 20, seed=5)
+    assert tiny.generate("train", 20, seed=5) != tiny.generate("train", 20, seed=6)
+    assert {len(problem.changes) for problem in tiny.generate("train", 200)} == {4, 5, 6, 7, 8}
+
+
+def test_unknown_split_and_length_are_named():
+    with pytest.raises(ValueError, match="'test'"):
+        tiny.generate("test", 1)
+    with pytest.raises(ValueError, match="got 9"):
+        tiny.generate("train", 1, steps=9)
+
+
+def test_grading_reads_the_final_answer_before_eos():
+    problem = tiny.generate("held-out", 1)[0]
+    assert tiny.is_exact(problem.response + " <eos> <eos>", problem)
+    assert not tiny.is_exact(f"Answer : {problem.answer + 1} coins .", problem)
+    assert not tiny.is_exact(f"<eos> Answer : {problem.answer} coins .", problem)
+    assert tiny.answer_of("In May she finds 2 , so there are 4 coins .") is None
+    assert tiny.answer_of("Answer : coins .") is None
+
+
+def test_tokenizer_round_trip():
+    tokenizer = build_tokenizer()
+    assert len(tokenizer) == len(set(problems.WORDS)) + len(SPECIAL)
+    for problem in tiny.generate("train", 200, seed=2):
+        for text in (problem.prompt, problem.response):
+            ids = tokenizer(text)["input_ids"]
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.unk_token_id not in ids
+    assert tokenizer("Mia has 12 apples.")["input_ids"] == tokenizer("Mia has 12 apples .")["input_ids"]
+    assert tokenizer("zebra")["input_ids"] == [tokenizer.unk_token_id]
+    assert tokenizer("<mask><eos>")["input_ids"] == [tokenizer.mask_token_id, tokenizer.eos_token_id]
+
+
+def test_batch_masks_what_it_says():
+    tokenizer = build_tokenizer()
+    for seed in range(6):
+        noisy, target, weight = train.make_batch(tokenizer, seed, 2048)
+        trained = target != -100
+        masked = noisy == tokenizer.mask_token_id
+        assert trained.any(1).all()
+        assert (masked | ~trained).all()
+        assert ((weight > 0) | ~trained).all()
+        assert weight[trained].sum().item() == pytest.approx(1.0, rel=1e-5)
+        torch.testing.assert_close(train.make_batch(tokenizer, seed, 2048), (noisy, target, weight))
+
+
+def test_results_are_the_running_values_and_the_answer():
+    tokenizer = build_tokenizer()
+    for problem in tiny.generate("train", 20, seed=4):
+        ids = tokenizer(problem.response, return_tensors="pt")["input_ids"]
+        values = list(itertools.accumulate(problem.changes, initial=problem.start))[1:]
+        stated = tokenizer.decode(ids[train.results(tokenizer, ids)]).split()
+        assert [int(value) for value in stated] == [*values, problem.answer]
+
+
+def test_plain_attention_equals_the_fused_one():
+    model = train.build_model(0)
+    ids = torch.randint(4, 80, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        fused = model(ids).logits
+        with train.PlainAttention():
+            plain = model(ids).logits
+    torch.testing.assert_close(plain, fused)
+
+
+def run_training(folder, *more):
+    settings = {"out": folder / "out", "state": folder / "state.pt", "device": "cpu", "tokens": 256}
+    settings |= {"save-every": 100, "eval-problems": 0}
+    train.main([*(f"--{name}={value}" for name, value in settings.items()), *more])
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    expected = run_training(whole, "--steps", "4")
+
+    make_batch, batches = train.make_batch, []
+
+    def interrupted(*args):
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(args)
+        return make_batch(*args)
+
+    monkeypatch.setattr(train, "make_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(parts, "--steps", "4", "--save-every", "2")
+    monkeypatch.setattr(train, "make_batch", make_batch)
+    assert torch.load(parts / "state.pt", weights_only=True)["step"] == 2
+    resumed = run_training(parts, "--steps", "4")
+
+    assert resumed["step"] == expected["step"] == 4
+    for name, weight in expected["model"].items():
+        assert torch.equal(weight, resumed["model"][name]), name
+    assert AutoTokenizer.from_pretrained(whole / "out").mask_token == "<mask>"
+
+
+def test_training_stops_at_its_time_budget_and_reports_at_its_end(tmp_path, capsys):
+    assert run_training(tmp_path, "--steps", "2", "--minutes", "0")["step"] == 0
+    run_training(tmp_path, "--steps", "2", "--eval-problems", "2")
+    assert "held-out problems" in capsys.readouterr().out
+
+
+def test_checkpoint_is_small(loaded):
+    model, tokenizer = loaded
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 2_000_000
+    assert sum(path.stat().st_size for path in tiny.CHECKPOINT.iterdir()) <= 8 * 2**20
+    assert model.config.vocab_size == len(tokenizer) == len(build_tokenizer())
+    for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(model.config, name) == getattr(tokenizer, name)
+
+
+def test_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint"):
+        tiny.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_model_answers_and_repeats_itself(loaded):
+    model, tokenizer = loaded
+    sample = tiny.generate("held-out", 24, seed=7)
+    batch = tokenizer([problem.prompt for problem in sample], padding=True, return_tensors="pt")
+
+    def decode():
+        return model.generate(**batch, max_new_tokens=128, block_length=32, rule=fdpp.Quota(1), cache="none").sequences
+
+    first = decode()
+    assert torch.equal(first, decode())
+    texts = tokenizer.batch_decode(first[:, batch["input_ids"].shape[1] :])
+    exact = sum(tiny.is_exact(text, problem) for text, problem in zip(texts, sample, strict=True))
+    assert exact >= 0.8 * len(sample)
