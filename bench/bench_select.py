@@ -1,6 +1,6 @@
 """Selection at LLaDA's vocabulary: the fused step against the published float64 way, in the same run.
 
-`make bench` runs it with pytest-benchmark and writes `bench/results/select-<device>.json`.
+`make bench` runs it with pytest-benchmark and writes `select-<device>.json` under its `OUT`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ RULES: dict[str, tuple[type[fdpp.Rule], dict[str, str]]] = {
 """Every rule with its options: name on the command line, field of the dataclass."""
 
 EXAMPLES = """examples:
-  fdpp generate --stream --prompt 'Mia has 12 apples . In May she finds 5 . In June she loses 3 .
+  fdpp generate --stream --cache none --prompt 'Mia has 12 apples . In May she finds 5 . In June she loses 3 .
     In July she buys 4 . In August she sells 6 . How many apples now ?'
   echo 'Why is the sky blue?' | fdpp generate --model GSAI-ML/LLaDA-8B-Instruct --prompt - --margin 0.2
 """

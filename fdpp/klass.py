@@ -12,7 +12,7 @@ from torch import Tensor
 from fdpp import ops
 from fdpp.kernels import predicates
 from fdpp.reference import Selection
-from fdpp.rules import Rule, number_in
+from fdpp.rules import Rule, int_from, number_in
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Klass(Rule):
     def __post_init__(self) -> None:
         number_in(self, "confidence", "[0, 1]")
         number_in(self, "kl", "(0, inf)")
-        if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 1:
-            raise ValueError(f"Klass: expected window as an int of at least 1, got {self.window!r}")
+        int_from(self, "window", 1)
 
     def params(self) -> tuple[float, float]:
         return 1.0, 0.0

@@ -71,6 +71,16 @@ def number_in(rule: Rule, name: str, interval: str) -> None:
         raise ValueError(f"{type(rule).__name__}: expected {name} in {interval}, got {value!r}")
 
 
+def int_from(rule: Rule, name: str, low: int, *, optional: bool = False) -> None:
+    """Raise `ValueError` unless the field `name` of `rule` is an int of at least `low`, or None where `optional`."""
+    value = getattr(rule, name)
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        expected = f"{name} as an int of at least {low}{', or None' if optional else ''}"
+        raise ValueError(f"{type(rule).__name__}: expected {expected}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Quota(Rule):
     """The k most confident positions: LLaDA's low-confidence remasking (arXiv 2502.09992, section 2.4).
@@ -82,8 +92,7 @@ class Quota(Rule):
     predicate: ClassVar[Callable[..., Any]] = predicates.quota
 
     def __post_init__(self) -> None:
-        if self.k is not None and (not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1):
-            raise ValueError(f"Quota: expected k as an int of at least 1, or None, got {self.k!r}")
+        int_from(self, "k", 1, optional=True)
 
     def params(self) -> tuple[float, float]:
         if self.k is None:
@@ -177,8 +186,7 @@ class LocalLeap(Rule):
         number_in(self, "relaxed", "[0, 1]")
         if self.relaxed > self.threshold:
             raise ValueError(f"LocalLeap: expected relaxed at most threshold={self.threshold}, got {self.relaxed}")
-        if not isinstance(self.radius, int) or isinstance(self.radius, bool) or self.radius < 0:
-            raise ValueError(f"LocalLeap: expected radius as an int of at least 0, got {self.radius!r}")
+        int_from(self, "radius", 0)
 
     def params(self) -> tuple[float, float]:
         return float(self.threshold), 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fdpp.kernels import predicates
-from fdpp.rules import Rule, number_in
+from fdpp.rules import Rule, int_from, number_in
 
 ANCHOR = 0.9
 """A committed position induces those that attend to it if its own softmax maximum is at least this, as published."""
@@ -50,10 +50,7 @@ class Dawn(Rule):
         number_in(self, "tau_sink", "[0, 1]")
         for name in ("tau_edge", "tau_induce", "tau_low", "tau_high"):
             number_in(self, name, "(0, 1]")
-        if self.layers is not None and (
-            not isinstance(self.layers, int) or isinstance(self.layers, bool) or self.layers < 1
-        ):
-            raise ValueError(f"Dawn: expected layers as an int of at least 1, or None, got {self.layers!r}")
+        int_from(self, "layers", 1, optional=True)
 
     def params(self) -> tuple[float, float]:
         return float(self.tau_high), 0.0

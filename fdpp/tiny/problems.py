@@ -6,7 +6,7 @@ One sentence of the prompt states one change, one line of the response works it 
     Mia has 12 apples . In May she finds 5 . In June she loses 3 . ... How many apples now ?
     In May she finds 5 , so there are 17 apples . In June she loses 3 , so there are 14 apples . ... Answer : 9 apples .
 
-A line does not restate the result it starts from, so a masked result can never be copied: it takes a sum. The opening
+A line does not restate the result it starts from, so no result but the last (the answer) is stated twice. The opening
 ("Mia has", "that makes", "there are") is a free choice of the response, so its tokens are uncertain and depend on each
 other until one of them is committed.
 """
