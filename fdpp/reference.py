@@ -64,7 +64,7 @@ def accepted(rule: rules.Rule, residuals: list[float], entropies: list[float]) -
                 ok = sum(entropies[: n - 1]) <= gamma
             case _:
                 costs = entropies if rule.order == "entropy" else [min(1.0, d + rule.calibration) for d in missing]
-                accepts = getattr(rule.predicate, "fn", rule.predicate)
+                accepts = getattr(type(rule).predicate, "fn", type(rule).predicate)
                 ok = bool(accepts(n, costs[n - 1], sum(costs[:n]), *rule.params()))
         if ok:
             longest = n
