@@ -95,15 +95,19 @@ def test_tickets_are_left_at_zero(kernel: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-def test_scratch_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs and partial results start as NaN or rubbish; nothing of it may come through."""
+def test_scratch_is_written_for_masked_active_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every new tensor starts as NaN or 77. None of it comes through, and no other row leaves a summary."""
+    made: list[Tensor] = []
 
     def rubbish(*shape: Any, **options: Any) -> Tensor:
-        made = original(*shape, **options)
-        return made.fill_(float("nan") if made.is_floating_point() else 77)
+        made.append(original(*shape, **options))
+        return made[-1].fill_(float("nan") if made[-1].is_floating_point() else 77)
 
-    problem = random_problem(3, 2, 6, 5000, Frechet(0.1), temperature=1.0, active=True)
+    problem = random_problem(3, 2, 6, 5000, EntropyBound(2.0), temperature=1.0, active=True)
     clean = run("interpreter", problem)
     original = torch.empty
     monkeypatch.setattr(torch, "empty", rubbish)
     assert_equal(run("interpreter", problem), clean)
+    (summaries,) = (tensor for tensor in made if tensor.dim() == 4)
+    assert not problem.candidate.all()
+    assert summaries.isnan().equal(~problem.candidate[None, :, :, None].expand_as(summaries))

@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+import triton
+import triton.language as tl  # noqa: F401  (Triton's interpreter insists on seeing it)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from inputs import (
@@ -76,8 +78,11 @@ def test_long_blocks(implementation: str, T: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 16, 17, 1000, 2047, 2048, 2049, 5003])
 def test_vocabularies(implementation: str, size: int) -> None:
-    problem = random_problem(size, 2, 5, size, Threshold(0.9), mask_id=size)
-    assert_as_specified(run(implementation, problem), problem)
+    problem = random_problem(size, 2, 5, size, Threshold(0.9), masked=1.0, mask_id=size)
+    problem.logits[0, 0, size - 1] = problem.logits[0, 1, 0] = 40.0
+    out = run(implementation, problem)
+    assert out.proposal[0, :2].tolist() == [size - 1, 0]
+    assert_as_specified(out, problem)
 
 
 @pytest.mark.parametrize("rule", [Frechet(0.25), EntropyBound(1.0)], ids=str)
@@ -195,6 +200,31 @@ def test_one_minus_confidence_keeps_its_digits(implementation: str) -> None:
         assert int(run(implementation, masked(problem.logits, Factor(f))).committed.sum()) == count
     margin = 1.0 - 5.5e-9
     assert int(run(implementation, masked(problem.logits, Frechet(margin))).committed.sum()) == 2
+
+
+@triton.jit
+def mean_cost_is(n, last, total, p0, p1):
+    return (total > n * p0 - p1) & (total < n * p0 + p1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanCostIs(Rule):
+    """Shows what reaches a predicate: accepts a prefix whose mean cost is `mean` within 1e-12."""
+
+    mean: float
+    calibration: float = 0.0
+    predicate = mean_cost_is
+
+    def params(self) -> tuple[float, float]:
+        return self.mean, 1e-12
+
+
+@pytest.mark.parametrize("T", [31, 48])
+def test_costs_are_summed_in_float64(implementation: str, T: int) -> None:
+    """Two rivals of equal weight make every cost 2/3; calibration is added to it, up to a cost of 1."""
+    logits = profile(*[2.0] * T)
+    for rule in (MeanCostIs(2 / 3), MeanCostIs(2 / 3 + 0.1, 0.1), MeanCostIs(1.0, 0.5)):
+        assert run(implementation, masked(logits, rule)).committed.all(), rule
 
 
 UNUSABLE = {
@@ -438,11 +468,14 @@ def test_sampled_confidence_is_the_untempered_softmax(implementation: str) -> No
     assert not out.proposal.equal(problem.logits[..., :-1].argmax(-1))
 
 
-def test_strides_beyond_int32(implementation: str) -> None:
-    """Two rows 2^31 entries apart, in memory that is never touched between them."""
+@pytest.mark.parametrize("apart", ["sequences", "positions"])
+def test_offsets_beyond_int32(implementation: str, apart: str) -> None:
+    """Rows 2^30 entries apart, so that the third one's offset is no int32, in memory that is never touched between."""
     device = "cuda" if implementation == "cuda" else "cpu"
-    logits = torch.empty(2**31 + 64, dtype=torch.float16, device=device).as_strided((2, 1, 16), (2**31 + 16, 16, 1))
-    logits.copy_(torch.randn(2, 1, 16, generator=generator(0)))
-    far = masked(logits, Quota(1), mask_id=15, tokens=torch.full((2, 1), 15))
+    far_apart, shape = 2**30 + 16, (3, 1, 16) if apart == "sequences" else (1, 3, 16)
+    storage = torch.empty(2 * far_apart + 16, dtype=torch.float16, device=device)
+    logits = storage.as_strided(shape, (far_apart, far_apart, 1))
+    logits.copy_(torch.randn(shape, generator=generator(0)))
+    far = masked(logits, Quota(1), mask_id=15, tokens=torch.full(shape[:2], 15))
     near = dataclasses.replace(far, logits=logits.cpu().contiguous())
     assert_equal(run(implementation, far), run(implementation, near))
