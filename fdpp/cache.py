@@ -27,8 +27,12 @@ class BlockCache:
     - `"tree"`: the branches follow each other in one row, `n` columns each; the first stands in the cache's columns
       and the others in spare ones behind it, and a mask keeps them apart (`tree_mask`).
 
+    The first full forward allocates; from then on everything is written in place. A block starts with `hold(b)`, and
+    rows that leave it make room in front.
+
     Attributes:
-        keys, values: one tensor per layer; with spare columns behind the L columns of the sequence.
+        keys, values: one tensor per layer, of the sequences held now; with spare columns behind the L of the sequence.
+        allocated: the tensors that `keys` and `values` are the front rows of.
         branches: how many branches the next forward holds, 1 unless set.
         layout: "batch" or "tree".
     """
@@ -36,43 +40,53 @@ class BlockCache:
     def __init__(self, layout: str = "batch", spare: int = 0) -> None:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.allocated: list[tuple[Tensor, Tensor]] = []
         self.branches, self.layout, self.spare = 1, layout, spare
 
     @property
     def length(self) -> int:
         return self.keys[0].shape[2] - self.spare
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int) -> Tensor:
-        """Attention of the fed positions `q` `[rows, H, n, hd]`, whose own keys and values are `k` and `v`."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | Tensor) -> Tensor:
+        """Attention of the fed positions `q` `[rows, H, n, hd]`, whose own keys and values are `k` and `v`.
+
+        `start` is the column of the first, or an int64 tensor of their columns `[n]`.
+        """
         if self.branches > 1 and self.layout == "batch":
             return self.attend_shared(layer, q, k, v, mask, start)
         keys, values = self.write(layer, k, v, start)
         return attend(q, keys, values, mask)
 
-    def write(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
         """Store `k` and `v` `[b, kv_heads, n * branches, hd]` from column `start` on; returns what may be seen.
 
         The first forward of a decode sets L, so it must be a full one; every later full forward writes in place.
         """
         if layer == len(self.keys):
-            if start or self.branches > 1:
+            if not isinstance(start, int) or start or self.branches > 1:
                 raise ValueError(f"an empty cache needs a full forward first, got columns from {start}")
-            self.keys.append(F.pad(k, (0, 0, 0, self.spare)) if self.spare else k)
-            self.values.append(F.pad(v, (0, 0, 0, self.spare)) if self.spare else v)
+            b, kv_heads, L, hd = k.shape
+            kept_k, kept_v = (new.new_empty(b, kv_heads, L + self.spare, hd) for new in (k, v))
+            kept_k[:, :, :L], kept_v[:, :, :L] = k, v
+            self.allocated.append((kept_k, kept_v))
+            self.keys.append(kept_k)
+            self.values.append(kept_v)
             return k, v
         n = k.shape[2] // self.branches
-        stop, seen = start + n, self.length + (self.branches - 1) * n
-        if stop > self.length or seen > self.keys[layer].shape[2]:
+        columns, seen = columns_from(start, n), self.length + (self.branches - 1) * n
+        if (isinstance(columns, slice) and columns.stop > self.length) or seen > self.keys[layer].shape[2]:
             raise ValueError(
                 f"the cache holds {self.length} columns and {self.spare} spare ones, "
-                f"got columns {start} to {stop} in {self.branches} branches"
+                f"got columns {start} to {start + n} in {self.branches} branches"
             )
         for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
-            stored[:, :, start:stop] = new[:, :, :n]
+            stored[:, :, columns] = new[:, :, :n]
             stored[:, :, self.length : seen] = new[:, :, n:]
         return self.keys[layer][:, :, :seen], self.values[layer][:, :, :seen]
 
-    def attend_shared(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int) -> Tensor:
+    def attend_shared(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | Tensor
+    ) -> Tensor:
         """Attention of branches in batch layout: `q`, `k`, `v` have `b * branches` rows, the cache b."""
         keys, values = self.keys[layer], self.values[layer]
         b, kv_heads, L, hd = keys.shape
@@ -84,7 +98,7 @@ class BlockCache:
 
         shared = (grouped.flatten(2, 3) @ keys.transpose(2, 3)).view(b, kv_heads, self.branches, queries, L)
         hidden = torch.zeros(1, 1, 1, 1, L, dtype=torch.bool, device=q.device)
-        hidden[..., start : start + n] = True
+        hidden[..., columns_from(start, n)] = True
         if mask is not None:
             hidden = hidden | ~mask.view(b, self.branches, 1, 1, L).transpose(1, 2)
         scores = torch.cat((shared.masked_fill(hidden, -torch.inf), grouped @ own_k.transpose(3, 4)), dim=-1)
@@ -93,18 +107,35 @@ class BlockCache:
         out = out + weights[..., L:] @ own_v
         return out.transpose(1, 2).reshape(rows, heads, n, hd)
 
+    def hold(self, b: int) -> None:
+        """Hold `b` sequences, at most as many as the first forward had; their contents are what stands in front."""
+        self.keys = [k[:b] for k, _ in self.allocated]
+        self.values = [v[:b] for _, v in self.allocated]
+
     def keep(self, rows: Tensor) -> None:
-        """Keep only the sequences `rows` (int64 indices `[b]`)."""
-        self.keys = [k.index_select(0, rows) for k in self.keys]
-        self.values = [v.index_select(0, rows) for v in self.values]
+        """Keep only the sequences `rows` (int64 indices `[b]`), which move to the front."""
+        for stored in (*self.keys, *self.values):
+            stored[: rows.shape[0]] = stored.index_select(0, rows)
+        self.hold(rows.shape[0])
+
+    def front(self, b: int) -> BlockCache:
+        """Another cache that holds `b` sequences in the same memory."""
+        other = BlockCache(self.layout, self.spare)
+        other.allocated = self.allocated
+        other.hold(b)
+        return other
 
 
-def tree_mask(length: int, fed: slice, branches: int, device: torch.device) -> Tensor:
+def columns_from(start: int | Tensor, n: int) -> slice | Tensor:
+    """The columns of `n` fed positions: those from `start` on, or `start` itself."""
+    return slice(start, start + n) if isinstance(start, int) else start
+
+
+def tree_mask(length: int, fed: slice | Tensor, n: int, branches: int, device: torch.device) -> Tensor:
     """What branches in tree layout may see: bool `[branches * n, length + (branches - 1) * n]`, n the columns of `fed`.
 
     Branch 0 stands in the columns `fed` and sees all `length` columns; branch j sees its own n columns instead of them.
     """
-    n = fed.stop - fed.start
     sees = torch.zeros(branches, length + (branches - 1) * n, dtype=torch.bool, device=device)
     sees[:, :length] = True
     sees[1:, fed] = False

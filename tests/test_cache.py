@@ -205,7 +205,7 @@ def test_branches_in_tree_layout_are_forwards_of_their_own(
     cache, alone = BlockCache("tree", spare=(branches - 1) * n), BlockCache()
     assert torch.equal(forward(llada, x, cache, 0, 14), forward(llada, x, alone, 0, 14))
     cache.branches = branches
-    mask = tree_mask(14, slice(start, stop), branches, x.device)[None, None]
+    mask = tree_mask(14, slice(start, stop), n, branches, x.device)[None, None]
     positions = torch.arange(start, stop).repeat(branches)[None]
     with torch.no_grad():
         fed = contents[:, :, start:stop].flatten(1)

@@ -14,8 +14,9 @@ LAYERS = (
     ("fdpp.dawn",),
     ("fdpp.decoding",),
     ("fdpp.models",),
+    ("fdpp.patch",),
     ("fdpp.tiny",),
-    ("fdpp.live", "fdpp.demo"),
+    ("fdpp.live", "fdpp.demo", "fdpp.trace", "fdpp.chat", "fdpp.integrations"),
     ("fdpp.cli",),
     ("fdpp.__main__",),
 )

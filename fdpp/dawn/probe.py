@@ -30,7 +30,7 @@ class Probe(BlockCache):
         self.own: list[Tensor] = []
         self.shared: list[Tensor] = []
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | Tensor) -> Tensor:
         out = attend_uncached(q, k, v, mask) if self.cache is None else self.cache.attend(layer, q, k, v, mask, start)
         if layer in self.layers:
             if self.layout == "tree" and self.branches > 1:

@@ -13,6 +13,7 @@ from fdpp.rules import Frechet, Quota, Rule
 
 CACHES = ("none", "prefix", "dual")
 BRANCHES = ("batch", "tree")
+ENGINES = ("auto", "eager", "static")
 MAX_DRAFTS = 64
 
 
@@ -31,6 +32,8 @@ class DiffusionGenerationConfig:
         drafts: states a forward evaluates (FreeDave, arXiv 2510.00294): the current one and `drafts - 1` guesses of
             what follows. The result is that of `drafts=1`, in fewer forwards. "auto" doubles what was last accepted.
         branches: how the drafted states share the cache, "batch" or "tree" (see `fdpp.cache.BlockCache`).
+        engine: "static" runs steps on static tensors, captured as CUDA graphs on first use (`fdpp.decoding.static`);
+            "eager" runs every operation as it comes. "auto" is "static" on a CUDA device, where it can be. Same tokens.
         temperature: 0 for greedy proposals.
         seed: with a temperature, sequence b samples from the stream seed + b.
         return_dict_in_generate: False returns the sequences alone.
@@ -45,6 +48,7 @@ class DiffusionGenerationConfig:
     stop_at_eos: bool = True
     drafts: int | str = 1
     branches: str = "batch"
+    engine: str = "auto"
     temperature: float = 0.0
     seed: int | None = None
     return_dict_in_generate: bool = True
@@ -70,6 +74,8 @@ class DiffusionGenerationConfig:
             raise ValueError(f'drafts: expected an int from 1 to {MAX_DRAFTS} or "auto", got {self.drafts!r}')
         if self.branches not in BRANCHES:
             raise ValueError(f"branches: expected one of {', '.join(BRANCHES)}, got {self.branches!r}")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {self.engine!r}")
         check_temperature(self.temperature)
         if self.seed is not None and not is_int(self.seed):
             raise ValueError(f"seed: expected an int, got {self.seed!r}")

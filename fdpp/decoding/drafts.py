@@ -53,26 +53,15 @@ class Chain:
         return torch.where(commits.any(1), (commits * index[:, :, None]).sum(1), before)
 
 
-class DraftDepth:
-    """How many states the next forward evaluates, and the acceptance of drafts by depth.
+def most_drafts(drafts: int | str) -> int:
+    """The most states that a forward may evaluate under the setting `drafts`."""
+    return MAX_DRAFTS if drafts == "auto" else int(drafts)
 
-    A fixed `drafts` is that many. "auto" takes twice what the last forward accepted: 2 after a wrong draft, more while
-    the drafts hold. No depth costs forwards, since the first state of every chain is right.
+
+def depth_after(accepted: int, drafts: int | str) -> int:
+    """How many states the next forward evaluates, once the last one's most successful chain had `accepted` of them.
+
+    A fixed `drafts` is that many. "auto" takes twice what was accepted: 2 after a wrong draft, more while the drafts
+    hold. No depth costs forwards, since the first state of every chain is right.
     """
-
-    def __init__(self, drafts: int | str, device: torch.device) -> None:
-        self.drafts = drafts
-        self.most = MAX_DRAFTS if drafts == "auto" else int(drafts)
-        self.offered, self.accepted = torch.zeros(2, max(self.most - 1, 1), dtype=torch.float64, device=device)
-
-    def next(self, accepted: int) -> int:
-        return min(2 * accepted, self.most) if self.drafts == "auto" else self.most
-
-    def count(self, chain: Chain) -> None:
-        depths = chain.agrees.shape[1]
-        if depths:
-            self.offered[:depths] += chain.offered.sum(0)
-            self.accepted[:depths] += chain.right[:, 1:].sum(0)
-
-    def acceptance(self) -> Tensor | None:
-        return None if self.drafts == 1 else self.accepted / self.offered
+    return min(2 * accepted, MAX_DRAFTS) if drafts == "auto" else int(drafts)

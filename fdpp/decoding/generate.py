@@ -67,9 +67,10 @@ class DiffusionGenerationMixin:
         if streamer is not None:
             streamer.put(input_ids.cpu())
         for block in range(len(config.blocks())):
-            for draft in loop.steps(block):
-                if streamer is not None and hasattr(streamer, "put_draft"):
-                    streamer.put_draft(draft.cpu())
+            put_draft = getattr(streamer, "put_draft", None)
+            for _ in loop.steps(block, watch=put_draft is not None):
+                if put_draft is not None:
+                    put_draft(loop.block_tokens(block).cpu())
             if stopping_criteria is not None:
                 loop.stop(StoppingCriteriaList(stopping_criteria), block)
             if streamer is not None:

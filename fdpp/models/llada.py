@@ -71,7 +71,7 @@ class LLaDABlock(nn.Module):
         angles: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         cache: BlockCache | None,
-        start: int,
+        start: int | Tensor,
     ) -> Tensor:
         B, T, _ = x.shape
         h = self.attn_norm(x)
@@ -129,20 +129,21 @@ class LLaDAModel(LLaDAPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: BlockCache | None = None,
-        start: int = 0,
+        start: int | Tensor = 0,
         hidden_states: list[Tensor] | None = None,
     ) -> Tensor:
         """Hidden states `[B, T, d_model]` after the final norm of `input_ids` `[B, T]`.
 
         `attention_mask` `[B, S]` is 1 at keys that may be seen (S: the cache's length, else T); a `[B, 1, T, S]` bool
         mask says it for every query. `position_ids` `[B, T]` default to `start, start + 1, ...`. With a `cache`, the T
-        positions stand at columns `start..start+T` of it: their keys and values replace what it holds there and
-        attention goes over all S columns. `hidden_states`, if a list, receives the input of every block and the
-        returned tensor.
+        positions stand at its columns from `start` on (or at the columns `start`, an int64 tensor `[T]`): their keys
+        and values replace what it holds there and attention goes over all S columns. `hidden_states`, if a list,
+        receives the input of every block and the returned tensor.
         """
         T = input_ids.shape[1]
         if position_ids is None:
-            position_ids = torch.arange(start, start + T, device=input_ids.device)[None]
+            at = torch.arange(start, start + T, device=input_ids.device) if isinstance(start, int) else start
+            position_ids = at[None]
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, None, None, :].bool()
         x = self.transformer["wte"](input_ids)

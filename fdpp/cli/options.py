@@ -1,17 +1,12 @@
-"""The command line: `fdpp COMMAND`, or `python -m fdpp COMMAND`.
-
-A command is one function that adds its parser and names the function that runs it; `COMMANDS` lists them.
-"""
+"""What commands share: errors of the user's, the options of model, rule and decode, and what they mean."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NoReturn
@@ -21,9 +16,8 @@ import transformers
 from safetensors import SafetensorError
 
 import fdpp
-from fdpp import demo, tiny
+from fdpp import tiny
 from fdpp.decoding.config import CACHES, DiffusionGenerationConfig
-from fdpp.live import LiveView, is_live
 
 RULES: dict[str, tuple[type[fdpp.Rule], dict[str, str]]] = {
     "quota": (fdpp.Quota, {"k": "k"}),
@@ -36,12 +30,6 @@ RULES: dict[str, tuple[type[fdpp.Rule], dict[str, str]]] = {
     "dawn": (fdpp.Dawn, {field.name: field.name for field in dataclasses.fields(fdpp.Dawn)}),
 }
 """Every rule with its options: name on the command line, field of the dataclass."""
-
-EXAMPLES = """examples:
-  fdpp generate --stream --cache none --prompt 'Mia has 12 apples . In May she finds 5 . In June she loses 3 .
-    In July she buys 4 . In August she sells 6 . How many apples now ?'
-  echo 'Why is the sky blue?' | fdpp generate --model GSAI-ML/LLaDA-8B-Instruct --prompt - --margin 0.2
-"""
 
 
 class CommandError(Exception):
@@ -195,16 +183,6 @@ def load_model(args: argparse.Namespace) -> tuple[fdpp.LLaDAModelLM, Any]:
         return model.eval().to(device), tokenizer
 
 
-def read_prompt(args: argparse.Namespace) -> str:
-    prompt = args.prompt
-    if prompt == "-":
-        with reported(ValueError, about="--prompt -: "):
-            prompt = sys.stdin.read()
-    if not prompt.strip():
-        raise CommandError("the prompt is empty")
-    return prompt.strip().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
 def encode(tokenizer: Any, prompt: str, raw: bool) -> torch.Tensor:
     """The prompt's ids `[1, P]`, in the tokenizer's chat template where it has one."""
     if tokenizer.chat_template and not raw:
@@ -217,106 +195,3 @@ def encode(tokenizer: Any, prompt: str, raw: bool) -> torch.Tensor:
     if unknown:
         print(f"fdpp: note: {unknown} of {len(ids)} words of the prompt are unknown to the model", file=sys.stderr)
     return torch.tensor([ids], dtype=torch.int64)
-
-
-def add_generate(commands: Any) -> None:
-    parser = commands.add_parser(
-        "generate",
-        help="answer a prompt",
-        description="Answer a prompt. The answer goes to standard output, its figures to standard error.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; -: read it from standard input")
-    parser.add_argument("--raw", action="store_true", help="pass the prompt as it is, not as a turn of a chat")
-    text = "show the answer while it is unmasked; where there is no terminal, print it block by block"
-    parser.add_argument("--stream", action="store_true", help=text)
-    add_model_options(parser)
-    add_rule_options(parser)
-    add_decoding_options(parser)
-    parser.set_defaults(run=generate)
-
-
-def generate(args: argparse.Namespace) -> int:
-    config, prompt = config_of(args), read_prompt(args)
-    model, tokenizer = load_model(args)
-    ids = encode(tokenizer, prompt, args.raw).to(model.device)
-    live = args.stream and is_live(sys.stdout)
-    view: Any = nullcontext()
-    if live:
-        view = LiveView(tokenizer, model.config.mask_token_id)
-    elif args.stream:
-        view = nullcontext(transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
-    started = time.perf_counter()
-    with reported(ValueError, FloatingPointError, torch.OutOfMemoryError), view as streamer:
-        out: Any = model.generate(ids, generation_config=config, streamer=streamer)
-    seconds = time.perf_counter() - started
-    if live or not args.stream:
-        print(tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True).strip(), flush=True)
-    nfe = int(out.nfe)
-    tokens = round(float(out.tokens_per_forward) * nfe)
-    figures = f"{tokens} tokens, {nfe} forwards (NFE), {tokens / nfe:.2f} tokens per forward"
-    print(f"{figures}, {tokens / seconds:.0f} tok/s", file=sys.stderr)
-    return 0
-
-
-def add_demo(commands: Any) -> None:
-    parser = commands.add_parser(
-        "demo",
-        help="watch the embedded model solve problems it has not seen, then compare the rules",
-        description="Decode problems held out from the embedded model's training: the first ones live, then all of "
-        "them with one token per step, threshold 0.9, factor 0.75 and Fréchet 0.25, in a table.",
-    )
-    text = "problems of the table (default: %(default)s)"
-    parser.add_argument("--problems", type=whole(1), default=24, metavar="N", help=text)
-    text = "see `fdpp generate`; this small model answers worse with a cache, see the README (default: %(default)s)"
-    parser.add_argument("--cache", choices=CACHES, default="none", help=text)
-    parser.set_defaults(run=run_demo)
-
-
-def run_demo(args: argparse.Namespace) -> int:
-    with reported(FileNotFoundError):
-        return demo.run(args.problems, args.cache)
-
-
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_demo, add_generate)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="fdpp", description="Fast decoding for masked-diffusion language models (LLaDA).")
-    parser.add_argument("--version", action="version", version=f"fdpp {fdpp.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
-    for add in COMMANDS:
-        add(commands)
-    return parser
-
-
-def run(argv: list[str] | None) -> int:
-    try:
-        args = build_parser().parse_args(argv)
-    except SystemExit as shown:
-        # --help and --version
-        return int(shown.code or 0)
-    return args.run(args)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for an error of the user's, 130 for Ctrl-C, 141 for a closed pipe."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
-        code = run(argv)
-        sys.stdout.flush()
-        return code
-    except CommandError as error:
-        print(f"fdpp: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # What is still buffered would fail again when the interpreter flushes at exit.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141

@@ -1,0 +1,145 @@
+"""What a decode knows of its sequences, as tensors alone: a step is a function of them, and so can be captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdpp.decoding.evidence import Evidence
+from fdpp.reference import Selection
+
+
+class Window(NamedTuple):
+    """The columns of one forward, each a slice or, in a captured step, an int64 tensor of columns.
+
+    Attributes:
+        fed: `n` columns of the sequence that are fed to the model.
+        block: the block's `T` columns of the sequence.
+        inner: the block's place within what is fed.
+        first: the block's first column, for rules that look beyond the block.
+        full: whether everything is fed.
+    """
+
+    fed: slice | Tensor
+    block: slice | Tensor
+    inner: slice | Tensor
+    first: int
+    full: bool
+
+    @classmethod
+    def of(cls, fed: slice, block: slice, length: int) -> Window:
+        inner = slice(block.start - fed.start, block.stop - fed.start)
+        return cls(fed, block, inner, block.start, fed.stop - fed.start == length)
+
+    def start(self) -> int | Tensor:
+        """What `model(start=)` takes: the first fed column, or all of them."""
+        return self.fed.start if isinstance(self.fed, slice) else self.fed
+
+    def width(self) -> int:
+        """How many columns are fed."""
+        return count(self.fed)
+
+    def block_width(self) -> int:
+        """How many columns the block has."""
+        return count(self.block)
+
+
+def count(columns: slice | Tensor) -> int:
+    return columns.stop - columns.start if isinstance(columns, slice) else columns.shape[0]
+
+
+class BlockState(NamedTuple):
+    """The b sequences that take part in a forward.
+
+    Attributes:
+        row: `[b]` int64, which sequences of the decode they are.
+        sequences: `[b, L]` int64, prompts and responses, masks included.
+        commit_step: `[b, L]` int64, the step of its sequence that committed a column, -1 where none did.
+        nfe, steps, query_tokens: `[b]` int64, forwards, steps and fed positions so far.
+        first_step: `[b]` int64, `steps` at the block's start.
+        position_ids: `[b, L]` int64.
+        attention_mask: `[b, L]` bool, False at padding; None without padding.
+        streams: `[b]` int64, the noise streams of a decode that samples.
+        offered, accepted: `[b, drafts - 1]` int64, how many drafts were offered and accepted, by depth.
+        evidence: of the state before the current one, `[b, 1, ...]`, where drafts or the rule need it; None before a
+            block's first forward.
+        anchors: `[b, L]` float32, for `Dawn`: the model's confidence at committed columns in its last full forward.
+    """
+
+    row: Tensor
+    sequences: Tensor
+    commit_step: Tensor
+    nfe: Tensor
+    steps: Tensor
+    query_tokens: Tensor
+    first_step: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None = None
+    streams: Tensor | None = None
+    offered: Tensor | None = None
+    accepted: Tensor | None = None
+    evidence: Evidence | None = None
+    anchors: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> BlockState:
+        """With `change` applied to every tensor that is there."""
+        evidence = None if self.evidence is None else self.evidence.each(change)
+        others = (None if f is None or isinstance(f, Evidence) else change(f) for f in self)
+        return BlockState(*others)._replace(evidence=evidence)  # type: ignore[arg-type]
+
+    def tensors(self) -> list[Tensor]:
+        """All that are there, those of the evidence last."""
+        own = [field for field in self if isinstance(field, Tensor)]
+        return own + ([] if self.evidence is None else [part for part in self.evidence if part is not None])
+
+    def take(self, rows: Tensor) -> BlockState:
+        """The sequences at `rows`, int64 indices `[c]`."""
+        return self.each(lambda field: field.index_select(0, rows))
+
+    def write(self, part: BlockState) -> None:
+        """Write what steps change back to the rows that `part` came from."""
+        for name in ("sequences", "commit_step", "nfe", "steps", "query_tokens", "offered", "accepted"):
+            field = getattr(self, name)
+            if field is not None:
+                field[part.row] = getattr(part, name)
+
+
+class Outcome(NamedTuple):
+    """What came of a forward.
+
+    Attributes:
+        row: `[b]`, the sequences of the decode that took part.
+        states, chosen: the states evaluated, `[b, D, T]`, and the step from each of them, `[b, D, ...]`; those of the
+            first `accepted` `[b]` states are the decode's.
+        remaining: `[b]`, masks left in the block; 0 where the sequence ended in it.
+        ended: `[b]` bool, an EOS is committed with everything before it.
+        nonfinite: `[b]`, masked positions without usable logits.
+        summary: `[5]` int64: all unusable positions, ended and complete sequences, the most masks left, the most
+            states accepted.
+    """
+
+    row: Tensor
+    states: Tensor
+    chosen: Selection
+    accepted: Tensor
+    remaining: Tensor
+    ended: Tensor
+    nonfinite: Tensor
+    summary: Tensor
+
+    def front(self, b: int) -> Outcome:
+        """Of the first `b` sequences; the summary stays."""
+        chosen = Selection(*(field[:b] for field in self.chosen))
+        cut = {name: getattr(self, name)[:b] for name in self._fields if name not in ("chosen", "summary")}
+        return self._replace(chosen=chosen, **cut)
+
+
+def ends(tokens: Tensor, mask_id: int, eos: Tensor | None) -> Tensor:
+    """`[...]` bool: where the block's `tokens` `[..., T]` hold a committed EOS and no mask before it."""
+    if eos is None:
+        return torch.zeros(tokens.shape[:-1], dtype=torch.bool, device=tokens.device)
+    open_before = tokens.eq(mask_id).cumsum(-1) > 0
+    return (torch.isin(tokens, eos) & ~open_before).any(-1)

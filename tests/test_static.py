@@ -1,0 +1,233 @@
+"""Steps on static tensors: the tokens of the eager engine, from tensors and steps that are made once."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from small import EOS, left_pad, prompts, small_model
+from torch import Tensor
+
+import fdpp
+from fdpp import LLaDAModelLM
+from fdpp.decoding import static
+
+RULES = [
+    fdpp.Quota(),
+    fdpp.Threshold(0.5),
+    fdpp.Frechet(0.1),
+    fdpp.EntropyBound(1.0),
+    fdpp.LocalLeap(0.6, 0.3),
+    fdpp.Klass(0.3, 0.5, 1),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def llada(request: pytest.FixtureRequest) -> LLaDAModelLM:
+    return small_model().to(request.param)
+
+
+def ragged(llada: LLaDAModelLM, B: int = 5) -> tuple[Tensor, Tensor]:
+    ids, mask = left_pad([prompts(1, 5 + 3 * b, seed=b)[0] for b in range(B)])
+    return ids.to(llada.device), mask.to(llada.device)
+
+
+def both(llada: LLaDAModelLM, ids: Tensor, mask: Tensor | None = None, **settings: Any) -> tuple[Any, Any]:
+    """The outputs of both engines."""
+    return tuple(llada.generate(ids, mask, engine=engine, **settings) for engine in ("eager", "static"))
+
+
+def assert_same(eager: Any, captured: Any) -> None:
+    """All but `query_tokens`, which counts the columns that fill a bucket."""
+    assert eager.keys() == captured.keys()
+    for name in eager.keys() - {"query_tokens"}:
+        torch.testing.assert_close(captured[name], eager[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_same_decode_as_the_eager_engine(llada: LLaDAModelLM, rule: fdpp.Rule, cache: str, drafts: int) -> None:
+    """Ragged rows that end at different blocks, a last block that is shorter, and columns that need padding."""
+    ids, mask = ragged(llada)
+    eager, captured = both(llada, ids, mask, rule=rule, cache=cache, drafts=drafts, max_new_tokens=27, block_length=8)
+    assert_same(eager, captured)
+    assert rule == fdpp.Quota() or len(set(eager.nfe.tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"branches": "tree", "drafts": 3, "cache": "dual"},
+        {"branches": "tree", "drafts": 3, "cache": "prefix"},
+        {"drafts": "auto", "cache": "dual"},
+        {"temperature": 0.7, "seed": 3, "cache": "dual"},
+        {"rule": fdpp.Quota(), "steps": 9, "cache": "prefix"},
+        {"stop_at_eos": False, "cache": "none"},
+    ],
+    ids=str,
+)
+def test_same_decode_with_other_settings(llada: LLaDAModelLM, settings: dict[str, Any]) -> None:
+    ids, mask = ragged(llada)
+    settings = {"rule": fdpp.Frechet(0.1)} | settings
+    eager, captured = both(llada, ids, mask, max_new_tokens=32, block_length=8, **settings)
+    assert_same(eager, captured)
+
+
+def steps_of(llada: LLaDAModelLM) -> list[static.Step]:
+    buckets = llada.__dict__["_static_steps"].buckets.values()
+    return [step for bucket in buckets for arena in bucket.arenas.values() for step in arena.steps.values()]
+
+
+def test_a_decode_makes_one_step_for_full_forwards_and_one_for_blocks() -> None:
+    llada = small_model()
+    settings: dict[str, Any] = {"rule": fdpp.Quota(2), "stop_at_eos": False, "max_new_tokens": 32, "block_length": 8}
+    first = llada.generate(prompts(1, 20), engine="static", **settings)
+    assert {(step.window.full, step.window.width()) for step in steps_of(llada)} == {(True, 64), (False, 8)}
+    made = steps_of(llada)
+    # Another length of the same bucket, and the same one again.
+    llada.generate(prompts(1, 27), engine="static", **settings)
+    assert torch.equal(llada.generate(prompts(1, 20), engine="static", **settings).sequences, first.sequences)
+    assert steps_of(llada) == made
+
+
+def test_a_window_without_padding_needs_no_mask() -> None:
+    llada, seen = small_model(), []
+    forward = llada.model.forward
+    llada.model.forward = lambda *args, **kwargs: seen.append(kwargs["attention_mask"]) or forward(*args, **kwargs)
+    llada.generate(prompts(1, 16), engine="static", max_new_tokens=16, block_length=8)
+    assert seen and all(mask is None for mask in seen)
+    llada.generate(prompts(1, 15), engine="static", max_new_tokens=16, block_length=8)
+    assert seen[-1] is not None and seen[-1].shape[1] == 32
+
+
+def test_the_keys_and_values_stay_where_they_are() -> None:
+    llada = small_model()
+    settings: dict[str, Any] = {"engine": "static", "rule": fdpp.Frechet(0.1), "max_new_tokens": 32, "block_length": 8}
+
+    def addresses() -> list[int]:
+        (bucket,) = llada.__dict__["_static_steps"].buckets.values()
+        return [tensor.data_ptr() for pair in bucket.cache.allocated for tensor in pair]
+
+    ids, mask = ragged(llada)
+    llada.generate(ids, mask, **settings)
+    before = addresses()
+    llada.generate(ids.flip(0)[1:], mask.flip(0)[1:], **settings)
+    assert addresses() == before and len(before) == 4
+
+
+def test_batches_run_at_a_few_sizes() -> None:
+    sizes = [static.graph_size(b) for b in range(1, 65)]
+    assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert all(b <= size <= max(b + 1, 3 * b // 2) for b, size in enumerate(sizes, 1))
+
+
+def test_steps_do_not_outlive_the_weights() -> None:
+    llada = small_model()
+    settings: dict[str, Any] = {"max_new_tokens": 16, "block_length": 8, "rule": fdpp.Quota()}
+    llada.generate(prompts(1, 16), engine="static", **settings)
+    made = steps_of(llada)
+    llada.double().float()
+    llada.load_state_dict(small_model(seed=1).state_dict())
+    assert_same(*both(llada, prompts(1, 16), **settings))
+    assert not set(made) & set(steps_of(llada))
+
+
+def test_other_settings_get_other_steps() -> None:
+    """What a capture bakes in must tell two decodes apart."""
+    llada = small_model()
+    for settings in (
+        {"rule": fdpp.LocalLeap(0.6, 0.3)},
+        {"rule": fdpp.LocalLeap(0.9, 0.6)},
+        {"rule": fdpp.Frechet(0.1)},
+        {"rule": fdpp.Frechet(0.9)},
+        {"temperature": 1.0, "seed": 1},
+        {"temperature": 0.2, "seed": 1},
+        {"stop_at_eos": False},
+        {"eos_token_id": 5},
+        {"eos_token_id": [5, EOS]},
+    ):
+        assert_same(*both(llada, prompts(2, 16), max_new_tokens=16, block_length=8, **settings))
+
+
+def test_few_buckets_are_kept() -> None:
+    llada = small_model()
+    for P in (16, 48, 80, 112, 144, 16):
+        assert_same(*both(llada, prompts(1, P), max_new_tokens=16, block_length=8))
+        assert len(llada.__dict__["_static_steps"].buckets) <= static.KEPT
+
+
+def test_a_larger_batch_after_a_smaller_one() -> None:
+    llada = small_model()
+    for B in (1, 5, 2, 7):
+        eager, captured = both(llada, prompts(B, 16), max_new_tokens=16, block_length=8)
+        assert_same(eager, captured)
+
+
+def test_copies_start_without_steps() -> None:
+    llada = small_model()
+    expected = llada.generate(prompts(1, 16), engine="static", max_new_tokens=16, block_length=8)
+    stored = io.BytesIO()
+    torch.save(llada, stored)
+    stored.seek(0)
+    for other in (copy.deepcopy(llada), pickle.loads(pickle.dumps(llada)), torch.load(stored, weights_only=False)):
+        assert not other.__dict__["_static_steps"].buckets
+        assert_same(expected, other.generate(prompts(1, 16), engine="static", max_new_tokens=16, block_length=8))
+
+
+def test_drafts_shown_while_decoding_are_those_of_the_eager_engine() -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.seen: list[Tensor] = []
+
+        def put(self, value: Tensor) -> None:
+            self.seen.append(value.clone())
+
+        put_draft = put
+
+        def end(self) -> None: ...
+
+    recorders = {}
+    for engine in ("eager", "static"):
+        recorders[engine] = Recorder()
+        small_model().generate(
+            prompts(2, 11), engine=engine, streamer=recorders[engine], max_new_tokens=20, block_length=8
+        )
+    pairs = zip(recorders["eager"].seen, recorders["static"].seen, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_stopping_criteria_see_no_padding() -> None:
+    llada, widths = small_model(), []
+
+    def stop(ids: Tensor, scores: None) -> Tensor:
+        widths.append(ids.shape[1])
+        return torch.tensor([True, False])[: len(ids)]
+
+    outs = both(llada, prompts(2, 11), max_new_tokens=20, block_length=8, stopping_criteria=[stop])
+    assert widths[: len(widths) // 2] == widths[len(widths) // 2 :] and widths[0] == 19
+    assert_same(*outs)
+
+
+def test_dawn_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="engine='static': rule=Dawn"):
+        small_model().generate(prompts(1, 8), engine="static", rule=fdpp.Dawn(), max_new_tokens=8)
+
+
+def test_an_unknown_engine() -> None:
+    with pytest.raises(ValueError, match="engine: expected one of auto, eager, static, got 'fast'"):
+        small_model().generate(prompts(1, 8), engine="fast", max_new_tokens=8)
+
+
+@pytest.mark.gpu
+def test_graphs_are_captured_and_announced(caplog: pytest.LogCaptureFixture) -> None:
+    llada = small_model().cuda()
+    with caplog.at_level("INFO", logger="fdpp.decoding.static"):
+        out = llada.generate(prompts(1, 16).cuda(), max_new_tokens=16, block_length=8, rule=fdpp.Quota())
+    assert out.sequences.is_cuda and all(step.graph is not None for step in steps_of(llada))
+    assert sum("capturing" in record.message for record in caplog.records) == len(steps_of(llada)) == 2
