@@ -216,6 +216,8 @@ def bucket_for(
     """The bucket of `model` for `B` sequences of `length` columns under `config`; `padded`: with an attention mask."""
     settings = (getattr(config, field.name) for field in fields(config) if field.name not in UNKEYED)
     key = (length, padded, spare, *(tuple(value) if isinstance(value, list) else value for value in settings))
+    if hasattr(model, "join_weights"):
+        model.join_weights()
     weights = tuple((p.device, p.dtype, p.data_ptr()) for p in model.parameters())
     held = model.__dict__.setdefault("_static_steps", StaticSteps())
 

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from fdpp.cache import BlockCache, attend
 from fdpp.decoding.generate import DiffusionGenerationMixin
 from fdpp.models.configuration import LLaDAConfig
+from fdpp.models.joined import Joined
 
 
 class RMSNorm(nn.Module):
@@ -28,14 +29,20 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `RMSNorm`."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return weight * F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[B, 1, T, head_size]` (float32) of the rotary angles at `position_ids` `[B, T]`."""
+    """Cosines and sines `[B, 1, T, head_size / 2]` (float32) of the rotary angles at `position_ids` `[B, T]`."""
     exponent = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
     angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponent)
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
@@ -43,7 +50,7 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the halves of the last dimension against each other, in float32."""
     cos, sin = angles
     first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class LLaDABlock(nn.Module):
@@ -64,6 +71,8 @@ class LLaDABlock(nn.Module):
         self.ff_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
         self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
+        self.qkv = Joined(self._modules, "q_proj", "k_proj", "v_proj")
+        self.gate_up = Joined(self._modules, "ff_proj", "up_proj")
 
     def forward(
         self,
@@ -73,18 +82,33 @@ class LLaDABlock(nn.Module):
         cache: BlockCache | None,
         start: int | Tensor,
     ) -> Tensor:
-        B, T, _ = x.shape
-        h = self.attn_norm(x)
-        q = rotate(self.q_proj(h).view(B, T, self.n_heads, self.head_size).transpose(1, 2), angles)
-        k = rotate(self.k_proj(h).view(B, T, self.n_kv_heads, self.head_size).transpose(1, 2), angles)
-        v = self.v_proj(h).view(B, T, self.n_kv_heads, self.head_size).transpose(1, 2)
+        q, k, v = self.attention_inputs(x, angles)
         if cache is None:
             h = attend(q, k, v, attention_mask)
         else:
             h = cache.attend(self.layer, q, k, v, attention_mask, start)
-        x = x + self.attn_out(h.transpose(1, 2).reshape(B, T, -1))
-        h = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        x = x + self.attn_out(h.transpose(1, 2).flatten(2))
+        return x + self.feed_forward(self.ff_norm(x))
+
+    def attention_inputs(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries `[B, H, T, hd]`, rotated keys and values `[B, kv_heads, T, hd]`."""
+        h = self.attn_norm(x)
+        weight = self.qkv.matrix()
+        if weight is None:
+            parts = [layer(h) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+            q, k, v = (part.unflatten(2, (-1, self.head_size)).transpose(1, 2) for part in parts)
+            return rotate(q, angles), rotate(k, angles), v
+        heads = F.linear(h, weight).unflatten(2, (-1, self.head_size)).transpose(1, 2)
+        rotated = rotate(heads[:, : self.n_heads + self.n_kv_heads], angles)
+        return rotated[:, : self.n_heads], rotated[:, self.n_heads :], heads[:, self.n_heads + self.n_kv_heads :]
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        """SwiGLU."""
+        weight = self.gate_up.matrix()
+        if weight is None:
+            return self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        gate, up = F.linear(h, weight).chunk(2, dim=-1)
+        return self.ff_out(F.silu(gate).mul_(up))
 
 
 class LLaDAPreTrainedModel(PreTrainedModel):
@@ -177,6 +201,16 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module | None:
         return None if self.config.weight_tying else self.model.transformer["ff_out"]
 
+    @torch.no_grad()
+    def join_weights(self) -> None:
+        """Lay the weights that read the same input side by side in memory, see `fdpp.models.joined`.
+
+        The first forward does it by itself; done ahead, the weights stand where they will stay.
+        """
+        for block in self.model.transformer["blocks"]:
+            block.qkv.matrix()
+            block.gate_up.matrix()
+
     def project(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., d_model]`."""
         head = self.model.transformer["wte" if self.config.weight_tying else "ff_out"]
@@ -224,6 +258,7 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
         ]
         if problems:
             raise ValueError(f"LLaDA checkpoint: {'; '.join(problems)}")
+        model.join_weights()
         return (model, info) if wants_info else model
 
 

@@ -1,0 +1,58 @@
+"""Linear layers that read the same input, as one matrix product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Joined:
+    """One matrix `[sum of outputs, inputs]` of which the layers' weights are views.
+
+    Parameters, their names and their checkpoints stay as they are, and no weight is held twice. The matrix is made on
+    first use and again whenever a weight has moved. Layers that are more than a plain weight are left alone: with
+    hooks, adapters, quantised or sharded weights.
+
+    Args:
+        modules: the block's own table of submodules, so that a layer that is replaced later is seen.
+        names: of the layers in it, without biases.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module | None], *names: str) -> None:
+        self.modules, self.names = modules, names
+        self.weight: Tensor | None = None
+
+    def matrix(self) -> Tensor | None:
+        """The joined weight, None where the layers must be called one by one.
+
+        They must be while gradients are recorded, which belong to the parameters, and while PyTorch compiles, since
+        it cannot follow addresses.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        weights = []
+        for name in self.names:
+            layer = self.modules[name]
+            if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+                return None
+            weights.append(layer._parameters["weight"])
+        return self.weight if self.weight is not None and self.holds(weights) else self.join(weights)
+
+    def holds(self, weights: list[nn.Parameter | None]) -> bool:
+        """Whether the weights are still the matrix's views: where its memory is alive, an address tells."""
+        assert self.weight is not None
+        address, row = self.weight.data_ptr(), self.weight.stride(0) * self.weight.element_size()
+        for weight in weights:
+            if weight is None or weight.data_ptr() != address or weight.dtype != self.weight.dtype:
+                return False
+            address += weight.shape[0] * row
+        return True
+
+    def join(self, weights: list[nn.Parameter | None]) -> Tensor | None:
+        plain = [w for w in weights if type(w) is nn.Parameter and not w.is_meta]
+        if len(plain) < len(weights) or any(hasattr(self.modules[name], "_hf_hook") for name in self.names):
+            return None
+        self.weight = torch.cat([weight.data for weight in plain])
+        for weight, part in zip(plain, self.weight.split([weight.shape[0] for weight in plain]), strict=True):
+            weight.data = part
+        return self.weight

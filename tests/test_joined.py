@@ -1,0 +1,140 @@
+"""Joined weights: one matrix product for layers with the same input, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from small import prompts, small_model
+from torch import nn
+
+from fdpp import LLaDAModelLM
+
+SIZES = {"n_kv_heads": 2}
+
+
+def is_joined(model: LLaDAModelLM) -> bool:
+    """Whether every block's layers are the rows of one matrix that its forward uses."""
+    with torch.no_grad():
+        return all(
+            joined.matrix() is not None
+            and joined.modules[joined.names[-1]].weight.untyped_storage().data_ptr()
+            == joined.weight.untyped_storage().data_ptr()
+            for block in model.model.transformer["blocks"]
+            for joined in (block.qkv, block.gate_up)
+        )
+
+
+def separately(model: LLaDAModelLM, ids: torch.Tensor) -> torch.Tensor:
+    """Logits by the layers one by one: recording gradients keeps them apart."""
+    with torch.enable_grad():
+        return model(ids).logits.detach()
+
+
+def joined(model: LLaDAModelLM, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.fixture
+def llada() -> LLaDAModelLM:
+    return small_model(**SIZES)
+
+
+IDS = prompts(2, 9)
+
+
+def test_same_logits(llada: LLaDAModelLM) -> None:
+    expected = separately(llada, IDS)
+    torch.testing.assert_close(joined(llada, IDS), expected)
+    assert is_joined(llada)
+
+
+def test_names_and_values_stay(llada: LLaDAModelLM) -> None:
+    before = {name: value.clone() for name, value in llada.state_dict().items()}
+    parameters = dict(llada.named_parameters())
+    joined(llada, IDS)
+    after = llada.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(parameter is parameters[name] for name, parameter in llada.named_parameters())
+
+
+def test_a_checkpoint_after_joining(llada: LLaDAModelLM, tmp_path: Path) -> None:
+    expected = joined(llada, IDS)
+    llada.save_pretrained(tmp_path)
+    again = LLaDAModelLM.from_pretrained(tmp_path)
+    assert again.model.transformer["blocks"][0].qkv.weight is not None
+    assert torch.equal(joined(again, IDS), expected)
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert size < 1.1 * sum(parameter.numel() for parameter in llada.parameters()) * 4 + 10_000
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_other_weights(llada: LLaDAModelLM, assign: bool) -> None:
+    joined(llada, IDS)
+    other = small_model(seed=1, **SIZES)
+    llada.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.equal(joined(llada, IDS), joined(other, IDS))
+
+
+def test_moving_to_another_dtype(llada: LLaDAModelLM) -> None:
+    joined(llada, IDS)
+    llada.double()
+    assert joined(llada, IDS).dtype == torch.float64
+    torch.testing.assert_close(joined(llada, IDS), separately(llada, IDS))
+    assert is_joined(llada)
+
+
+def test_a_copy_has_weights_of_its_own(llada: LLaDAModelLM) -> None:
+    expected = joined(llada, IDS)
+    other = copy.deepcopy(llada)
+    with torch.no_grad():
+        for parameter in llada.parameters():
+            parameter.zero_()
+    assert torch.equal(joined(other, IDS), expected)
+
+
+def test_an_optimizer_step_reaches_the_matrix(llada: LLaDAModelLM) -> None:
+    before = joined(llada, IDS)
+    optimizer = torch.optim.SGD(llada.parameters(), lr=0.1)
+    llada(IDS).logits.square().mean().backward()
+    optimizer.step()
+    after = joined(llada, IDS)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, separately(llada, IDS))
+    assert is_joined(llada)
+
+
+def test_a_replaced_layer_is_called() -> None:
+    class Doubled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.inner(x)
+
+    llada = small_model(**SIZES)
+    before = joined(llada, IDS)
+    block = llada.model.transformer["blocks"][0]
+    for name in ("v_proj", "up_proj"):
+        layer = getattr(block, name)
+        setattr(block, name, Doubled(layer))
+        changed = joined(llada, IDS)
+        assert not torch.allclose(changed, before)
+        torch.testing.assert_close(changed, separately(llada, IDS))
+        setattr(block, name, layer)
+        assert torch.equal(joined(llada, IDS), before)
+
+
+def test_hooks_are_called(llada: LLaDAModelLM) -> None:
+    joined(llada, IDS)
+    calls: list[str] = []
+    block = llada.model.transformer["blocks"][1]
+    block.q_proj.register_forward_hook(lambda *_: calls.append("q"))
+    block.up_proj.register_forward_pre_hook(lambda *_: calls.append("up"))
+    joined(llada, IDS)
+    assert calls == ["q", "up"]
