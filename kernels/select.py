@@ -3,73 +3,8 @@
 import triton
 import triton.language as tl
 
-from fdpp.kernels.profile import commit_by_count, commit_by_sort, cost, sort_key
-from fdpp.kernels.vocab import decay, summarize_row
-
-
-@triton.jit
-def load_partial(partial, plane, i_b, o_t, o_s, m_ts, other, B, T, SPLITS: tl.constexpr):
-    # .cg: another program wrote these, and the L1 of this multiprocessor must not answer.
-    offset = ((plane * B + i_b).to(tl.int64) * T + o_t[:, None]) * SPLITS + o_s[None, :]
-    return tl.load(partial + offset, mask=m_ts, other=other, cache_modifier=".cg")
-
-
-@triton.jit
-def merge_splits(
-    partial, token, i_b, o_t, m_t, B, T, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr, SPLITS: tl.constexpr
-):
-    """Each position's summary from those of its vocabulary splits (see `vocab.merge`)."""
-    o_s = tl.arange(0, SPLITS)
-    m_ts = m_t[:, None] & (o_s >= 0)[None, :]
-    b_top = load_partial(partial, 0, i_b, o_t, o_s, m_ts, float("-inf"), B, T, SPLITS)
-    b_rest = load_partial(partial, 1, i_b, o_t, o_s, m_ts, 0.0, B, T, SPLITS)
-    if SAMPLED:
-        b_score = load_partial(partial, 2, i_b, o_t, o_s, m_ts, float("-inf"), B, T, SPLITS)
-        b_logit = load_partial(partial, 3, i_b, o_t, o_s, m_ts, float("-inf"), B, T, SPLITS)
-    else:
-        b_score, b_logit = b_top, b_top
-    b_token = load_partial(token, 0, i_b, o_t, o_s, m_ts, 0, B, T, SPLITS)
-
-    top = tl.max(b_top, 1)
-    _, i_best = tl.max(b_score, 1, return_indices=True, return_indices_tie_break_left=True)
-    m_best = o_s[None, :] == i_best[:, None]
-    logit = tl.sum(tl.where(m_best, b_logit, 0.0), 1)
-    b_decay = decay(b_top, top[:, None])
-    b_other = tl.where(m_best, 0.0, decay(b_logit, top[:, None]))
-    rest = tl.sum(b_rest * b_decay + b_other, 1)
-    slope = tl.zeros_like(top)
-    if BY_ENTROPY:
-        b_slope = load_partial(partial, 4, i_b, o_t, o_s, m_ts, 0.0, B, T, SPLITS)
-        b_weight = b_rest * b_decay + decay(b_logit, top[:, None])
-        b_shift = tl.where(b_decay > 0.0, (top[:, None] - b_top) * b_weight, 0.0)
-        slope = tl.sum(b_slope * b_decay + b_shift, 1)
-    return top, rest, logit, tl.sum(tl.where(m_best, b_token, 0), 1), slope
-
-
-@triton.jit
-def residual_and_entropy(top, rest, logit, slope, b_mask_logit, BY_ENTROPY: tl.constexpr):
-    """Add the mask id's logit to the normaliser; residual, entropy in nats and whether the row is usable."""
-    m_usable = (rest == rest) & (top > float("-inf")) & (top < float("inf")) & (b_mask_logit < float("inf"))
-    residual = rest * tl.exp(top - logit) + tl.exp(b_mask_logit - logit)
-    residual = tl.where(m_usable, residual, float("inf"))
-    entropy = residual
-    if BY_ENTROPY:
-        # Relative to the largest logit of all, so that no proposal is so unlikely that a weight overflows.
-        peak = tl.maximum(top, b_mask_logit)
-        scale, mask_weight = decay(top, peak), decay(b_mask_logit, peak)
-        weight = scale * (rest + decay(logit, top))
-        total = weight + mask_weight
-        spread = scale * slope + tl.where(scale > 0.0, (peak - top) * weight, 0.0)
-        spread += tl.where(mask_weight > 0.0, (peak - b_mask_logit) * mask_weight, 0.0)
-        log_total = tl.where(logit == peak, log1p(residual), tl.log(total))
-        entropy = tl.where(m_usable, tl.maximum(log_total + spread / total, 0.0), float("inf"))
-    return residual, entropy, m_usable
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for x >= 0, through float64 so that a small x is not rounded away."""
-    return tl.log(1.0 + x.to(tl.float64)).to(tl.float32)
+from fdpp.kernels.decide import decide
+from fdpp.kernels.vocab import summarize_row
 
 
 @triton.jit(do_not_specialize=["B", "T", "stride_pb", "mask_id"])
@@ -142,38 +77,31 @@ def select_kernel(
     arrived = tl.atomic_add(ticket + i_b, 1, sem="acq_rel", scope="gpu")
     if arrived == T * SPLITS - 1:
         tl.store(ticket + i_b, 0)
-        o_t = tl.arange(0, BLOCK_T)
-        m_t = o_t < T
-        o_bt = i_b.to(tl.int64) * T + o_t
-        b_token = tl.load(tokens + o_bt, mask=m_t, other=-1)
-        m_candidate = m_t & (b_token == mask_id)
-        if HAS_ACTIVE:
-            m_candidate = m_candidate & (tl.load(active + o_bt, mask=m_t, other=0) != 0)
-
-        top, rest, logit, b_proposal, slope = merge_splits(
-            partial, partial_token, i_b, o_t, m_candidate, B, T, SAMPLED, BY_ENTROPY, SPLITS
+        decide(
+            tokens,
+            active,
+            numbers,
+            out_tokens,
+            out_proposal,
+            out_confidence,
+            out_committed,
+            out_remaining,
+            out_nonfinite,
+            partial,
+            partial_token,
+            logits + i_b.to(tl.int64) * stride_lb + mask_id,
+            i_b,
+            B,
+            T,
+            V,
+            stride_lt,
+            stride_pb,
+            mask_id,
+            ACCEPTS,
+            BY_ENTROPY,
+            SAMPLED,
+            HAS_ACTIVE,
+            SPLITS,
+            BLOCK_T,
+            COUNT_RANKS,
         )
-        o_mask = i_b.to(tl.int64) * stride_lb + o_t.to(tl.int64) * stride_lt + mask_id
-        b_mask_id = tl.zeros_like(o_t) + mask_id
-        m_mask = m_candidate & (b_mask_id >= 0) & (b_mask_id < V)
-        b_mask_logit = tl.load(logits + o_mask, mask=m_mask, other=float("-inf")).to(tl.float32)
-        b_residual, b_entropy, m_usable = residual_and_entropy(top, rest, logit, slope, b_mask_logit, BY_ENTROPY)
-        m_usable = m_usable & m_candidate
-        b_confidence = tl.where(m_usable, 1.0 / (1.0 + b_residual), 0.0)
-
-        p0 = tl.load(numbers + i_b * stride_pb)
-        p1 = tl.load(numbers + i_b * stride_pb + 1)
-        calibration = tl.load(numbers + i_b * stride_pb + 2)
-        b_key = sort_key(b_entropy, o_t, m_candidate, m_usable)
-        if COUNT_RANKS:
-            m_commit = commit_by_count(b_key, cost(b_entropy, calibration, BY_ENTROPY), p0, p1, ACCEPTS)
-        else:
-            m_commit = commit_by_sort(b_key, calibration, p0, p1, ACCEPTS, BY_ENTROPY, BLOCK_T)
-
-        b_proposal = tl.where(m_candidate, b_proposal.to(tl.int64), b_token)
-        tl.store(out_tokens + o_bt, tl.where(m_commit, b_proposal, b_token), mask=m_t)
-        tl.store(out_proposal + o_bt, b_proposal, mask=m_t)
-        tl.store(out_confidence + o_bt, b_confidence, mask=m_t)
-        tl.store(out_committed + o_bt, m_commit, mask=m_t)
-        tl.store(out_remaining + i_b, tl.sum((m_candidate & (m_commit == 0)).to(tl.int32), 0))
-        tl.store(out_nonfinite + i_b, tl.sum((m_candidate & (m_usable == 0)).to(tl.int32), 0))

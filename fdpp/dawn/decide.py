@@ -106,27 +106,28 @@ def commit_gpu(
     if b == 0 or T == 0:
         return committed
     block_t = max(triton.next_power_of_2(T), 2)
-    independent_kernel[(b,)](
-        confidence.contiguous(),
-        candidate.contiguous(),
-        committed_confidence.contiguous(),
-        edges.contiguous(),
-        committed,
-        committed_confidence.shape[1],
-        T,
-        edges.shape[2],
-        first,
-        high,
-        induce,
-        low,
-        at_least(ANCHOR),
-        BLOCK_T=block_t,
-        # At most 4096 words of edges at a time, 16 a thread with 8 warps.
-        BLOCK_W=min(16, max(4096 // block_t, 1)),
-        # A short block's reductions then stay within one warp, without a barrier.
-        num_warps=1 if block_t <= 32 else 4 if block_t <= 256 else 8,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(confidence):
+        independent_kernel[(b,)](
+            confidence.contiguous(),
+            candidate.contiguous(),
+            committed_confidence.contiguous(),
+            edges.contiguous(),
+            committed,
+            committed_confidence.shape[1],
+            T,
+            edges.shape[2],
+            first,
+            high,
+            induce,
+            low,
+            at_least(ANCHOR),
+            BLOCK_T=block_t,
+            # At most 4096 words of edges at a time, 16 a thread with 8 warps.
+            BLOCK_W=min(16, max(4096 // block_t, 1)),
+            # A short block's reductions then stay within one warp, without a barrier.
+            num_warps=1 if block_t <= 32 else 4 if block_t <= 256 else 8,
+            enable_fp_fusion=True,
+        )
     return committed
 
 

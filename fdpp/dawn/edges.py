@@ -210,31 +210,32 @@ def edges_gpu(
         "num_stages": 1 if exact else 3,
         "enable_fp_fusion": True,
     }
-    lse_kernel[(triton.cdiv(n, block_q), heads, rows)](
-        q, k, stored, mask, lse, *at, BLOCK_Q=block_q, BLOCK_K=tile, num_warps=4, **settings
-    )
-    column_kernel[(triton.cdiv(S, tile), heads, rows)](
-        q, k, stored, mask, lse, column, *at, BLOCK_Q=block_q, BLOCK_K=tile, num_warps=4, **settings
-    )
-    edges_kernel[(words, triton.cdiv(T, BLOCK_T), rows)](
-        q,
-        k,
-        stored,
-        mask,
-        lse,
-        column,
-        real_queries,
-        bits,
-        *at,
-        first,
-        T,
-        tau_sink,
-        tau_edge,
-        BLOCK_Q=BLOCK_T,
-        BLOCK_K=WORD,
-        num_warps=4 if exact else 2,
-        **settings,
-    )
+    with torch.cuda.device_of(q[0]):
+        lse_kernel[(triton.cdiv(n, block_q), heads, rows)](
+            q, k, stored, mask, lse, *at, BLOCK_Q=block_q, BLOCK_K=tile, num_warps=4, **settings
+        )
+        column_kernel[(triton.cdiv(S, tile), heads, rows)](
+            q, k, stored, mask, lse, column, *at, BLOCK_Q=block_q, BLOCK_K=tile, num_warps=4, **settings
+        )
+        edges_kernel[(words, triton.cdiv(T, BLOCK_T), rows)](
+            q,
+            k,
+            stored,
+            mask,
+            lse,
+            column,
+            real_queries,
+            bits,
+            *at,
+            first,
+            T,
+            tau_sink,
+            tau_edge,
+            BLOCK_Q=BLOCK_T,
+            BLOCK_K=WORD,
+            num_warps=4 if exact else 2,
+            **settings,
+        )
     return bits
 
 
