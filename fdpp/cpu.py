@@ -34,22 +34,33 @@ def first_argmax(rows: Tensor) -> tuple[Tensor, Tensor]:
     return top, start + offset
 
 
+def propose(
+    rows: Tensor, mask_id: int, temperature: float, seeds: Tensor | None, positions: Tensor, first: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score and column of every row's proposal, and the mask id's logit, which `rows` `[n, V]` float32 then lack.
+
+    The columns are the vocabulary ids from `first` on. A score is never NaN.
+    """
+    n, V = rows.shape
+    mask_logit = rows.new_full((n,), -torch.inf)
+    if first <= mask_id < first + V:
+        mask_logit = rows[:, mask_id - first].clone()
+        rows[:, mask_id - first] = -torch.inf
+    score = rows
+    if temperature > 0.0 and seeds is not None:
+        score = rows + temperature * gumbel(seeds, positions, V, first=first)
+    best, column = first_argmax(score)
+    if not bool((best.abs() < torch.inf).all()):
+        best, column = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).max(1)
+    return best, column, mask_logit
+
+
 def summarize(
     rows: Tensor, mask_id: int, temperature: float, seeds: Tensor | None, positions: Tensor, by_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Proposal, residual and entropy (nats) `[n]` of `rows` `[n, V]` float32, which are overwritten."""
-    n, V = rows.shape
-    index = torch.arange(n, device=rows.device)
-    mask_logit = rows.new_full((n,), -torch.inf)
-    if 0 <= mask_id < V:
-        mask_logit = rows[:, mask_id].clone()
-        rows[:, mask_id] = -torch.inf
-    score = rows
-    if temperature > 0.0 and seeds is not None:
-        score = rows + temperature * gumbel(seeds, positions, V)
-    top, proposal = first_argmax(score)
-    if not bool((top.abs() < torch.inf).all()):
-        proposal = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(1)
+    index = torch.arange(rows.shape[0], device=rows.device)
+    _, proposal, mask_logit = propose(rows, mask_id, temperature, seeds, positions)
     logit = rows[index, proposal]
     top = torch.maximum(rows.amax(1), mask_logit) if by_entropy else logit
     distance = rows - top[:, None] if by_entropy else rows
@@ -77,21 +88,39 @@ def select(
     temperature: float,
     seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `fdpp.ops.select_op`; the outputs are the fields of `fdpp.reference.Selection`."""
+    """See `fdpp.ops.select_op`; the outputs are the fields of `fdpp.reference.Selection`.
+
+    `logits` may also be the rows of the candidates alone, `[m, V]` in their order.
+    """
     by_entropy = Rule.registry[rule].order == "entropy"
-    B, T, V = logits.shape
+    (B, T), V = tokens.shape, logits.shape[-1]
     tokens = tokens.contiguous()
     candidate = tokens == mask_id if active is None else (tokens == mask_id) & active
     where_b, where_t = candidate.nonzero(as_tuple=True)
     proposals, residuals, rank_by = tokens.clone(), *torch.full((2, B, T), torch.inf)
     rows_at_once = max(CHUNK // V, 1)
-    for b, t in zip(where_b.split(rows_at_once), where_t.split(rows_at_once), strict=True):
-        stream = None if seeds is None else seeds[b]
-        summary = summarize(logits[b, t].float(), mask_id, temperature, stream, t, by_entropy)
+    for start in range(0, where_b.shape[0], rows_at_once):
+        chunk = slice(start, start + rows_at_once)
+        b, t = where_b[chunk], where_t[chunk]
+        # A copy, since it is overwritten: indexing makes one, and so does a cast.
+        rows = logits[b, t].float() if logits.dim() == 3 else logits[chunk].to(torch.float32, copy=True)
+        summary = summarize(rows, mask_id, temperature, None if seeds is None else seeds[b], t, by_entropy)
         proposals[b, t], residuals[b, t], rank_by[b, t] = summary
+    return decide(proposals, residuals, rank_by, tokens, candidate, params, rule)
 
+
+def decide(
+    proposals: Tensor,
+    residuals: Tensor,
+    rank_by: Tensor,
+    tokens: Tensor,
+    candidate: Tensor,
+    params: Tensor,
+    rule: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of `select`, given what `summarize` says of the candidates; all `[B, T]`, unusable residuals NaN."""
     usable = candidate & ~residuals.isnan()
-    committed = commit(rank_by, candidate, usable, params, rule) if T else candidate
+    committed = commit(rank_by, candidate, usable, params, rule) if tokens.shape[1] else candidate
     confidence = torch.where(usable, 1.0 / (1.0 + residuals), 0.0)
     remaining = (candidate & ~committed).sum(1, dtype=torch.int32)
     nonfinite = (candidate & ~usable).sum(1, dtype=torch.int32)
@@ -108,7 +137,7 @@ def commit(rank_by: Tensor, candidate: Tensor, usable: Tensor, params: Tensor, r
     last = torch.where(key < UNUSABLE, key, 0.0)
     if kind.order == "confidence":
         last = (last / (1.0 + last) + calibration[:, None]).clamp(max=1.0)
-    n = torch.arange(1, key.shape[1] + 1)[None]
+    n = torch.arange(1, key.shape[1] + 1, device=key.device)[None]
     accepts = getattr(kind.predicate, "fn", kind.predicate)
     ok = accepts(n, last, last.cumsum(1), p0[:, None], p1[:, None]) & (key < UNUSABLE)
     longest = (ok * n).amax(1, keepdim=True).clamp(min=1)

@@ -35,9 +35,9 @@ def philox_bits(seeds: Tensor, vocabulary: Tensor, positions: Tensor) -> Tensor:
     return c0
 
 
-def gumbel(seeds: Tensor, positions: Tensor, V: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Gumbel noise `[n, V]` of the streams `seeds` `[n]` (int64) at `positions` `[n]` (int64)."""
-    vocabulary = torch.arange(V, device=seeds.device)
+def gumbel(seeds: Tensor, positions: Tensor, V: int, dtype: torch.dtype = torch.float32, first: int = 0) -> Tensor:
+    """Gumbel noise `[n, V]` of the streams `seeds` `[n]` (int64) at `positions` `[n]` (int64), from id `first` on."""
+    vocabulary = torch.arange(first, first + V, device=seeds.device)
     u = (philox_bits(seeds[:, None], vocabulary[None], positions[:, None]).to(dtype) + 0.5) * 2.0**-32
     series = u * (1.0 + u * (0.5 + u / 3.0))
     return -torch.where(u < 0.001, series, -torch.log(1.0 - u.clamp(max=0.99999994))).log()

@@ -106,6 +106,19 @@ def select_packed(
     implementation = cpu.select if logits.device.type == "cpu" else gpu.select
     run = select_op if torch.compiler.is_compiling() else implementation
     selection = Selection(*run(logits, tokens, active, params, rule.key(), mask_id, temperature, seeds))
+    return extended(selection, tokens, active, rule, mask_id)
+
+
+def select_rows(
+    rows: Tensor, tokens: Tensor, params: Tensor, rule: Rule, mask_id: int, temperature: float, seeds: Tensor | None
+) -> Selection:
+    """`select_packed` on a CPU, given the logits of the masked positions alone, `rows` `[m, V]` in their order."""
+    selection = Selection(*cpu.select(rows, tokens, None, params, rule.key(), mask_id, temperature, seeds))
+    return extended(selection, tokens, None, rule, mask_id)
+
+
+def extended(selection: Selection, tokens: Tensor, active: Tensor | None, rule: Rule, mask_id: int) -> Selection:
+    """`selection` with what the rule's `extend` adds."""
     if type(rule).extend is Rule.extend:
         return selection
     candidate = tokens == mask_id if active is None else (tokens == mask_id) & active

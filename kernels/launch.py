@@ -49,3 +49,105 @@ def select_launch(B: int, T: int, V: int) -> SelectLaunch:
         split_len=triton.cdiv(tiles, splits) * block_v,
         count_ranks=block_t <= COUNT_RANKS_UP_TO,
     )
+
+
+PROJECT_PROGRAMS = 264
+"""Two programs for each of an H200's 132 multiprocessors, resident at once where tiles have up to 32 rows. Derived, not
+measured: by Little's law 4.3 TB/s at some 700 ns of latency want 23 kB in flight a multiprocessor, and a program with
+three stages has two tiles of weights, 32 kB, on their way."""
+
+PROJECT_MERGE_TILE = 8192
+"""Most positions x splits that `decide_kernel` merges at once: 16 float32 a thread and plane with 16 warps, without
+spills. Sampling has five planes instead of three and spills from there on, so half."""
+
+PROJECT_ROWS = 64
+"""Most rows of a tile: what one matrix instruction of sm_90 takes. Derived, not measured: weights that stream at
+4.3 TB/s let 32 rows do 138 TFLOP/s and 64 rows 275, well below the peak of 990; more tiles share them in L2."""
+
+PROJECT_BLOCK_V, PROJECT_BLOCK_D = 128, 64
+"""A tile of weights is then 16 kB in bfloat16, its rows whole lines of 128 bytes. When sampling, the noise of a tile
+with 128 ids spills up to 1.9 kB a thread; with 64 ids it does not."""
+
+
+@dataclass(frozen=True)
+class ProjectLaunch:
+    """How the fused head cuts its work. `splits` is a power of two; `split_len` a multiple of `block_v`."""
+
+    block_r: int
+    block_v: int
+    block_d: int
+    splits: int
+    split_len: int
+    block_t: int
+    count_ranks: bool
+    num_warps: int
+    num_stages: int = 3
+    decide_warps: int = 16
+
+
+def project_launch(B: int, T: int, V: int, exact: bool, sampled: bool) -> ProjectLaunch:
+    """The configuration for `B` sequences of `T` positions; `exact`: in float32, whose tiles are half as deep."""
+    block_t = max(triton.next_power_of_2(T), 2)
+    block_r = min(max(triton.next_power_of_2(B * T), 16), PROJECT_ROWS)
+    block_v = min(PROJECT_BLOCK_V // 2 if sampled else PROJECT_BLOCK_V, max(triton.next_power_of_2(V), 16))
+    tiles = triton.cdiv(V, block_v)
+    merged = (PROJECT_MERGE_TILE // 2 if sampled else PROJECT_MERGE_TILE) // block_t
+    wanted = min(PROJECT_PROGRAMS // triton.cdiv(B * T, block_r), merged, tiles)
+    splits = 1 << max(wanted.bit_length() - 1, 0)
+    return ProjectLaunch(
+        block_r=block_r,
+        block_v=block_v,
+        block_d=PROJECT_BLOCK_D // 2 if exact else PROJECT_BLOCK_D,
+        splits=splits,
+        split_len=triton.cdiv(tiles, splits) * block_v,
+        block_t=block_t,
+        count_ranks=block_t <= COUNT_RANKS_UP_TO,
+        num_warps=8 if block_r == PROJECT_ROWS else 4,
+    )
+
+
+ATTEND_PROGRAMS = 264
+"""Two for each of an H200's 132 multiprocessors: while one waits for keys the other multiplies. Not measured."""
+
+ATTEND_KEYS = 128
+"""Fewest keys of a split: its keys and values are then 64 kB a head at 128 channels in bfloat16, and its part of the
+result, written and read once more in float32, is half of that for the 32 queries of a block. Derived, not measured."""
+
+ATTEND_SPLITS = 64
+"""Most splits: `combine_kernel` holds all of a query's parts at once, 64 float32 a thread with 4 warps."""
+
+ATTEND_ROWS, ATTEND_BLOCK_S = 64, 32
+"""Most queries of a tile, what one matrix instruction of sm_90 takes, and keys of a tile: with 128 channels, three
+stages of keys and values take 48 kB, which leaves room in the 64 kB of gfx942, and no target spills."""
+
+
+@dataclass(frozen=True)
+class AttendLaunch:
+    """How attention cuts its work. `splits` is a power of two; `split_len` a multiple of `block_s`."""
+
+    block_m: int
+    block_s: int
+    splits: int
+    split_len: int
+    num_warps: int
+    num_stages: int = 3
+
+
+def attend_launch(heads: int, rows: int, S: int, exact: bool) -> AttendLaunch:
+    """The configuration for `heads` heads of `S` keys, those of all sequences together, with `rows` queries each.
+
+    `exact`: in float32, whose tiles are half as wide and high and have twice the warps, or they spill.
+    """
+    part = 2 if exact else 1
+    block_s = ATTEND_BLOCK_S // part
+    block_m = min(max(triton.next_power_of_2(rows), 16), ATTEND_ROWS // part)
+    programs = heads * triton.cdiv(rows, block_m)
+    wanted = min(triton.cdiv(ATTEND_PROGRAMS, programs), S // ATTEND_KEYS, ATTEND_SPLITS)
+    splits = 1 << max(wanted.bit_length() - 1, 0)
+    return AttendLaunch(
+        block_m=block_m,
+        block_s=block_s,
+        splits=splits,
+        split_len=triton.cdiv(triton.cdiv(S, splits), block_s) * block_s,
+        num_warps=8 if exact else 4,
+    )

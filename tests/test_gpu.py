@@ -1,20 +1,36 @@
 """On a GPU: many launches, streams and graphs, compiled modules, big inputs, and what a step costs besides time.
 
-`test_select.py`, `test_kernels.py`, `test_ops.py`, `test_noise.py` and `test_rules.py` run there too, with the compiled
-kernel in place of the interpreter.
+`test_select.py`, `test_kernels.py`, `test_ops.py`, `test_noise.py`, `test_rules.py`, `test_project.py` and
+`test_attention.py` run there too, with the compiled kernels in place of the interpreter.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from inputs import Problem, assert_as_specified, assert_equal, expected, generator, random_problem, run
 from torch import Tensor
 
 import fdpp
-from fdpp import DenoisingStep, EntropyBound, Frechet, Quota, Rule, Selection, Threshold, gpu, ops, reference
+from fdpp import (
+    DenoisingStep,
+    EntropyBound,
+    Frechet,
+    Quota,
+    Rule,
+    Selection,
+    Threshold,
+    gpu,
+    ops,
+    project,
+    reference,
+)
+from fdpp.attention import block_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -241,3 +257,98 @@ def test_the_dispatcher_leads_to_the_kernel() -> None:
     arguments = (device.logits, device.tokens, None, ops.pack(problem.rules[0], DEVICE), problem.rules[0].key())
     out = ops.select_op(*arguments, problem.mask_id, 0.0, None)
     assert_equal(Selection(*out), call(step_for(problem), device))
+
+
+def replayed(function: Callable[..., Any], *tensors: Tensor) -> None:
+    """A captured call waits for nothing and, replayed on other contents of its inputs, gives what a call gives."""
+    function(*tensors)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(*tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function(*tensors)
+    for seed in range(5):
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator(seed)))
+        graph.replay()
+        for a, b in zip(pytree.tree_leaves(out), pytree.tree_leaves(function(*tensors)), strict=True):
+            assert a.equal(b)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fused_head_in_a_graph(dtype: torch.dtype, temperature: float) -> None:
+    hidden = torch.randn(5, 40, 256, device=DEVICE, dtype=dtype)
+    weight = torch.randn(5003, 256, device=DEVICE, dtype=dtype)
+    tokens = torch.where(torch.rand(5, 40, device=DEVICE) < 0.6, 5002, 1)
+    params, seeds = ops.pack(Frechet(0.1), DEVICE), torch.arange(5, device=DEVICE)
+
+    def step(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Selection:
+        return project.project_select_packed(
+            hidden, weight, tokens, None, params, Frechet(0.1), 5002, temperature, seeds
+        )
+
+    replayed(step, hidden, weight, tokens)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_in_a_graph(padded: bool) -> None:
+    q, k, v = (torch.randn(2, 8, T, 128, device=DEVICE, dtype=torch.bfloat16) for T in (32, 1056, 1056))
+    first = torch.tensor([0, 300], device=DEVICE) if padded else None
+    replayed(lambda q, k, v: block_attention(q, k, v, first), q, k, v)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("B", "T"), [(1, 32), (8, 32), (1, 1024)])
+def test_fused_head_of_llada(B: int, T: int) -> None:
+    """4096 channels and 126,464 ids in bfloat16, against float32 products; its memory is not that of the logits."""
+    D, V, mask_id = 4096, 126464, 126336
+    g = torch.Generator(DEVICE).manual_seed(T)
+    weight = torch.randn(V, D, generator=g, device=DEVICE).bfloat16()
+    favourite = torch.randint(0, mask_id, (B, T), generator=g, device=DEVICE)
+    height = 10 + 12 * torch.rand(B, T, 1, generator=g, device=DEVICE)
+    hidden = (
+        weight[favourite].float() * height / D + 0.02 * torch.randn(B, T, D, generator=g, device=DEVICE)
+    ).bfloat16()
+    tokens = torch.full((B, T), mask_id, device=DEVICE)
+    tokens[:, ::3] = 5
+    params = ops.pack(Threshold(0.9), DEVICE)
+    arguments = (hidden, weight, tokens, None, params, Threshold(0.9), mask_id)
+    project.project_select_packed(*arguments)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = project.project_select_packed(*arguments)
+    assert torch.cuda.max_memory_allocated() - before < 0.05 * B * T * V * weight.element_size()
+    rows = hidden[tokens == mask_id].float()
+    logits = torch.cat([rows @ part.float().T for part in weight.split(16384)], dim=1)
+    confidence = logits.softmax(1)
+    logits[:, mask_id] = -torch.inf
+    best, proposal = logits.max(1)
+    clear = best - logits.scatter(1, proposal[:, None], -torch.inf).amax(1) > 1e-2
+    assert clear.float().mean() > 0.9
+    assert out.proposal[tokens == mask_id][clear].equal(proposal[clear])
+    want = confidence.gather(1, proposal[:, None])[:, 0]
+    torch.testing.assert_close(out.confidence[tokens == mask_id][clear], want[clear], rtol=1e-2, atol=1e-4)
+    sure = (want - 0.9).abs() > 1e-2
+    assert out.committed[tokens == mask_id][clear & sure].equal((want > 0.9)[clear & sure])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("B", "kv_heads", "n"), [(1, 32, 32), (4, 4, 32), (16, 32, 32), (1, 32, 7)])
+def test_attention_of_llada(B: int, kv_heads: int, n: int) -> None:
+    """32 heads of 128 channels over 1056 columns in bfloat16, at most as far from float64 as PyTorch's."""
+    q, k, v = (torch.randn(B, H, T, 128, device=DEVICE) for H, T in ((32, n), (kv_heads, 1056), (kv_heads, 1056)))
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    first = torch.randint(0, 800, (B,), device=DEVICE)
+    mask = (torch.arange(1056, device=DEVICE) >= first[:, None])[:, None, None]
+    ours = block_attention(q, k, v, first)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    wide = (x.double().repeat_interleave(32 // x.shape[1], dim=1) for x in (k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(q.double(), *wide, mask)
+    assert (ours - want).abs().amax() <= (theirs - want).abs().amax() * 1.5 + 1e-6

@@ -1,0 +1,258 @@
+"""The head and the step in one operator: hidden states and the head's weight in, tokens out, no logits in memory.
+
+At LLaDA's vocabulary the logits of 1024 positions take 259 MB in bfloat16, and the step reads them back; here a program
+keeps a tile of them in registers and writes a summary of some 20 bytes. Which way is faster has not been measured.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from fdpp import cpu, ops
+from fdpp.kernels.launch import project_launch
+from fdpp.kernels.project import decide_kernel, project_kernel
+from fdpp.reference import Selection
+from fdpp.rules import Rule
+
+ROWS = 64
+"""Rows that the CPU multiplies at a time: 32 MB of float32 logits at LLaDA's vocabulary for a pass over the weight."""
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def check(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor | None, seeds: Tensor | None) -> None:
+    """Raise `ValueError` that names the argument, what was expected and what came."""
+    if hidden.dim() != 3 or hidden.dtype not in ops.DTYPES or hidden.shape[2] == 0:
+        raise ValueError(
+            f"hidden: expected [B, T, D] in bfloat16, float16 or float32, got {list(hidden.shape)} in {hidden.dtype}"
+        )
+    if hidden.shape[1] > ops.MAX_POSITIONS:
+        raise ValueError(f"hidden: expected at most {ops.MAX_POSITIONS} positions, got T={hidden.shape[1]}")
+    D = hidden.shape[2]
+    fits = weight.dim() == 2 and weight.shape[1] == D and weight.shape[0] > 0
+    if not fits or weight.dtype != hidden.dtype or weight.device != hidden.device:
+        raise ValueError(
+            f"weight: expected [V, {D}] {hidden.dtype} on {hidden.device}, "
+            f"got {list(weight.shape)} {weight.dtype} on {weight.device}"
+        )
+    # What is left to check are the arguments that have a value per position, whatever there is at each.
+    ops.check(hidden, tokens, active, seeds)
+
+
+def project_cpu(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    active: Tensor | None,
+    params: Tensor,
+    rule: str,
+    mask_id: int,
+    temperature: float,
+    seeds: Tensor | None,
+) -> Outputs:
+    """`fdpp::project_select` in PyTorch, `ROWS` masked positions at a time; logits are rounded to its dtype."""
+    by_entropy = Rule.registry[rule].order == "entropy"
+    tokens = tokens.contiguous()
+    candidate = tokens == mask_id if active is None else (tokens == mask_id) & active
+    proposals, residuals, rank_by = tokens.clone(), *torch.full((2, *tokens.shape), torch.inf)
+    at_once = max(cpu.CHUNK // weight.shape[0], 1)
+    for rows in candidate.nonzero().split(ROWS):
+        logits = F.linear(hidden[rows[:, 0], rows[:, 1]], weight)
+        for part, (b, t) in zip(logits.split(at_once), (r.unbind(1) for r in rows.split(at_once)), strict=True):
+            streams = None if seeds is None else seeds[b]
+            summary = cpu.summarize(part.float(), mask_id, temperature, streams, t, by_entropy)
+            proposals[b, t], residuals[b, t], rank_by[b, t] = summary
+    return cpu.decide(proposals, residuals, rank_by, tokens, candidate, params, rule)
+
+
+def project_gpu(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    active: Tensor | None,
+    params: Tensor,
+    rule: str,
+    mask_id: int,
+    temperature: float,
+    seeds: Tensor | None,
+) -> Outputs:
+    """`fdpp::project_select` in two launches (see `fdpp.kernels.project`), after PyTorch listed the masked rows.
+
+    No host synchronisation, no allocation that depends on data.
+    """
+    kind = Rule.registry[rule]
+    (B, T, D), V, device = hidden.shape, weight.shape[0], hidden.device
+    hidden = hidden if hidden.stride(2) == 1 else hidden.contiguous()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    tokens = tokens.contiguous()
+    out_tokens, out_proposal = torch.empty_like(tokens), torch.empty_like(tokens)
+    confidence = torch.empty(B, T, dtype=torch.float32, device=device)
+    committed = torch.empty(B, T, dtype=torch.bool, device=device)
+    remaining = torch.empty(B, dtype=torch.int32, device=device)
+    nonfinite = torch.empty_like(remaining)
+    if B == 0 or T == 0:
+        return out_tokens, out_proposal, confidence, committed, remaining.zero_(), nonfinite.zero_()
+    candidate = (tokens == mask_id if active is None else (tokens == mask_id) & active).flatten()
+    order, count = torch.argsort(~candidate, stable=True), candidate.sum()
+    exact = hidden.dtype == torch.float32
+    config = project_launch(B, T, V, exact, temperature > 0.0)
+    partial = torch.empty(5, B, T, config.splits, dtype=torch.float32, device=device)
+    partial_token = torch.empty(B, T, config.splits, dtype=torch.int32, device=device)
+    mask_logit = torch.empty(B, T, dtype=torch.float32, device=device)
+    kinds = {"BY_ENTROPY": kind.order == "entropy", "SAMPLED": temperature > 0.0, "SPLITS": config.splits}
+    with torch.cuda.device_of(hidden):
+        project_kernel[(triton.cdiv(B * T, config.block_r), config.splits)](
+            hidden,
+            weight,
+            order,
+            count,
+            tokens if seeds is None else seeds.contiguous(),
+            partial,
+            partial_token,
+            mask_logit,
+            B,
+            T,
+            V,
+            D,
+            hidden.stride(0),
+            hidden.stride(1),
+            weight.stride(0),
+            config.split_len,
+            mask_id,
+            float(temperature),
+            **kinds,
+            BLOCK_R=config.block_r,
+            BLOCK_V=config.block_v,
+            BLOCK_D=config.block_d,
+            # Three products of TF32 are as good as one of float32, for which NVIDIA has no matrix instruction.
+            PRECISION="tf32x3" if exact and torch.version.hip is None else "ieee",
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+        decide_kernel[(B,)](
+            tokens,
+            tokens if active is None else active.contiguous(),
+            params,
+            out_tokens,
+            out_proposal,
+            confidence,
+            committed,
+            remaining,
+            nonfinite,
+            partial,
+            partial_token,
+            mask_logit,
+            B,
+            T,
+            V,
+            params.stride(0) if params.shape[0] > 1 else 0,
+            mask_id,
+            ACCEPTS=kind.predicate,
+            **kinds,
+            HAS_ACTIVE=active is not None,
+            BLOCK_T=config.block_t,
+            COUNT_RANKS=config.count_ranks,
+            num_warps=config.decide_warps,
+            enable_fp_fusion=True,
+        )
+    return out_tokens, out_proposal, confidence, committed, remaining, nonfinite
+
+
+@torch.library.custom_op("fdpp::project_select", mutates_args=(), device_types="cpu")
+def project_op(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    active: Tensor | None,
+    params: Tensor,
+    rule: str,
+    mask_id: int,
+    temperature: float,
+    seeds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`fdpp::project_select`; `params` is `pack(rule)`, or such a row per sequence `[B, 3]`, `rule` is `Rule.key()`."""
+    return project_cpu(hidden, weight, tokens, active, params, rule, mask_id, temperature, seeds)
+
+
+@project_op.register_kernel("cuda")
+def _(hidden, weight, tokens, active, params, rule, mask_id, temperature, seeds):  # type: ignore[no-untyped-def]
+    return project_gpu(hidden, weight, tokens, active, params, rule, mask_id, temperature, seeds)
+
+
+@project_op.register_fake
+def _(hidden, weight, tokens, active, params, rule, mask_id, temperature, seeds):  # type: ignore[no-untyped-def]
+    B, T = tokens.shape
+    return (
+        tokens.new_empty((B, T)),
+        tokens.new_empty((B, T)),
+        hidden.new_empty((B, T), dtype=torch.float32),
+        tokens.new_empty((B, T), dtype=torch.bool),
+        tokens.new_empty((B,), dtype=torch.int32),
+        tokens.new_empty((B,), dtype=torch.int32),
+    )
+
+
+def project_select_packed(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    active: Tensor | None,
+    params: Tensor,
+    rule: Rule,
+    mask_id: int,
+    temperature: float = 0.0,
+    seeds: Tensor | None = None,
+) -> Selection:
+    """`project_select` with the rule's numbers already packed, as `fdpp.ops.select_packed` takes them."""
+    check(hidden, weight, tokens, active, seeds)
+    if temperature > 0.0 and seeds is None:
+        raise ValueError(f"temperature={temperature} needs seeds, an int64 tensor [B]")
+    if hidden.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"hidden: expected a CPU or CUDA tensor, got {hidden.device}")
+    implementation = project_cpu if hidden.device.type == "cpu" else project_gpu
+    run = project_op if torch.compiler.is_compiling() else implementation
+    outputs = run(hidden, weight, tokens, active, params, rule.key(), mask_id, temperature, seeds)
+    return ops.extended(Selection(*outputs), tokens, active, rule, mask_id)
+
+
+def project_select(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    rule: Rule,
+    mask_id: int,
+    active: Tensor | None = None,
+    temperature: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Selection:
+    """`fdpp.select` of the logits `hidden @ weight.T`, which are not kept: a step's memory does not grow with T * V.
+
+    On a GPU the logits are never rounded: they are sums in float32, of which `select` would see the nearest bfloat16.
+
+    Args:
+        hidden: `[B, T, D]` bfloat16, float16 or float32, T at most 1024. Of positions that are not masked and active
+            nothing is read.
+        weight: `[V, D]` of the same dtype, the head.
+        tokens, rule, mask_id, active, temperature, seed: as `fdpp.select` takes them.
+
+    Returns:
+        `Selection`: tokens, proposal, confidence, committed, remaining, nonfinite.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or a negative temperature.
+    """
+    if not isinstance(rule, Rule):
+        raise ValueError(f"rule: expected a fdpp.Rule such as fdpp.Frechet(0.25), got {rule!r}")
+    ops.check_temperature(temperature)
+    if temperature > 0.0 and seed is None:
+        raise ValueError(f"temperature={temperature} samples: expected a seed")
+    seeds = None
+    if temperature > 0.0:
+        seeds = seed if isinstance(seed, Tensor) else ops.streams(seed or 0, hidden.shape[0], hidden.device)
+    params = ops.pack(rule, hidden.device)
+    return project_select_packed(hidden, weight, tokens, active, params, rule, mask_id, temperature, seeds)

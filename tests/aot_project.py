@@ -1,0 +1,165 @@
+"""Compile what `fdpp.project` and `fdpp.attention` would launch, for GPUs that this machine lacks; prints JSON.
+
+See `aot.py` for the way.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from aot import TARGETS, Compiled, TargetDriver, memory_operations, resources, resources_amd
+
+import fdpp
+from fdpp import attention, ops, project
+
+MATRIX = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma")
+"""The matrix instructions of the targets."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A step on the hidden states of `B` sequences of `T` positions."""
+
+    target: str
+    rule: fdpp.Rule = fdpp.Frechet(0.25)  # noqa: RUF009
+    B: int = 1
+    T: int = 32
+    D: int = 4096
+    V: int = 126464
+    dtype: str = "bfloat16"
+    sampled: bool = False
+
+    @property
+    def name(self) -> str:
+        facts = [self.target, type(self.rule).__name__, f"{self.B}x{self.T}", self.dtype]
+        return "-".join(facts + ["sampled"] * self.sampled)
+
+    @property
+    def rows(self) -> int:
+        """Rows to share out among tiles."""
+        return self.B * self.T
+
+    def launch(self) -> None:
+        def like(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        dtype = getattr(torch, self.dtype)
+        project.project_gpu(
+            like(dtype, self.B, self.T, self.D),
+            like(dtype, self.V, self.D),
+            like(torch.int64, self.B, self.T),
+            None,
+            ops.pack(self.rule, "meta"),
+            self.rule.key(),
+            126336,
+            1.0 if self.sampled else 0.0,
+            like(torch.int64, self.B) if self.sampled else None,
+        )
+
+
+def heads() -> list[Head]:
+    entropy, found = fdpp.EntropyBound(0.1), []
+    for target in TARGETS:
+        # One short tile, one of the common block, several full ones.
+        for B, T in ((1, 16), (1, 32), (8, 32)):
+            found.append(Head(target, B=B, T=T))
+            found.append(Head(target, entropy, B=B, T=T))
+        found += [Head(target, B=B, sampled=True) for B in (1, 8)]
+        found += [Head(target, entropy, B=B, sampled=True) for B in (1, 8)]
+        found += [Head(target, T=1024), Head(target, entropy, T=1024, sampled=True)]
+    found += [Head("sm_90", B=B, dtype="float32", sampled=sampled) for B in (1, 8) for sampled in (False, True)]
+    return found
+
+
+@dataclass(frozen=True)
+class Block:
+    """Attention of `n` columns of `B` sequences over `S`."""
+
+    target: str
+    B: int = 1
+    n: int = 32
+    S: int = 1056
+    heads: int = 32
+    kv_heads: int = 32
+    d: int = 128
+    dtype: str = "bfloat16"
+    padded: bool = True
+
+    @property
+    def name(self) -> str:
+        facts = [self.target, f"{self.B}x{self.n}", f"{self.S}x{self.kv_heads}x{self.d}", self.dtype]
+        return "-".join(facts + ["unpadded"] * (not self.padded))
+
+    @property
+    def rows(self) -> int:
+        """Rows to share out among tiles, which have at most 32 in float32."""
+        rows = self.n * self.heads // self.kv_heads
+        return min(rows, 32) if self.dtype == "float32" else rows
+
+    def launch(self) -> None:
+        def like(heads: int, columns: int) -> torch.Tensor:
+            dtype = getattr(torch, self.dtype)
+            return torch.empty(self.B, columns, heads, self.d, dtype=dtype, device="meta").transpose(1, 2)
+
+        first = torch.empty(self.B, dtype=torch.int64, device="meta") if self.padded else None
+        k, v = like(self.kv_heads, self.S), like(self.kv_heads, self.S)
+        attention.attention_gpu(like(self.heads, self.n), k, v, first, self.d**-0.5)
+
+
+def blocks() -> list[Block]:
+    found = []
+    for target in TARGETS:
+        # One split and several, of a block, of few queries and of all heads of a group.
+        found += [Block(target), Block(target, B=16), Block(target, n=5), Block(target, heads=28, kv_heads=4)]
+    found += [
+        Block("sm_90", dtype="float32", heads=28, kv_heads=4),
+        Block("sm_90", padded=False),
+        Block("sm_90", S=65536, kv_heads=1),
+    ]
+    return [*found, Block("sm_90", d=80), Block("sm_90", d=64, dtype="float16")]
+
+
+def compiled(variant: Head | Block, kernels: dict[str, Compiled]) -> list[dict[str, Any]]:
+    triton.runtime.driver.set_active(TargetDriver(variant.target))
+    variant.launch()
+    found = []
+    for name, kernel in kernels.items():
+        if kernel.last is None:
+            continue
+        asm = kernel.last.asm
+        amd = "amdgcn" in asm
+        assembly = asm["amdgcn" if amd else "ptx"]
+        found.append(
+            {
+                "name": f"{name}-{variant.name}",
+                "kernel": name,
+                "target": variant.target,
+                "rows": variant.rows,
+                **(resources_amd(assembly) if amd else resources(asm["cubin"])),
+                "shared": kernel.last.metadata.shared,
+                "memory": memory_operations(assembly),
+                "copies": sorted(set(re.findall(r"cp\.async\.c\w\S* \[.*?\], \[.*?\], (0x\w+)", assembly))),
+                "matrix": [instruction for instruction in MATRIX if instruction in assembly],
+            }
+        )
+        kernel.last = None
+    return found
+
+
+if __name__ == "__main__":
+    modules = {
+        "project_kernel": project,
+        "decide_kernel": project,
+        "attend_kernel": attention,
+        "combine_kernel": attention,
+    }
+    kernels = {name: Compiled(getattr(module, name)) for name, module in modules.items()}
+    for name, module in modules.items():
+        setattr(module, name, kernels[name])
+    json.dump([facts for variant in (*heads(), *blocks()) for facts in compiled(variant, kernels)], sys.stdout)
