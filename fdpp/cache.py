@@ -6,10 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fdpp.attention import block_attention
+
+SHORT = 256
+"""Queries per head of keys up to which attention waits for memory: they do 256 FLOP a byte of bfloat16 keys, which is
+what an H200 has for each byte it reads (990 TFLOP/s at 4.3 TB/s are 230). Derived, not measured."""
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention of `q` `[b, H, n, hd]` over `k`, `v` `[b, kv_heads, S, hd]`; `mask`: what may be seen."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def splits_keys(q: Tensor, k: Tensor) -> bool:
+    """Whether queries of padded sequences go to `block_attention`: a short block of half precision on a GPU."""
+    queries = q.shape[1] // k.shape[1] * q.shape[2]
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] <= 128 and queries <= SHORT
 
 
 class BlockCache:
@@ -35,26 +47,36 @@ class BlockCache:
         allocated: the tensors that `keys` and `values` are the front rows of.
         branches: how many branches the next forward holds, 1 unless set.
         layout: "batch" or "tree".
+        passes: rows of each sequence, side by side, with keys and values of their own: 2 with guidance.
+        padding: `[rows]` int64, the columns of padding on the left of every row; None where nobody said (`pad`).
     """
 
-    def __init__(self, layout: str = "batch", spare: int = 0) -> None:
+    def __init__(self, layout: str = "batch", spare: int = 0, passes: int = 1) -> None:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.allocated: list[tuple[Tensor, Tensor]] = []
-        self.branches, self.layout, self.spare = 1, layout, spare
+        self.branches, self.layout, self.spare, self.passes = 1, layout, spare, passes
+        self.padding: Tensor | None = None
 
     @property
     def length(self) -> int:
         return self.keys[0].shape[2] - self.spare
 
+    @property
+    def size(self) -> int:
+        """How many sequences are held."""
+        return self.keys[0].shape[0] // self.passes
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | Tensor) -> Tensor:
-        """Attention of the fed positions `q` `[rows, H, n, hd]`, whose own keys and values are `k` and `v`.
+        """Attention of fed positions `q` `[rows, H, m, hd]`, some or all of those with keys and values `k` and `v`.
 
         `start` is the column of the first, or an int64 tensor of their columns `[n]`.
         """
         if self.branches > 1 and self.layout == "batch":
             return self.attend_shared(layer, q, k, v, mask, start)
         keys, values = self.write(layer, k, v, start)
+        if self.padding is not None and self.branches == 1 and splits_keys(q, keys):
+            return block_attention(q, keys, values, self.padding.to(q.device))
         return attend(q, keys, values, mask)
 
     def write(self, layer: int, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -90,8 +112,8 @@ class BlockCache:
         """Attention of branches in batch layout: `q`, `k`, `v` have `b * branches` rows, the cache b."""
         keys, values = self.keys[layer], self.values[layer]
         b, kv_heads, L, hd = keys.shape
-        rows, heads, n, _ = q.shape
-        queries = heads // kv_heads * n
+        rows, heads, wanted, _ = q.shape
+        n, queries = k.shape[2], heads // kv_heads * wanted
         grouped = (q * hd**-0.5).reshape(b, self.branches, kv_heads, queries, hd).transpose(1, 2)
         own_k = k.view(b, self.branches, kv_heads, n, hd).transpose(1, 2)
         own_v = v.view(b, self.branches, kv_heads, n, hd).transpose(1, 2)
@@ -105,22 +127,29 @@ class BlockCache:
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
         out = (weights[..., :L].flatten(2, 3) @ values).view(b, kv_heads, self.branches, queries, hd)
         out = out + weights[..., L:] @ own_v
-        return out.transpose(1, 2).reshape(rows, heads, n, hd)
+        return out.transpose(1, 2).reshape(rows, heads, wanted, hd)
+
+    def pad(self, mask: Tensor | None) -> None:
+        """The masks of the next forward are this one, `[b, L]` bool, False at padding, which is on the left alone."""
+        self.padding = None if mask is None else (~mask).sum(1).repeat_interleave(self.passes)
 
     def hold(self, b: int) -> None:
         """Hold `b` sequences, at most as many as the first forward had; their contents are what stands in front."""
-        self.keys = [k[:b] for k, _ in self.allocated]
-        self.values = [v[:b] for _, v in self.allocated]
+        self.keys = [k[: b * self.passes] for k, _ in self.allocated]
+        self.values = [v[: b * self.passes] for _, v in self.allocated]
 
     def keep(self, rows: Tensor) -> None:
         """Keep only the sequences `rows` (int64 indices `[b]`), which move to the front."""
+        places = rows
+        if self.passes > 1:
+            places = (rows[:, None] * self.passes + torch.arange(self.passes, device=rows.device)).flatten()
         for stored in (*self.keys, *self.values):
-            stored[: rows.shape[0]] = stored.index_select(0, rows)
+            stored[: places.shape[0]] = stored.index_select(0, places.to(stored.device))
         self.hold(rows.shape[0])
 
     def front(self, b: int) -> BlockCache:
         """Another cache that holds `b` sequences in the same memory."""
-        other = BlockCache(self.layout, self.spare)
+        other = BlockCache(self.layout, self.spare, self.passes)
         other.allocated = self.allocated
         other.hold(b)
         return other

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
+import stand_in
 import torch
 
+stand_in.install()
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -95,9 +95,10 @@ class Scripted(DiffusionGenerationMixin):
         self.logits[torch.arange(len(c)), torch.tensor([0] * prompt + tokens)] = c.log().squeeze(1)
         self.fed: list[Tensor] = []
 
-    def model(self, input_ids: Tensor, *, start: int, **_: Any) -> Tensor:
+    def model(self, input_ids: Tensor, *, start: int, wanted: slice | None, **_: Any) -> Tensor:
         self.fed.append(input_ids.clone())
-        return self.logits[start : start + input_ids.shape[1]].expand(len(input_ids), -1, -1)
+        logits = self.logits[start : start + input_ids.shape[1]].expand(len(input_ids), -1, -1)
+        return logits if wanted is None else logits[:, wanted]
 
     def project(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -574,14 +575,17 @@ def test_what_each_cache_feeds(llada: LLaDAModelLM, cache: str, later: tuple[int
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_the_head_sees_the_block_alone(cache: str) -> None:
+def test_the_head_sees_masked_positions_of_the_block_alone(cache: str) -> None:
     model = small_model()
     project, rows = model.project, []
     model.project = lambda hidden: rows.append(hidden.shape[:-1].numel()) or project(hidden)
     settings = {"max_new_tokens": 21, "block_length": 8, "rule": Quota(4), "stop_at_eos": False}
     out = model.generate(prompts(2, 5), cache=cache, **settings)
-    assert rows == [2 * length for length in (8, 8, 8, 8, 5, 5)]
+    assert rows == [2 * masks for masks in (8, 4, 8, 4, 5, 1)]
     assert out.nfe.tolist() == [6, 6]
+    rows.clear()
+    model.generate(prompts(2, 5), cache=cache, drafts=2, **settings)
+    assert rows[0] == 2 * 8 and set(rows) <= {2 * T * D for T in (8, 5) for D in (1, 2)}
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -8,7 +8,17 @@ from small import EOS, exact_model, left_pad, prompts
 
 import fdpp
 
-RULES = [fdpp.Quota(), fdpp.Quota(2), fdpp.Threshold(0.6), fdpp.Factor(1.0), fdpp.Frechet(0.1), fdpp.EntropyBound(0.5)]
+RULES = [
+    fdpp.Quota(),
+    fdpp.Quota(2),
+    fdpp.Threshold(0.6),
+    fdpp.Factor(1.0),
+    fdpp.Frechet(0.1),
+    fdpp.EntropyBound(0.5),
+    fdpp.LocalLeap(0.6, 0.3),
+    fdpp.Klass(0.3, 0.5, 1),
+    fdpp.Dawn(tau_sink=0.1, tau_edge=0.05, tau_low=0.3, tau_high=0.6, tau_induce=0.4),
+]
 
 
 def same_decode(out: fdpp.DiffusionGenerationOutput, base: fdpp.DiffusionGenerationOutput) -> bool:
@@ -31,12 +41,13 @@ def test_tokens_and_order_of_commits_are_the_undrafted_ones(rule: fdpp.Rule, bra
 
 @pytest.mark.parametrize("branches", ["batch", "tree"])
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-def test_every_row_of_a_ragged_batch_accepts_its_own_length(cache: str, branches: str) -> None:
+@pytest.mark.parametrize("rule", [fdpp.Quota(1), *RULES[-3:]], ids=str)
+def test_every_row_of_a_ragged_batch_accepts_its_own_length(rule: fdpp.Rule, cache: str, branches: str) -> None:
     model = exact_model(1)
     rows = [prompts(1, length, seed=length)[0] for length in (3, 9, 6)]
     ids, mask = left_pad(rows)
     settings = {"cache": cache, "branches": branches, "drafts": 4, "max_new_tokens": 18, "block_length": 6}
-    settings |= {"rule": fdpp.Quota(1), "stop_at_eos": False}
+    settings |= {"rule": rule, "stop_at_eos": False}
     together = model.generate(ids, mask, **settings)
     for b, row in enumerate(rows):
         alone = model.generate(row[None], **settings)

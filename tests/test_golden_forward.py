@@ -8,7 +8,8 @@ from golden import forward_arrays, model
 from torch import Tensor
 
 from fdpp.cache import BlockCache
-from fdpp.models.llada import LLaDAModelLM, rotary_angles, rotate
+from fdpp.models.layers import rotary_angles, rotate
+from fdpp.models.llada import LLaDAModelLM
 
 ATOL, DEEP_ATOL = 1e-4, 2.5e-4
 """Float32 and float64 runs of the published code differ by up to 2.5e-4. Ours stays far closer to the float32 ones; the

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from small import prompts, small_model
 from torch import nn
 
 from fdpp import LLaDAModelLM
+from fdpp.models import llada as module
 
 SIZES = {"n_kv_heads": 2}
 
@@ -138,3 +141,23 @@ def test_hooks_are_called(llada: LLaDAModelLM) -> None:
     block.up_proj.register_forward_pre_hook(lambda *_: calls.append("up"))
     joined(llada, IDS)
     assert calls == ["q", "up"]
+
+
+def test_compiled_layers_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As functions of tensors, without a graph break; PyTorch's own code generator is left out to save its time."""
+    calls: list[str] = []
+
+    def compiled(function: Any) -> Any:
+        calls.append(function.__name__)
+        return torch.compile(function, fullgraph=True, backend="eager")
+
+    llada = small_model(**SIZES)
+    settings: dict[str, Any] = {"max_new_tokens": 16, "block_length": 8}
+    expected = llada.generate(IDS, **settings).sequences
+    assert calls == []
+    monkeypatch.setattr(module, "compiled", functools.cache(compiled))
+    llada.compile_layers()
+    assert torch.equal(llada.generate(IDS, **settings).sequences, expected)
+    assert sorted(calls) == ["attention_inputs", "block_output"]
+    llada.compile_layers(False)
+    assert torch.equal(llada.generate(IDS, **settings).sequences, expected)

@@ -205,7 +205,7 @@ def test_drafts_shown_while_decoding_are_those_of_the_eager_engine() -> None:
 def test_stopping_criteria_see_no_padding() -> None:
     llada, widths = small_model(), []
 
-    def stop(ids: Tensor, scores: None) -> Tensor:
+    def stop(ids: Tensor, scores: None, **_: Any) -> Tensor:
         widths.append(ids.shape[1])
         return torch.tensor([True, False])[: len(ids)]
 
@@ -231,3 +231,23 @@ def test_graphs_are_captured_and_announced(caplog: pytest.LogCaptureFixture) -> 
         out = llada.generate(prompts(1, 16).cuda(), max_new_tokens=16, block_length=8, rule=fdpp.Quota())
     assert out.sequences.is_cuda and all(step.graph is not None for step in steps_of(llada))
     assert sum("capturing" in record.message for record in caplog.records) == len(steps_of(llada)) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cache": "dual"},
+        {"cache": "prefix", "drafts": 3},
+        {"cache": "none", "drafts": "auto", "rule": fdpp.Quota()},
+    ],
+    ids=str,
+)
+def test_warming_up_makes_all_steps(settings: dict[str, Any]) -> None:
+    llada = small_model()
+    settings = {"engine": "static", "rule": fdpp.Frechet(0.1), "max_new_tokens": 20, "block_length": 8} | settings
+    ids, mask = ragged(llada, 4)
+    llada.warmup(ids.shape[1], batch_size=4, **settings)
+    made = steps_of(llada)
+    out = llada.generate(ids, mask, **settings)
+    assert steps_of(llada) == made
+    assert_same(small_model().generate(ids, mask, **settings), out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,10 +27,16 @@ class Advance:
     No operation waits for the device or depends in shape on data, so a call can be captured in a CUDA graph.
     """
 
-    def __init__(self, model: Any, config: DiffusionGenerationConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: DiffusionGenerationConfig,
+        device: torch.device,
+        processor: Callable[..., Tensor] | None = None,
+    ) -> None:
         assert config.mask_token_id is not None
         self.config, self.mask_id = config, config.mask_token_id
-        self.forwards = Forwards(model, config)
+        self.forwards = Forwards(model, config, processor)
         self.eos = None
         if config.stop_at_eos:
             self.eos = torch.tensor(config.eos_token_id, dtype=torch.int64, device=device)
@@ -46,7 +53,7 @@ class Advance:
         index = state.steps[:, None] + torch.arange(drafts, device=states.device)
         evidence, anchors = self.forwards(state, states, window, cache)
         chosen = self.select(state, evidence, states, index, schedule, window)
-        chain = Chain(states, chosen, ends(states, self.mask_id, self.eos))
+        chain = Chain(states, chosen, self.mask_id, self.eos)
 
         sequences, commit_step = state.sequences.clone(), state.commit_step.clone()
         sequences[:, window.block] = chain.tokens
@@ -61,7 +68,7 @@ class Advance:
             commit_step=commit_step,
             nfe=state.nfe + 1,
             steps=state.steps + chain.accepted,
-            query_tokens=state.query_tokens + drafts * window.width(),
+            query_tokens=state.query_tokens + drafts * window.width() * self.config.passes,
             offered=offered,
             accepted=accepted,
             evidence=evidence.each(chain.last_state) if self.carries_evidence else None,
@@ -93,14 +100,20 @@ class Advance:
 
         `index` `[b, D]` is the number of each step in its sequence: it names the noise and the entry of the `schedule`.
         """
-        entry = (index - state.first_step[:, None]).clamp(max=schedule.shape[0] - 1)
+        if schedule.shape[0] == 1:
+            params = schedule.expand(index.numel(), -1)
+        else:
+            params = schedule[(index - state.first_step[:, None]).clamp(max=schedule.shape[0] - 1).flatten()]
         seeds = None if state.streams is None else (state.streams[:, None] + index * STEP_STRIDE).flatten()
         return evidence.select(
             self.config.rule,
             states,
-            schedule[entry.flatten()],
+            params,
+            step=self.forwards.step,
             mask_id=self.mask_id,
             first=window.first,
             temperature=self.config.temperature,
             seeds=seeds,
+            last=self.config.last_ids,
+            random=self.config.remasking == "random",
         )

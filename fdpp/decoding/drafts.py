@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from fdpp.decoding.config import MAX_DRAFTS
+from fdpp.decoding.state import ends
 from fdpp.reference import Selection
 
 
 class Chain:
     """What one forward over the `states` `[b, D, T]` has shown, given the step `chosen` from each of them.
 
-    `over` `[b, D]` bool are states that end their sequence: no step is taken from them.
+    No step is taken from a state that ends its sequence (`state.ends`, with its `mask_id` and `eos`).
 
     Attributes:
         accepted: `[b]` int64, how many of the states are right, at least 1.
@@ -27,8 +28,16 @@ class Chain:
         remaining, nonfinite: `[b]`, of the steps from right states.
     """
 
-    def __init__(self, states: Tensor, chosen: Selection, over: Tensor) -> None:
+    def __init__(self, states: Tensor, chosen: Selection, mask_id: int, eos: Tensor | None) -> None:
         self.states, self.chosen = states, chosen
+        if states.shape[1] == 1:
+            self.accepted = torch.ones(states.shape[:1], dtype=torch.int64, device=states.device)
+            self.right = torch.ones_like(self.accepted, dtype=torch.bool)[:, None]
+            self.tokens, self.remaining, self.nonfinite = (
+                value[:, 0] for value in (chosen.tokens, chosen.remaining, chosen.nonfinite)
+            )
+            return
+        over = ends(states, mask_id, eos)
         # A draft that is complete or over has no step of its own to save.
         self.offered = chosen.committed[:, 1:].any(2) & ~over[:, 1:]
         self.agrees = self.offered & (chosen.tokens[:, :-1] == states[:, 1:]).all(2)
@@ -41,6 +50,8 @@ class Chain:
 
     def last(self, value: Tensor) -> Tensor:
         """`value` `[b, D, ...]` at the last right state, `[b, ...]`."""
+        if value.shape[1] == 1:
+            return value[:, 0]
         return value[torch.arange(value.shape[0], device=value.device), self.accepted - 1]
 
     def last_state(self, value: Tensor) -> Tensor:
@@ -49,6 +60,8 @@ class Chain:
 
     def commit_step(self, index: Tensor, before: Tensor) -> Tensor:
         """`before` `[b, T]` with the step's number, of `index` `[b, D]`, at what the steps from right states commit."""
+        if index.shape[1] == 1:
+            return torch.where(self.chosen.committed[:, 0], index, before)
         commits = self.chosen.committed & self.right[:, :, None]
         return torch.where(commits.any(1), (commits * index[:, :, None]).sum(1), before)
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fdpp import dawn, klass
 from fdpp.dawn import Dawn
+from fdpp.decoding.shaping import drawn, ranked_last
 from fdpp.klass import Klass
-from fdpp.ops import select_packed
+from fdpp.ops import recommit, select_packed, select_rows
 from fdpp.reference import Selection
 from fdpp.rules import Rule
 
@@ -19,7 +20,8 @@ class Evidence(NamedTuple):
     """For D states of b sequences, T positions each:
 
     Attributes:
-        logits: `[b, D, T, V]`.
+        logits: `[b, D, T, V]`; on a CPU also those of the masked positions alone, `[m, V]` in their order; with a fused
+            head the hidden states that they would be made of, `[b, D, T, d_model]`.
         edges, anchors: for `Dawn`: the dependency graph's edges, int32 `[b, D, T, words]`, and the model's confidence
             at committed columns, float32 `[b, D, L]`; columns that were not fed keep that of the block's full forward.
         stable: for `Klass`: steps in a row over which a prediction held still, int64 `[b, D, T]`.
@@ -45,18 +47,28 @@ class Evidence(NamedTuple):
         states: Tensor,
         params: Tensor,
         *,
+        step: Callable[..., Selection] = select_packed,
         mask_id: int,
         first: int,
         temperature: float,
         seeds: Tensor | None,
+        last: tuple[int, ...] = (),
+        random: bool = False,
     ) -> Selection:
         """One step on each of the `states` `[b, D, T]`; fields of shape `[b, D, ...]`.
 
         `params` `[b * D, 3]` are the rule's numbers, `first` is the block's first column, `seeds` are `[b * D]`.
+        `step` is what takes a step on these logits, where the rule has none of its own. Positions that propose one of
+        the ids `last` rank last; with `random` a `Quota` commits as many positions as it says, but any.
         """
-        flat = self.each(lambda part: part.flatten(0, 1))
         tokens = states.flatten(0, 1)
-        if isinstance(rule, Dawn):
+        flat = self if self.logits.dim() == 2 else self.each(lambda part: part.flatten(0, 1))
+        if last:
+            proposal = select_packed(flat.logits, tokens, None, params, rule, mask_id, temperature, seeds).proposal
+            flat = flat._replace(logits=ranked_last(flat.logits, proposal, last, mask_id))
+        if flat.logits.dim() == 2:
+            selection = select_rows(flat.logits, tokens, params, rule, mask_id, temperature, seeds)
+        elif isinstance(rule, Dawn):
             assert flat.edges is not None and flat.anchors is not None
             selection = dawn.select(
                 flat.logits,
@@ -83,5 +95,8 @@ class Evidence(NamedTuple):
                 seeds=seeds,
             )
         else:
-            selection = select_packed(flat.logits, tokens, None, params, rule, mask_id, temperature, seeds)
+            selection = step(flat.logits, tokens, None, params, rule, mask_id, temperature, seeds)
+        if random:
+            assert seeds is not None
+            selection = recommit(selection, tokens, drawn(tokens, params[:, 0], seeds, mask_id), mask_id)
         return Selection(*(field.unflatten(0, states.shape[:2]) for field in selection))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,42 +13,70 @@ from fdpp.cache import BlockCache, tree_mask
 from fdpp.dawn import Dawn
 from fdpp.decoding.config import DiffusionGenerationConfig
 from fdpp.decoding.evidence import Evidence
+from fdpp.decoding.guidance import guided, with_unconditional
+from fdpp.decoding.head import head_of
+from fdpp.decoding.shaping import processed, without
 from fdpp.decoding.state import BlockState, Window
 from fdpp.klass import Klass
+from fdpp.ops import select_packed
 
 
 class Forwards:
     """Runs a model over columns of a decode's sequences.
 
     Args:
-        model: has `model(input_ids, attention_mask, position_ids, cache, start)`, `project(hidden)` and `config`.
+        model: has `model(input_ids, attention_mask, position_ids, cache, start, wanted)`, `project(hidden)`, `config`.
         config: what its rule asks for beyond the logits is read off too; its `branches` are the layout of several
             states in one forward, see `fdpp.cache.BlockCache`.
+        processor: changes the logits, see `fdpp.decoding.shaping.processed`.
     """
 
-    def __init__(self, model: Any, config: DiffusionGenerationConfig) -> None:
+    def __init__(
+        self, model: Any, config: DiffusionGenerationConfig, processor: Callable[..., Tensor] | None = None
+    ) -> None:
         assert config.mask_token_id is not None
+        self.processor, self.cfg_scale = processor, config.cfg_scale
+        self.never = config.eos_ids if config.logits_eos_inf else ()
         self.model, self.rule, self.layout, self.mask_id = model, config.rule, config.branches, config.mask_token_id
+        self.project, self.step = head_of(model, config.rule, config.head == "fused")
+        by_id = processor is not None or bool(self.never or config.last_ids)
+        if by_id:
+            # Ids are columns of the whole vocabulary, not of a process's slice.
+            self.project, self.step = model.project, select_packed
+        plain = not by_id and config.passes == 1
+        self.only_masked = (
+            plain and self.step is select_packed and config.drafts == 1 and not isinstance(config.rule, Klass)
+        )
 
     def __call__(
         self, state: BlockState, states: Tensor, window: Window, cache: BlockCache | None
     ) -> tuple[Evidence, Tensor | None]:
         """A forward with `states` `[b, D, T]` in the block: the evidence of each, and the state's new anchors.
 
-        The head sees the block's positions alone, unless the rule asks how sure the model is of committed ones.
+        The head sees the block's positions alone, on a CPU the masked ones where nobody asks for more, and all that
+        are fed where the rule asks how sure the model is of committed ones.
         """
         D = states.shape[1]
         tokens = state.sequences[:, window.fed][:, None].repeat(1, D, 1)
         tokens[:, :, window.inner] = states
         if cache is not None:
             cache.branches = D
+            cache.pad(state.attention_mask)
         probe = None
         if isinstance(self.rule, Dawn):
             probe = dawn.Probe(self.rule.probed(self.model.config.n_layers), cache, branches=D, layout=self.layout)
-        hidden = self.hidden(state, tokens, window, probe or cache)
-        evidence = Evidence(self.model.project(hidden[:, :, window.inner]))
         if probe is not None:
+            hidden = self.hidden(state, tokens, window, probe)
+            logits = self.shaped(self.project(hidden[:, :, window.inner]), state, states, window)
+            evidence = Evidence(logits)
             return self.with_dependencies(evidence, probe, state, tokens, hidden, window)
+        fed = state
+        if self.cfg_scale > 0.0:
+            fed, tokens = with_unconditional(state, tokens, window, self.mask_id)
+        hidden = self.hidden(fed, tokens, window, cache, of_block=True)
+        if self.only_masked and hidden.device.type == "cpu":
+            return Evidence(self.project(hidden[states == self.mask_id])), state.anchors
+        evidence = Evidence(self.shaped(self.project(hidden), state, states, window))
         if isinstance(self.rule, Klass):
             stable, before = torch.zeros_like(states), state.evidence
             if before is not None and before.stable is not None:
@@ -55,8 +84,21 @@ class Forwards:
             evidence = evidence._replace(stable=stable)
         return evidence, state.anchors
 
-    def hidden(self, state: BlockState, tokens: Tensor, window: Window, cache: BlockCache | None) -> Tensor:
-        """Hidden states `[b, D, n, d_model]` of `tokens` `[b, D, n]`, which stand in the window's fed columns."""
+    def shaped(self, logits: Tensor, state: BlockState, states: Tensor, window: Window) -> Tensor:
+        """The logits `[b, D, T, V]` that decide, from the model's."""
+        if self.cfg_scale > 0.0:
+            logits = guided(logits, self.cfg_scale)
+        if self.processor is not None:
+            logits = processed(self.processor, logits, states, state.sequences[:, : window.first], self.mask_id)
+        return without(logits, self.never) if self.never else logits
+
+    def hidden(
+        self, state: BlockState, tokens: Tensor, window: Window, cache: BlockCache | None, of_block: bool = False
+    ) -> Tensor:
+        """Hidden states `[b, D, n, d_model]` of `tokens` `[b, D, n]`, which stand in the window's fed columns.
+
+        With `of_block` only those of the block's columns, `[b, D, T, d_model]`.
+        """
         b, D, n = tokens.shape
         positions = state.position_ids[:, window.fed][:, None].expand(b, D, n)
         mask = state.attention_mask
@@ -69,14 +111,16 @@ class Forwards:
         elif mask is not None:
             mask = mask.repeat_interleave(D, dim=0)
         together = (1, 2) if tree else (0, 1)
+        early = of_block and not tree and window.block_width() < n
         hidden = self.model.model(
             tokens.flatten(*together),
             attention_mask=mask,
             position_ids=positions.flatten(*together),
             cache=cache,
             start=window.start(),
-        )
-        return hidden.unflatten(together[0], (D, n) if tree else (b, D))
+            wanted=window.inner if early else None,
+        ).unflatten(together[0], (D, n) if tree else (b, D))
+        return hidden[:, :, window.inner] if of_block and not early else hidden
 
     def with_dependencies(
         self,
@@ -96,7 +140,7 @@ class Forwards:
         edges = probe.edges(self.rule, window.fed.start, window.first, T, key_mask).unflatten(0, (b, D))
         if not window.full:
             return evidence._replace(edges=edges, anchors=state.anchors[:, None].expand(b, D, -1)), state.anchors
-        sure = dawn.softmax_maximum(self.model.project(hidden).flatten(0, 1), self.mask_id).unflatten(0, (b, D))
+        sure = dawn.softmax_maximum(self.project(hidden).flatten(0, 1), self.mask_id).unflatten(0, (b, D))
         anchors = sure.masked_fill(tokens == self.mask_id, 0.0)
         if mask is not None:
             anchors = anchors.masked_fill(~mask[:, None], 0.0)

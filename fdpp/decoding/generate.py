@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from fdpp.decoding.config import DiffusionGenerationConfig
 from fdpp.decoding.loop import BlockLoop
 
+TOKEN_IDS = ("mask_token_id", "eos_token_id", "pad_token_id", "eot_token_id")
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+"""What `from_pretrained` passes on about where a file is."""
+
 
 class DiffusionGenerationMixin:
     """Gives `generate` to a model with `model(input_ids, attention_mask, position_ids, cache, start)` and `project`."""
 
+    generation_config_class = DiffusionGenerationConfig
     config: Any
 
     @torch.no_grad()
@@ -27,6 +36,8 @@ class DiffusionGenerationMixin:
         generation_config: DiffusionGenerationConfig | None = None,
         streamer: BaseStreamer | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        custom_generate: Callable[..., Any] | None = None,
         **overrides: Any,
     ) -> Any:
         """Decode a response block by block.
@@ -34,10 +45,21 @@ class DiffusionGenerationMixin:
         Args:
             input_ids: `[B, P]` int64 prompts, padded on the left; P may be 0.
             attention_mask: `[B, P]`, 1 at prompt tokens and 0 at padding; None: no padding.
-            generation_config: settings; any of its fields can also be given by name and then wins.
-            streamer: receives `put(prompt)`, `put_draft(block)` after every step where it has it, `put(block)` for
-                every finished block and `end()`, as `transformers.TextDiffusionStreamer` does.
-            stopping_criteria: called after every block with the sequences so far; True ends a sequence.
+            generation_config: settings, in the place of the model's own `generation_config`; any of its fields can also
+                be given by name and then wins.
+            streamer: receives `put(prompt)`, `put_draft(block)` after every forward where it has it, `put(block)` for
+                every finished block and `end()`, as `transformers.TextDiffusionStreamer` does. A draft is the block's
+                tokens so far `[B, T]`, masks included; one that asks for logits instead is refused.
+            stopping_criteria: called after every block as `criterion(sequences so far, None, new_token_length=T)`, T
+                the block's length, as in transformers' text diffusion; True ends a sequence.
+            logits_processor: changes the logits of every forward's block, as in transformers' text diffusion: called
+                with `input_ids` `[N, S]`, the tokens before the block, and `scores` `[N, T, V]`, the block's logits;
+                N counts sequences and drafts. A `LogitsProcessor` with a third parameter, `cur_step`, gets the masks
+                left, `[N, 1, 1]`.
+            custom_generate: decodes in the place of the block loop and returns what it likes. Called, as transformers
+                calls it, with the model and `input_ids`, then by name `attention_mask` `[B, P]` int64,
+                `generation_config` (settings with all token ids), `logits_processor` and `stopping_criteria` (lists,
+                perhaps empty), `streamer` if there is one, and settings of its own that it names.
 
         Returns:
             `DiffusionGenerationOutput` (sequences, nfe, tokens per forward), or the sequences alone with
@@ -46,16 +68,11 @@ class DiffusionGenerationMixin:
         Raises:
             ValueError: a setting, shape or dtype that does not fit; a prompt that with its response is longer than the
                 model's window.
+            TypeError: an unknown setting, or one of another type.
             FloatingPointError: the model produced NaN, +inf or only -inf at a masked position.
         """
-        unknown = set(overrides) - set(DiffusionGenerationConfig.__dataclass_fields__)
-        if unknown:
-            known = ", ".join(DiffusionGenerationConfig.__dataclass_fields__)
-            raise TypeError(f"generate: unknown settings {sorted(unknown)}; known are {known}")
-        base = DiffusionGenerationConfig() if generation_config is None else generation_config
-        if not isinstance(base, DiffusionGenerationConfig):
-            raise TypeError(f"generation_config: expected a DiffusionGenerationConfig, got {type(base).__name__}")
-        config = with_token_ids(replace(base, **overrides), self.config)
+        own = taken_by(custom_generate, overrides)
+        config = self.settled(generation_config, {name: overrides[name] for name in overrides.keys() - own.keys()})
         attention_mask = check_prompt(input_ids, attention_mask)
         longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(1).amax())
         window = self.config.max_sequence_length
@@ -63,7 +80,22 @@ class DiffusionGenerationMixin:
             raise ValueError(
                 f"prompt of {longest} tokens and {config.max_new_tokens} new ones exceed the model's window of {window}"
             )
-        loop = BlockLoop(self, input_ids, attention_mask, config)
+        if getattr(streamer, "_takes_logits", False):
+            raise ValueError(f"streamer: expected one of tokens, got {type(streamer).__name__}, which takes logits")
+        processors = LogitsProcessorList(logits_processor or [])
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        if custom_generate is not None:
+            return custom_generate(
+                self,
+                input_ids,
+                attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask.long(),
+                generation_config=config,
+                logits_processor=processors,
+                stopping_criteria=criteria,
+                **({} if streamer is None else {"streamer": streamer}),
+                **own,
+            )
+        loop = BlockLoop(self, input_ids, attention_mask, config, processors or None)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         for block in range(len(config.blocks())):
@@ -71,8 +103,8 @@ class DiffusionGenerationMixin:
             for _ in loop.steps(block, watch=put_draft is not None):
                 if put_draft is not None:
                     put_draft(loop.block_tokens(block).cpu())
-            if stopping_criteria is not None:
-                loop.stop(StoppingCriteriaList(stopping_criteria), block)
+            if criteria:
+                loop.stop(criteria, block)
             if streamer is not None:
                 streamer.put(loop.block_tokens(block).cpu())
             if loop.finished():
@@ -83,24 +115,106 @@ class DiffusionGenerationMixin:
             return loop.sequences
         return loop.output()
 
+    @torch.no_grad()
+    def warmup(
+        self,
+        prompt_length: int,
+        batch_size: int = 1,
+        generation_config: DiffusionGenerationConfig | None = None,
+        **overrides: Any,
+    ) -> None:
+        """Capture ahead of time what `generate` with the same settings would capture on first use.
+
+        It serves all prompts that fall into the same length bucket, in batches of up to `batch_size`, padded or not.
+        Where the static engine is not used (on a CPU, unless asked for) there is nothing to do.
+
+        Args:
+            prompt_length: tokens of the longest prompt.
+            batch_size: most prompts of a batch.
+            generation_config: as in `generate`, and so are all other settings.
+        """
+        config = self.settled(generation_config, overrides)
+        weight = next(iter(self.parameters()))  # type: ignore[attr-defined]
+        ids = torch.full((batch_size, prompt_length), config.pad_token_id or 0, device=weight.device)
+        padded = torch.ones_like(ids, dtype=torch.bool)
+        if prompt_length:
+            padded[:, 0] = False
+        for mask in (None, padded):
+            loop = BlockLoop(self, ids, mask, config)
+            if loop.is_static:
+                loop.warm_up()
+
+    def settled(
+        self, generation_config: DiffusionGenerationConfig | None, overrides: dict[str, Any]
+    ) -> DiffusionGenerationConfig:
+        """All settings of a decode: those of `overrides` before those of `generation_config` before the model's."""
+        unknown = set(overrides) - set(DiffusionGenerationConfig.__dataclass_fields__)
+        if unknown:
+            known = ", ".join(DiffusionGenerationConfig.__dataclass_fields__)
+            raise TypeError(f"generate: unknown settings {sorted(unknown)}; known are {known}")
+        own = check_kind(getattr(self, "generation_config", DiffusionGenerationConfig()))
+        settings = replace(own if generation_config is None else check_kind(generation_config), **overrides)
+        missing = {name: getattr(own, name) for name in TOKEN_IDS if getattr(settings, name) is None}
+        return with_token_ids(replace(settings, **missing), self.config)
+
+    def adjust_generation_fn(
+        self,
+        generation_config: DiffusionGenerationConfig | None,
+        from_auto_class: bool,
+        from_pipeline: str | None,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        **loading: Any,
+    ) -> None:
+        """Called by `from_pretrained`: takes the `generation_config` given to it, else the checkpoint's file."""
+        if generation_config is None and pretrained_model_name_or_path is not None:
+            hub = {name: loading[name] for name in HUB_OPTIONS if name in loading}
+            with suppress(OSError):
+                generation_config = DiffusionGenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        if generation_config is not None:
+            self.generation_config = check_kind(generation_config)
+
+
+def check_kind(config: Any) -> DiffusionGenerationConfig:
+    if not isinstance(config, DiffusionGenerationConfig):
+        raise TypeError(f"generation_config: expected a DiffusionGenerationConfig, got {type(config).__name__}")
+    return config
+
+
+def taken_by(custom_generate: Callable[..., Any] | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Those of `overrides` that are no settings of a decode but that `custom_generate` names, or takes all of."""
+    if custom_generate is None:
+        return {}
+    if not callable(custom_generate):
+        raise TypeError(
+            f"custom_generate: expected a callable, code of repositories is not run; got {custom_generate!r}"
+        )
+    parameters = inspect.signature(custom_generate).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    foreign = overrides.keys() - DiffusionGenerationConfig.__dataclass_fields__.keys()
+    return {name: overrides[name] for name in foreign if takes_all or name in parameters}
+
 
 def with_token_ids(config: DiffusionGenerationConfig, model_config: Any) -> DiffusionGenerationConfig:
     """`config` with its missing token ids from the model's, all checked against its vocabulary.
 
-    The padding id falls back to the first EOS id.
+    The padding id falls back to the first EOS id. EoT is looked up where it is asked for.
     """
-    mask, eos, pad = (
+    mask, eos, pad, eot = (
         getattr(model_config, name, None) if getattr(config, name) is None else getattr(config, name)
-        for name in ("mask_token_id", "eos_token_id", "pad_token_id")
+        for name in TOKEN_IDS
     )
+    eot = eot if config.confidence_eos_eot_inf else None
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     pad = eos[0] if pad is None and eos else pad
-    for name, value in (("mask_token_id", mask), ("pad_token_id", pad), *(("eos_token_id", e) for e in eos)):
+    if not eos and (config.logits_eos_inf or (config.confidence_eos_eot_inf and eot is None)):
+        raise ValueError("eos_token_id: logits_eos_inf and confidence_eos_eot_inf expect one, got None")
+    named = [("mask_token_id", mask), ("pad_token_id", pad), *(("eos_token_id", e) for e in eos)]
+    for name, value in [*named, ("eot_token_id", eot)] if eot is not None else named:
         if not isinstance(value, int) or not 0 <= value < model_config.vocab_size:
             raise ValueError(f"{name}: expected an id below the vocabulary's {model_config.vocab_size}, got {value!r}")
-    if mask in (pad, *eos):
+    if mask in (pad, *eos, eot):
         raise ValueError(f"mask_token_id: expected another id than those of EOS and padding, got {mask}")
-    return replace(config, mask_token_id=mask, eos_token_id=eos, pad_token_id=pad)
+    return replace(config, mask_token_id=mask, eos_token_id=eos, pad_token_id=pad, eot_token_id=eot)
 
 
 def check_prompt(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fdpp.decoding.config import DiffusionGenerationConfig, DiffusionGenerationO
 from fdpp.decoding.drafts import depth_after, most_drafts
 from fdpp.decoding.runners import EagerRunner
 from fdpp.decoding.state import BlockState, Outcome, Window
-from fdpp.decoding.static import LENGTH_BUCKET, StaticRunner, bucket_for, why_not_static
+from fdpp.decoding.static import LENGTH_BUCKET, StaticRunner, bucket_for, graph_size, why_not_static
 from fdpp.ops import pack, streams
 
 
@@ -33,7 +33,12 @@ class BlockLoop:
     """
 
     def __init__(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor | None, config: DiffusionGenerationConfig
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        config: DiffusionGenerationConfig,
+        processor: Callable[..., Tensor] | None = None,
     ) -> None:
         if config.mask_token_id is None or config.pad_token_id is None:
             raise ValueError("BlockLoop: expected a config with its mask and padding ids filled in")
@@ -42,7 +47,11 @@ class BlockLoop:
         B, P = input_ids.shape
         self.live = torch.arange(B, device=self.device)
         self.eos = torch.tensor(config.eos_token_id, dtype=torch.int64, device=self.device)
-        obstacle = why_not_static(config)
+        obstacle = why_not_static(model, config)
+        if processor is not None:
+            if config.head == "fused":
+                raise ValueError("head='fused' keeps no logits, which logits_processor reads")
+            obstacle = "logits_processor is code of the caller's, which is not captured"
         if config.engine == "static" and obstacle is not None:
             raise ValueError(f"engine='static': {obstacle}")
         self.is_static = config.engine == "static" or (
@@ -60,8 +69,9 @@ class BlockLoop:
             padded = attention_mask is not None
             self.bucket = bucket_for(model, config, self.device, B, self.length, padded, self.spare_columns())
         else:
-            self.advance = Advance(model, config, self.device)
-            self.cache = None if config.cache == "none" else BlockCache(config.branches, self.spare_columns())
+            self.advance = Advance(model, config, self.device, processor)
+            spare = self.spare_columns()
+            self.cache = None if config.cache == "none" else BlockCache(config.branches, spare, config.passes)
 
     def spare_columns(self) -> int:
         """Columns that the cache holds for drafts in tree layout."""
@@ -79,6 +89,26 @@ class BlockLoop:
         if self.cache is not None and self.cache.allocated:
             self.cache.hold(state.row.shape[0])
         return EagerRunner(self.advance, state, schedule, self.cache)
+
+    def windows(self, block: int) -> tuple[Window, Window]:
+        """What a block's first forward feeds, and what the others do."""
+        columns, everything = self.block_columns(block), slice(0, self.length)
+        later = {"none": everything, "prefix": slice(columns.start, self.length), "dual": columns}[self.config.cache]
+        return Window.of(everything, columns, self.length), Window.of(later, columns, self.length)
+
+    def warm_up(self) -> None:
+        """Capture every step that a decode of these sequences may take, at every size its batch may shrink to."""
+        B, most = self.live.shape[0], most_drafts(self.config.drafts)
+        depths = [2**i for i in range(1, most.bit_length())] if self.config.drafts == "auto" else [most]
+        for b in sorted({graph_size(b) for b in range(1, B + 1)}, reverse=True):
+            rows = self.live[torch.arange(b, device=self.device).clamp(max=B - 1)]
+            for block in range(len(self.config.blocks())):
+                runner = self.runner(self.whole.take(rows), block)
+                assert isinstance(runner, StaticRunner)
+                first, others = self.windows(block)
+                runner.step(first, 1)
+                for drafts in (1, *depths):
+                    runner.step(others, drafts)
 
     def initial(self, input_ids: Tensor, attention_mask: Tensor | None) -> BlockState:
         B, new = input_ids.shape[0], self.config.max_new_tokens
@@ -99,7 +129,7 @@ class BlockLoop:
             position_ids=position_ids,
             attention_mask=attention_mask,
         )
-        if self.config.temperature > 0.0:
+        if self.config.draws:
             state = state._replace(streams=streams(self.config.seed or 0, B, self.device))
         if self.config.drafts != 1:
             depths = most_drafts(self.config.drafts) - 1
@@ -130,9 +160,8 @@ class BlockLoop:
         The first forward is a full one and its logits commit like any other's; the following ones feed what the cache
         leaves over: everything, everything from the block on, or the block alone.
         """
-        columns, everything = self.block_columns(block), slice(0, self.length)
-        later = {"none": everything, "prefix": slice(columns.start, self.length), "dual": columns}[self.config.cache]
-        first, others = (Window.of(fed, columns, self.length) for fed in (everything, later))
+        columns = self.block_columns(block)
+        first, others = self.windows(block)
         state = self.whole.take(self.live)
         runner = self.runner(state._replace(first_step=state.steps), block)
         window, drafts = first, 1
@@ -164,8 +193,9 @@ class BlockLoop:
         """End the live sequences for which `criteria` holds after `block`; what follows the block becomes padding."""
         if self.finished():
             return
-        stop = self.block_columns(block).stop
-        done = criteria(self.whole.sequences[self.live, self.extra : stop], None)
+        columns = self.block_columns(block)
+        stop, new = columns.stop, columns.stop - columns.start
+        done = criteria(self.whole.sequences[self.live, self.extra : stop], None, new_token_length=new)
         self.whole.sequences[self.live[done], stop:] = self.pad_id
         self.live = self.live[~done]
 

@@ -21,6 +21,7 @@ from fdpp.cache import BlockCache
 from fdpp.dawn import Dawn
 from fdpp.decoding.advance import Advance
 from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.decoding.head import slice_held
 from fdpp.decoding.state import BlockState, Outcome, Window
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,10 @@ class Step:
 
     def capture(self) -> None:
         b, L = self.arena.state.sequences.shape
+        if not self.arena.steps:
+            logger.warning(
+                "capturing the steps of %d sequences of %d columns; `model.warmup` does it ahead of time", b, L
+            )
         logger.info(
             "fdpp: capturing a step: %d sequences of %d columns, %d fed, %d drafts",
             b,
@@ -203,10 +208,12 @@ UNKEYED = ("max_new_tokens", "block_length", "steps", "seed", "engine", "return_
 """Settings that reach a step as tensors, as the width of its window, or not at all."""
 
 
-def why_not_static(config: DiffusionGenerationConfig) -> str | None:
-    """What in `config` static tensors cannot serve, None if nothing."""
+def why_not_static(model: Any, config: DiffusionGenerationConfig) -> str | None:
+    """What in a decode static tensors cannot serve, None if nothing."""
     if isinstance(config.rule, Dawn):
         return "rule=Dawn(...) reads attention at columns that its kernels take as numbers"
+    if slice_held(model) is not None:
+        return "the steps of a sharded model are exchanges between processes, which are not captured"
     return None
 
 
@@ -222,7 +229,7 @@ def bucket_for(
     held = model.__dict__.setdefault("_static_steps", StaticSteps())
 
     def make(capacity: int) -> Bucket:
-        cache = None if config.cache == "none" else BlockCache(config.branches, spare)
+        cache = None if config.cache == "none" else BlockCache(config.branches, spare, config.passes)
         return Bucket(Advance(model, config, device), capacity, cache)
 
     return held.bucket(key, weights, graph_size(B), make)
@@ -252,9 +259,16 @@ class StaticRunner:
     def state(self) -> BlockState:
         return self.arena.state.each(lambda field: field[: self.size])
 
+    def captured(self, window: Window, drafts: int) -> Step:
+        """The next step. More states are evaluated where that needs no capture of its own: it changes no token."""
+        setting = self.bucket.advance.config.drafts
+        if drafts > 1:
+            drafts = setting if isinstance(setting, int) else 1 << (drafts - 1).bit_length()
+        return self.arena.step(window, drafts, self.fresh)
+
     def step(self, window: Window, drafts: int) -> tuple[Outcome, list[int]]:
         """A forward of all sequences: what came of it, and its summary on the host."""
-        step = self.arena.step(window, drafts, self.fresh)
+        step = self.captured(window, drafts)
         self.fresh = False
         summary = step.replay()
         return step.outcome.front(self.size), summary
@@ -266,4 +280,4 @@ class StaticRunner:
             cache = self.arena.cache
             rows = self.load(self.arena.state, rows)
             if cache is not None:
-                cache.front(cache.keys[0].shape[0]).keep(rows)
+                cache.front(cache.size).keep(rows)

@@ -28,14 +28,29 @@ IMPLEMENTED = {
 }
 """Options of the published configuration that change the architecture, with the values this package implements."""
 
+TOKEN_IDS = {"mask_token_id": 126336, "eos_token_id": 126081, "pad_token_id": 126081, "eot_token_id": 126348}
+"""LLaDA's special tokens: the mask, the end of the text, padding, and the end of a turn of a chat."""
+
+BLOCKS_TP_PLAN = {
+    "transformer.blocks.*.q_proj": "colwise",
+    "transformer.blocks.*.k_proj": "colwise",
+    "transformer.blocks.*.v_proj": "colwise",
+    "transformer.blocks.*.attn_out": "rowwise",
+    "transformer.blocks.*.ff_proj": "colwise",
+    "transformer.blocks.*.up_proj": "colwise",
+    "transformer.blocks.*.ff_out": "rowwise",
+}
+"""Tensor parallelism in the form of transformers' `tp_plan`: heads and hidden units of the blocks are shared out."""
+
 
 class LLaDAConfig(PretrainedConfig):
     """Shape and token ids of a LLaDA model.
 
     The arguments have the names of the published `config.json` (GSAI-ML/LLaDA-8B-Base, -Instruct, LLaDA-1.5), so such
     a file loads as it is; the defaults are those of LLaDA-8B. `embedding_size` is the number of rows of the embedding
-    and of the head, `vocab_size` unless given. An option that changes the architecture and is not implemented raises
-    `ValueError` with its name, its value and what is implemented.
+    and of the head, `vocab_size` unless given. Of `mask_token_id`, `eos_token_id`, `pad_token_id` and `eot_token_id`,
+    those that are not given are LLaDA's, or None where the vocabulary is too small for them. An option that changes
+    the architecture and is not implemented raises `ValueError` with its name, its value and what is implemented.
     """
 
     model_type = "llada"
@@ -65,9 +80,6 @@ class LLaDAConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-5,
         init_std: float = 0.02,
         weight_tying: bool = False,
-        mask_token_id: int | None = 126336,
-        eos_token_id: int | None = 126081,
-        pad_token_id: int | None = 126081,
         **kwargs: Any,
     ) -> None:
         for option, implemented in IMPLEMENTED.items():
@@ -104,9 +116,11 @@ class LLaDAConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.init_std = init_std
         self.weight_tying = weight_tying
-        self.mask_token_id = mask_token_id
+        ids = {name: kwargs.pop(name, token if token < vocab_size else None) for name, token in TOKEN_IDS.items()}
+        self.mask_token_id, self.eot_token_id = ids.pop("mask_token_id"), ids.pop("eot_token_id")
+        # The head is sharded over the vocabulary, and the embedding only where it is the head.
+        head = {"transformer.wte": "embedding_rowwise"} if weight_tying else {"transformer.ff_out": "colwise"}
+        self.base_model_tp_plan = BLOCKS_TP_PLAN | head
         if kwargs.pop("tie_word_embeddings", weight_tying) != weight_tying:
             raise ValueError(f"LLaDA config: tie_word_embeddings contradicts weight_tying={weight_tying}")
-        super().__init__(
-            eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=weight_tying, **kwargs
-        )
+        super().__init__(tie_word_embeddings=weight_tying, **ids, **kwargs)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
+
+from fdpp.models.linear import Linear
+
+
+def is_plain(layer: nn.Module | None) -> TypeGuard[Linear]:
+    """Whether `layer` is nothing but its weight."""
+    return type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 class Joined:
@@ -33,7 +42,7 @@ class Joined:
         weights = []
         for name in self.names:
             layer = self.modules[name]
-            if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+            if not is_plain(layer):
                 return None
             weights.append(layer._parameters["weight"])
         return self.weight if self.weight is not None and self.holds(weights) else self.join(weights)

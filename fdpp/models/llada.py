@@ -6,6 +6,7 @@ checkpoints, so their safetensors load without a conversion.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from fdpp import parallel
 from fdpp.cache import BlockCache, attend
 from fdpp.decoding.generate import DiffusionGenerationMixin
 from fdpp.models.configuration import LLaDAConfig
-from fdpp.models.joined import Joined
+from fdpp.models.joined import Joined, is_plain
+from fdpp.models.layers import Angles, attention_inputs, block_output, compiled, rms_norm, rotary_angles, rotate
+from fdpp.models.linear import Linear, linear
 
 
 class RMSNorm(nn.Module):
@@ -32,27 +36,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `RMSNorm`."""
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return weight * F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
-
-
-def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[B, 1, T, head_size / 2]` (float32) of the rotary angles at `position_ids` `[B, T]`."""
-    exponent = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
-    angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponent)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the halves of the last dimension against each other, in float32."""
-    cos, sin = angles
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
 class LLaDABlock(nn.Module):
     """One pre-norm transformer block: attention over all positions, then SwiGLU."""
 
@@ -62,53 +45,55 @@ class LLaDABlock(nn.Module):
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_size = config.d_model // config.n_heads
         kv_size = config.n_kv_heads * self.head_size
-        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.d_model, kv_size, bias=False)
-        self.attn_out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.q_proj = Linear(config.d_model, config.d_model)
+        self.k_proj = Linear(config.d_model, kv_size)
+        self.v_proj = Linear(config.d_model, kv_size)
+        self.attn_out = Linear(config.d_model, config.d_model)
         self.attn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.ff_norm = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.ff_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
-        self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
+        self.ff_proj = Linear(config.d_model, config.mlp_hidden_size)
+        self.up_proj = Linear(config.d_model, config.mlp_hidden_size)
+        self.ff_out = Linear(config.mlp_hidden_size, config.d_model)
         self.qkv = Joined(self._modules, "q_proj", "k_proj", "v_proj")
         self.gate_up = Joined(self._modules, "ff_proj", "up_proj")
+        self.compile_layers = False
 
     def forward(
         self,
         x: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: Angles,
         attention_mask: Tensor | None,
         cache: BlockCache | None,
         start: int | Tensor,
+        wanted: slice | Tensor | None = None,
     ) -> Tensor:
-        q, k, v = self.attention_inputs(x, angles)
+        qkv, gate_up = self.qkv.matrix(), self.gate_up.matrix()
+        fused = qkv is not None and gate_up is not None and is_plain(self.attn_out) and is_plain(self.ff_out)
+        run: Callable[..., Any] = compiled if self.compile_layers else lambda function: function
+        if fused:
+            norm = self.attn_norm
+            q, k, v = run(attention_inputs)(x, norm.weight, qkv, angles, norm.eps, self.n_heads, self.n_kv_heads)
+        else:
+            q, k, v = self.heads(x, angles)
+        if wanted is not None:
+            x, q = x[:, wanted], q[:, :, wanted]
         if cache is None:
             h = attend(q, k, v, attention_mask)
         else:
             h = cache.attend(self.layer, q, k, v, attention_mask, start)
+        if fused:
+            norm = self.ff_norm
+            return run(block_output)(x, h, self.attn_out.weight, norm.weight, gate_up, self.ff_out.weight, norm.eps)
         x = x + self.attn_out(h.transpose(1, 2).flatten(2))
-        return x + self.feed_forward(self.ff_norm(x))
+        h = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 
-    def attention_inputs(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries `[B, H, T, hd]`, rotated keys and values `[B, kv_heads, T, hd]`."""
+    def heads(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """`attention_inputs`, layer by layer."""
         h = self.attn_norm(x)
-        weight = self.qkv.matrix()
-        if weight is None:
-            parts = [layer(h) for layer in (self.q_proj, self.k_proj, self.v_proj)]
-            q, k, v = (part.unflatten(2, (-1, self.head_size)).transpose(1, 2) for part in parts)
-            return rotate(q, angles), rotate(k, angles), v
-        heads = F.linear(h, weight).unflatten(2, (-1, self.head_size)).transpose(1, 2)
-        rotated = rotate(heads[:, : self.n_heads + self.n_kv_heads], angles)
-        return rotated[:, : self.n_heads], rotated[:, self.n_heads :], heads[:, self.n_heads + self.n_kv_heads :]
-
-    def feed_forward(self, h: Tensor) -> Tensor:
-        """SwiGLU."""
-        weight = self.gate_up.matrix()
-        if weight is None:
-            return self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
-        gate, up = F.linear(h, weight).chunk(2, dim=-1)
-        return self.ff_out(F.silu(gate).mul_(up))
+        parts = [layer(h) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+        q, k, v = (part.unflatten(2, (-1, self.head_size)).transpose(1, 2) for part in parts)
+        return rotate(q, angles), rotate(k, angles), v
 
 
 class LLaDAPreTrainedModel(PreTrainedModel):
@@ -137,7 +122,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
         }
         if not config.weight_tying:
-            parts["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)
+            parts["ff_out"] = Linear(config.d_model, config.embedding_size)
         self.transformer = nn.ModuleDict(parts)
         self.post_init()
 
@@ -155,6 +140,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         cache: BlockCache | None = None,
         start: int | Tensor = 0,
         hidden_states: list[Tensor] | None = None,
+        wanted: slice | Tensor | None = None,
     ) -> Tensor:
         """Hidden states `[B, T, d_model]` after the final norm of `input_ids` `[B, T]`.
 
@@ -162,7 +148,8 @@ class LLaDAModel(LLaDAPreTrainedModel):
         mask says it for every query. `position_ids` `[B, T]` default to `start, start + 1, ...`. With a `cache`, the T
         positions stand at its columns from `start` on (or at the columns `start`, an int64 tensor `[T]`): their keys
         and values replace what it holds there and attention goes over all S columns. `hidden_states`, if a list,
-        receives the input of every block and the returned tensor.
+        receives the input of every block and the returned tensor. `wanted` are the positions, a slice or indices
+        `[m]` of the T, whose hidden states are returned, `[B, m, d_model]`: the last block computes no others.
         """
         T = input_ids.shape[1]
         if position_ids is None:
@@ -175,7 +162,8 @@ class LLaDAModel(LLaDAPreTrainedModel):
         for block in self.transformer["blocks"]:
             if hidden_states is not None:
                 hidden_states.append(x)
-            x = block(x, angles, attention_mask, cache, start)
+            last = block.layer == self.config.n_layers - 1
+            x = block(x, angles, attention_mask, cache, start, wanted if last else None)
         x = self.transformer["ln_f"](x)
         if hidden_states is not None:
             hidden_states.append(x)
@@ -211,11 +199,50 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
             block.qkv.matrix()
             block.gate_up.matrix()
 
+    @property
+    def head(self) -> Tensor:
+        """The head's weight: a row per id, then perhaps rows that pad the matrix and of which no token has the id."""
+        return self.model.transformer["wte" if self.config.weight_tying else "ff_out"].weight
+
+    def head_weight(self) -> Tensor:
+        """The head as one matrix `[V, d_model]`, for an operator that multiplies by it on its own.
+
+        Raises:
+            ValueError: the head is more than its weight (a hook, an adapter), or not on a device.
+        """
+        module = self.get_output_embeddings()
+        if type(self.head) is not nn.Parameter or self.head.is_meta or not (module is None or is_plain(module)):
+            raise ValueError(f"head: expected a plain weight on a device, got {module or type(self.head).__name__}")
+        return self.head[: self.config.vocab_size]
+
+    def vocabulary_slice(self) -> parallel.VocabularySlice | None:
+        """The ids this process has logits of under tensor parallelism, None where it has them all."""
+        return parallel.slice_of(self.head, self.config.vocab_size)
+
+    def project_slice(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., v]` of hidden states `[..., d_model]`, for the ids of `vocabulary_slice()`."""
+        held = self.vocabulary_slice()
+        module = self.get_output_embeddings()
+        if module is not None and hasattr(module, "_hf_hook"):
+            # accelerate brings an offloaded weight, or the hidden states, to where the other is.
+            return module(hidden)[..., : self.config.vocab_size]
+        if self.head.is_meta:
+            raise ValueError("device_map: the embedding is also the head, expected it on a device, got it offloaded")
+        return linear(hidden, parallel.local(self.head)[: self.config.vocab_size if held is None else held.held])
+
+    def compile_layers(self, on: bool = True) -> None:
+        """Let `torch.compile` fuse norm, rotation and gate into the products around them, in every block.
+
+        Compilation happens in the first forward of a shape; `generate`'s static engine captures what comes of it.
+        """
+        for block in self.model.transformer["blocks"]:
+            block.compile_layers = on
+
     def project(self, hidden: Tensor) -> Tensor:
-        """Logits `[..., V]` of hidden states `[..., d_model]`."""
-        head = self.model.transformer["wte" if self.config.weight_tying else "ff_out"]
-        # Rows above the vocabulary pad the matrix; no token has their ids.
-        return F.linear(hidden, head.weight[: self.config.vocab_size])
+        """Logits `[..., V]` of hidden states `[..., d_model]`, gathered from all processes where they are sharded."""
+        held = self.vocabulary_slice()
+        logits = self.project_slice(hidden)
+        return logits if held is None else held.gather(logits)
 
     def forward(
         self,
@@ -258,6 +285,12 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
         ]
         if problems:
             raise ValueError(f"LLaDA checkpoint: {'; '.join(problems)}")
+        processes = model.tp_size or 1
+        if model.config.n_kv_heads % processes:
+            raise ValueError(
+                f"tensor parallelism: expected n_kv_heads={model.config.n_kv_heads} to be a multiple of "
+                f"the processes, got {processes}"
+            )
         model.join_weights()
         return (model, info) if wants_info else model
 

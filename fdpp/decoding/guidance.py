@@ -1,0 +1,33 @@
+"""Classifier-free guidance: what a sequence's prompt changes in the logits, enlarged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdpp.decoding.state import BlockState, Window
+
+
+def with_unconditional(state: BlockState, tokens: Tensor, window: Window, mask_id: int) -> tuple[BlockState, Tensor]:
+    """`tokens` `[b, D, n]` of the window, each sequence followed by itself with its prompt masked: `[2b, D, n]`.
+
+    The prompt is what no step has committed. The returned state has the positions and masks of these rows.
+    """
+    decoded = state.commit_step[:, window.fed] >= 0
+    decoded[:, window.inner] = True
+    unconditional = torch.where(decoded[:, None], tokens, mask_id)
+    mask = state.attention_mask
+    twice = state._replace(
+        position_ids=state.position_ids.repeat_interleave(2, dim=0),
+        attention_mask=None if mask is None else mask.repeat_interleave(2, dim=0),
+    )
+    return twice, torch.stack((tokens, unconditional), dim=1).flatten(0, 1)
+
+
+def guided(logits: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance, as LLaDA's `generate` has it: u + (scale + 1)(l - u), in the logits' dtype.
+
+    `logits` `[2b, ...]` are rows l and u in turns (`with_unconditional`); the result is `[b, ...]`.
+    """
+    conditional, unconditional = logits.unflatten(0, (-1, 2)).unbind(1)
+    return unconditional + (scale + 1.0) * (conditional - unconditional)

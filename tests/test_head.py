@@ -1,0 +1,94 @@
+"""`head="fused"`: the tokens of the library's head, from hidden states alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small import left_pad, prompts, small_model
+from torch import Tensor
+from transformers import SuppressTokensLogitsProcessor
+
+import fdpp
+from fdpp import LLaDAModelLM
+
+RULES = [fdpp.Quota(), fdpp.Threshold(0.5), fdpp.Frechet(0.1), fdpp.EntropyBound(1.0), fdpp.LocalLeap(0.6, 0.3)]
+SIZES: dict[str, Any] = {"max_new_tokens": 27, "block_length": 8}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def llada(request: pytest.FixtureRequest) -> LLaDAModelLM:
+    return small_model().to(request.param)
+
+
+def ragged(llada: LLaDAModelLM) -> tuple[Tensor, Tensor]:
+    ids, mask = left_pad([prompts(1, 3 + 4 * b, seed=b)[0] for b in range(3)])
+    return ids.to(llada.device), mask.to(llada.device)
+
+
+def assert_fused_is_the_same(llada: LLaDAModelLM, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+    ids, mask = ragged(llada)
+    library = llada.generate(ids, mask, **SIZES, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(LLaDAModelLM, "project_slice", None)  # no logits are made
+        fused = llada.generate(ids, mask, head="fused", **SIZES, **settings)
+    assert library.keys() == fused.keys()
+    for name in library:
+        torch.testing.assert_close(fused[name], library[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_same_decode(llada, monkeypatch, rule, cache, drafts):
+    assert_fused_is_the_same(llada, monkeypatch, rule=rule, cache=cache, drafts=drafts)
+
+
+@pytest.mark.parametrize("engine", ["eager", "static"])
+def test_on_either_engine_and_sampled(llada, monkeypatch, engine):
+    assert_fused_is_the_same(llada, monkeypatch, rule=fdpp.Frechet(0.1), engine=engine, temperature=0.7, seed=5)
+
+
+def test_random_remasking(llada, monkeypatch):
+    assert_fused_is_the_same(llada, monkeypatch, rule=fdpp.Quota(2), remasking="random", seed=1)
+
+
+def test_a_tied_head_and_one_with_padded_rows(monkeypatch):
+    tied = small_model(seed=2, weight_tying=True)
+    assert_fused_is_the_same(tied, monkeypatch, rule=fdpp.Threshold(0.5))
+    padded = small_model(seed=2, embedding_size=80)
+    assert padded.head_weight().shape[0] == 64 < padded.head.shape[0]
+    assert_fused_is_the_same(padded, monkeypatch, rule=fdpp.Threshold(0.5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reader"),
+    [
+        ({"rule": fdpp.Dawn()}, "Dawn"),
+        ({"rule": fdpp.Klass()}, "Klass"),
+        ({"cfg_scale": 1.0}, "cfg_scale"),
+        ({"logits_eos_inf": True}, "logits_eos_inf"),
+        ({"confidence_eos_eot_inf": True}, "confidence_eos_eot_inf"),
+    ],
+)
+def test_what_reads_logits_is_refused(settings, reader):
+    with pytest.raises(ValueError, match=f"head='fused' keeps no logits, which {reader}"):
+        fdpp.DiffusionGenerationConfig(head="fused", **settings)
+
+
+def test_other_refusals(llada):
+    ids, mask = ragged(llada)
+    with pytest.raises(ValueError, match="head: expected one of library, fused, got 'mine'"):
+        llada.generate(ids, mask, head="mine")
+    never = SuppressTokensLogitsProcessor([1], device=llada.device)
+    with pytest.raises(ValueError, match="which logits_processor reads"):
+        llada.generate(ids, mask, head="fused", logits_processor=[never], **SIZES)
+
+
+def test_a_head_that_is_more_than_its_weight_is_refused():
+    model = small_model()
+    model.get_output_embeddings().register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="head: expected a plain weight"):
+        model.generate(prompts(1, 4), head="fused", **SIZES)

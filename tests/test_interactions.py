@@ -1,0 +1,70 @@
+"""Whatever is combined, a row of a batch decodes to the tokens of that row alone, undrafted and eager."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain import CACHES, LLADA_OPTIONS, Boost, model_with_ends, ragged
+
+import fdpp
+from fdpp import DiffusionGenerationConfig, Quota
+
+MODEL = model_with_ends()
+RULES = (
+    Quota(),
+    Quota(2),
+    fdpp.Threshold(0.6),
+    fdpp.Frechet(0.1),
+    fdpp.EntropyBound(0.5),
+    fdpp.LocalLeap(0.6, 0.3),
+    fdpp.Klass(0.3, 0.5, 1),
+    fdpp.Dawn(tau_sink=0.1, tau_edge=0.05, tau_low=0.3, tau_high=0.6, tau_induce=0.4),
+)
+
+
+@given(
+    rule=st.sampled_from(RULES),
+    options=st.sampled_from([{}, *LLADA_OPTIONS, {"remasking": "random"}, {"steps": 7}]),
+    cache=st.sampled_from(CACHES),
+    temperature=st.sampled_from([0.0, 0.7]),
+    stop_at_eos=st.booleans(),
+    length=st.integers(1, 24),
+    block=st.integers(1, 12),
+    drafts=st.sampled_from([1, 2, 5, "auto"]),
+    branches=st.sampled_from(["batch", "tree"]),
+    how=st.sampled_from(["eager", "static", "processor"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_everything_together(
+    rule: fdpp.Rule,
+    options: dict[str, Any],
+    cache: str,
+    temperature: float,
+    stop_at_eos: bool,
+    length: int,
+    block: int,
+    drafts: int | str,
+    branches: str,
+    how: str,
+) -> None:
+    decode = {"rule": rule, "cache": cache, "temperature": temperature, "stop_at_eos": stop_at_eos, **options}
+    decode |= {"max_new_tokens": length, "block_length": block}
+    try:
+        DiffusionGenerationConfig(seed=0, **decode)
+    except ValueError:
+        # A combination that is refused; which ones are, `test_llada_options` says.
+        decode = {name: value for name, value in decode.items() if name not in options}
+    engine = "static" if how == "static" and not isinstance(rule, fdpp.Dawn) else "eager"
+    processors = [Boost()] if how == "processor" else None
+    ids, mask = ragged()
+    together = MODEL.generate(
+        ids, mask, logits_processor=processors, engine=engine, drafts=drafts, branches=branches, seed=5, **decode
+    )
+    for b, P in enumerate(mask.sum(1).tolist()):
+        prompt = ids[b : b + 1, ids.shape[1] - P :]
+        alone = MODEL.generate(prompt, logits_processor=processors, engine="eager", seed=5 + b, **decode)
+        assert torch.equal(together.sequences[b, -length:], alone.sequences[0, -length:])
+        assert together.nfe[b] == alone.nfe[0] if drafts == 1 else together.nfe[b] <= alone.nfe[0]

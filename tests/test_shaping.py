@@ -1,0 +1,149 @@
+"""What changes logits and the choice of positions between the model and the rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from inputs import IMPLEMENTATIONS, Problem, run
+from plain import CACHES, SIZES, Boost, ragged
+from small import EOS, MASK, V, exact_model, prompts, small_model
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+)
+
+from fdpp import LLaDAModelLM, Quota, Threshold
+from fdpp.decoding.shaping import drawn, ranked_last
+
+
+@pytest.fixture(scope="module")
+def llada() -> LLaDAModelLM:
+    """Shared: no test may change it."""
+    return exact_model()
+
+
+# The interpreter computes with NumPy, which warns of infinities.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_ranking_last_on_every_implementation(implementation: str, dtype: torch.dtype) -> None:
+    """The confidence of others is that without the ids; of equal ones, the lower position comes first."""
+    B, T, ids, mask_id = 3, 12, (3, 5), 7
+    logits = torch.randn(B, T, 40, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, ::2, 3] += 9.0
+    logits[0, 1, 5] += 12.0
+    logits = logits.to(dtype)
+    tokens = torch.full((B, T), mask_id)
+    tokens[:, 4:6] = 3
+    plain = run(implementation, Problem(logits, tokens, [Quota(1)], mask_id))
+    changed = ranked_last(logits, plain.proposal, ids, mask_id)
+    out = run(implementation, Problem(changed, tokens, [Quota(8)], mask_id))
+    assert torch.equal(out.proposal, plain.proposal) and not bool(out.nonfinite.any())
+    others = logits.double()
+    others[..., list(ids)] = -torch.inf
+    masked, last = tokens == mask_id, torch.isin(plain.proposal, torch.tensor(ids))
+    expected = others.softmax(-1).gather(2, plain.proposal[..., None])[..., 0].masked_fill(last | ~masked, 0.0)
+    torch.testing.assert_close(out.confidence.double(), expected, rtol=1e-5, atol=0)
+    for b in range(B):
+        order = sorted(masked[b].nonzero().flatten().tolist(), key=lambda t: (-float(expected[b, t]), t))
+        assert sorted(order[:8]) == out.committed[b].nonzero().flatten().tolist()
+        assert 0 < int((~last & masked)[b].sum()) < 8
+
+
+def test_every_set_of_positions_is_as_likely() -> None:
+    tokens = torch.tensor([[MASK, 1, MASK, MASK, 2, MASK]]).expand(6000, -1)
+    chosen = drawn(tokens, torch.full((6000,), 2.0), torch.arange(6000), MASK)
+    assert bool((chosen.sum(1) == 2).all()) and not bool(chosen[:, [1, 4]].any())
+    _, counts = chosen.unique(dim=0, return_counts=True)
+    assert len(counts) == 6
+    # 1000 each; the standard deviation is 29.
+    assert int(counts.min()) > 870 and int(counts.max()) < 1130
+
+
+def test_more_positions_than_masks() -> None:
+    tokens = torch.tensor([[MASK, 1, MASK], [1, 1, 1]])
+    assert drawn(tokens, torch.tensor([9.0, 9.0]), torch.arange(2), MASK).tolist() == [
+        [True, False, True],
+        [False, False, False],
+    ]
+
+
+# Logits processors
+
+
+class Recorder(LogitsProcessor):
+    """Keeps what it is called with and changes nothing."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls.append((input_ids.clone(), scores.clone()))
+        return scores
+
+
+def test_shapes_of_a_logits_processor(llada: LLaDAModelLM) -> None:
+    ids, mask = ragged()
+    recorder = Recorder()
+    settings = {"rule": Quota(4), "stop_at_eos": False, **SIZES}
+    out = llada.generate(ids, mask, logits_processor=LogitsProcessorList([recorder]), **settings)
+    shapes = [(tuple(before.shape), tuple(scores.shape)) for before, scores in recorder.calls]
+    assert shapes == [((4, 9 + 8 * block), (4, T, V)) for block, T in enumerate((8, 8, 4)) for _ in range(T // 4)]
+    assert torch.equal(recorder.calls[-1][0], out.sequences[:, :-4])
+    assert torch.equal(out.sequences, llada.generate(ids, mask, **settings).sequences)
+
+
+def test_processors_of_transformers(llada: LLaDAModelLM) -> None:
+    prompt, settings = prompts(2, 5), {"rule": Quota(1), "stop_at_eos": False, **SIZES}
+    free = llada.generate(prompt, **settings)
+    banned = free.sequences[:, 5:].unique().tolist()[:3]
+    processors = [SuppressTokensLogitsProcessor(banned, device="cpu")]
+    out = llada.generate(prompt, logits_processor=processors, **settings)
+    assert not bool(torch.isin(out.sequences[:, 5:], torch.tensor(banned)).any())
+    # Half the temperature is twice the logits: the same proposals, other confidences.
+    sharper = llada.generate(
+        prompt, logits_processor=[TemperatureLogitsWarper(0.5)], rule=Threshold(0.9), stop_at_eos=False, **SIZES
+    )
+    assert bool((sharper.nfe < llada.generate(prompt, rule=Threshold(0.9), stop_at_eos=False, **SIZES).nfe).all())
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_processors_with_drafts_guidance_and_batches(llada: LLaDAModelLM, cache: str) -> None:
+    ids, mask = ragged()
+    settings = {"rule": Quota(1), "cache": cache, "cfg_scale": 0.5, "stop_at_eos": False, **SIZES}
+    plain = llada.generate(ids, mask, logits_processor=[Boost()], **settings)
+    assert not torch.equal(plain.sequences, llada.generate(ids, mask, **settings).sequences)
+    out = llada.generate(ids, mask, logits_processor=[Boost()], drafts=3, **settings)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert torch.equal(out.commit_step, plain.commit_step)
+    alone = llada.generate(ids[1:2], mask[1:2], logits_processor=[Boost()], **settings)
+    assert torch.equal(out.sequences[1], alone.sequences[0])
+
+
+def test_a_processor_has_the_last_word_but_for_eos(llada: LLaDAModelLM) -> None:
+    def all_eos(input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores + 100.0 * (torch.arange(V) == EOS)
+
+    settings = {"rule": Quota(1), "stop_at_eos": False, "logits_processor": [all_eos], **SIZES}
+    assert bool((llada.generate(prompts(1, 4), **settings).sequences[:, 4:] == EOS).all())
+    assert not bool((llada.generate(prompts(1, 4), logits_eos_inf=True, **settings).sequences[:, 4:] == EOS).any())
+
+
+def test_processors_that_do_not_fit(llada: LLaDAModelLM) -> None:
+    with pytest.raises(ValueError, match=r"logits_processor: expected scores of \[1, 8, 64\], got \[1, 64\]"):
+        llada.generate(prompts(1, 4), logits_processor=[lambda ids, scores: scores[:, 0]], **SIZES)
+    with pytest.raises(ValueError, match="engine='static': logits_processor"):
+        llada.generate(prompts(1, 4), logits_processor=[Boost()], engine="static", **SIZES)
+
+
+@pytest.mark.gpu
+def test_a_processor_runs_eagerly_on_a_gpu() -> None:
+    """Where "auto" would capture the steps."""
+    model, settings = small_model().cuda(), {"rule": Quota(1), "stop_at_eos": False, **SIZES}
+    boosted = model.generate(prompts(2, 5).cuda(), logits_processor=[Boost()], **settings)
+    eager = model.generate(prompts(2, 5).cuda(), logits_processor=[Boost()], engine="eager", **settings)
+    assert torch.equal(boosted.sequences, eager.sequences)
+    assert not torch.equal(boosted.sequences, model.generate(prompts(2, 5).cuda(), **settings).sequences)

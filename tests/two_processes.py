@@ -1,0 +1,230 @@
+"""What each of two processes does in `test_parallel.py`: `torchrun --nproc-per-node 2 two_processes.py FOLDER`.
+
+The folder holds the checkpoints to decode with, if any. The cases are defined here and computed again, by one process,
+in the test.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from inputs import Problem, random_problem
+from small import left_pad, prompts, small_model
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from transformers.distributed import DistributedConfig
+
+import fdpp
+from fdpp import Dawn, EntropyBound, Factor, Frechet, Klass, LLaDAModelLM, LocalLeap, Quota, Threshold, ops, parallel
+
+INF, NAN = float("inf"), float("nan")
+V, MASK = 41, 6
+
+
+def peculiar(rule: fdpp.Rule, cut: int, temperature: float) -> Problem:
+    """Rows that are ties over the cut, or have everything that matters on one side of it."""
+    problem = random_problem(3, 1, 16, V, rule, mask_id=MASK, masked=1.0, temperature=temperature)
+    rows = problem.logits[0]
+    rows[0] = 0.0
+    rows[0, [cut - 1, cut]] = 5.0
+    rows[1, :cut] = -INF
+    rows[2, cut:] = -INF
+    rows[3, MASK] = 200.0
+    rows[4, :cut] -= 300.0
+    rows[4, MASK] = 2.0
+    rows[5, cut + 1] = NAN
+    rows[6, 0] = INF
+    rows[7] = -INF
+    rows[8] = -INF
+    rows[8, MASK] = 0.0
+    rows[9, cut:] -= 1000.0
+    rows[10] -= 300.0
+    rows[11, MASK] = INF
+    rows[12, MASK] = NAN
+    rows[13, cut:] = -INF
+    rows[13, cut] = NAN
+    return problem
+
+
+def problems() -> dict[str, tuple[Problem, int]]:
+    """Problems by name, and how many of their vocabulary's ids the first process holds."""
+    rules = (
+        Quota(3),
+        Threshold(0.5),
+        Factor(1.2),
+        Frechet(0.25),
+        Frechet(0.0, calibration=0.05),
+        EntropyBound(0.5),
+        LocalLeap(0.9, 0.4, 2),
+    )
+    cases = {}
+    for rule in rules:
+        for cut in (1, 17, V - 1):
+            for temperature in (0.0, 0.7):
+                problem = random_problem(
+                    len(cases),
+                    3,
+                    12,
+                    V,
+                    rule,
+                    mask_id=(MASK, V - 1)[len(cases) % 2],
+                    active=True,
+                    temperature=temperature,
+                )
+                cases[f"{rule} cut at {cut} temperature {temperature}"] = problem, cut
+                cases[f"{rule} peculiar at temperature {temperature}"] = peculiar(rule, 20, temperature), 20
+    rule = Frechet(0.25)
+    cases["all on one side"] = random_problem(1, 2, 12, V, rule), V
+    cases["mask outside"] = random_problem(2, 2, 12, V, rule, mask_id=V + 5), 20
+    cases["bfloat16"] = random_problem(5, 2, 12, V, rule, dtype=torch.bfloat16), 20
+    cases["nothing masked"] = random_problem(1, 2, 12, V, rule, masked=0.0), 20
+    cases["rule per sequence"] = random_problem(9, 2, 12, V, Frechet(0.25), Frechet(0.6)), 20
+    # Long rows are scanned in runs and taken in several chunks.
+    cases["long rows"] = random_problem(4, 1, 12, 200_003, rule), 70_001
+    cases["hot and long"] = random_problem(6, 2, 6, 9_001, EntropyBound(3.0), temperature=4.0), 5_000
+    return cases
+
+
+def error_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def select_all() -> dict[str, Any]:
+    rank, results = dist.get_rank(), {}
+    numbers: list[int] = []
+    exchange = parallel.exchange
+    parallel.exchange = lambda mine, group: numbers.append(mine.numel()) or exchange(mine, group)
+    for name, (problem, cut) in problems().items():
+        numbers.clear()
+        mine = problem.logits[..., :cut] if rank == 0 else problem.logits[..., cut:]
+        before = mine.clone()
+        selection = parallel.select_packed(
+            mine,
+            problem.tokens,
+            problem.active,
+            torch.cat([ops.pack(rule) for rule in problem.rules]),
+            problem.rules[0],
+            problem.mask_id,
+            problem.temperature,
+            problem.seeds,
+            first_id=0 if rank == 0 else cut,
+        )
+        unchanged = mine.equal(before) or bool(before.isnan().any())
+        results[name] = selection, list(numbers), unchanged
+    logits, tokens = torch.randn(2, 5, V, generator=torch.Generator().manual_seed(0)), torch.full((2, 5), MASK)
+    arguments = {"rule": Frechet(0.2), "mask_id": MASK, "temperature": 0.9, "seed": 11}
+    slices = logits[..., : V // 2], logits[..., V // 2 :]
+    results["public"] = (
+        parallel.select(slices[rank], tokens, first_id=rank * (V // 2), **arguments),
+        fdpp.select(logits, tokens, **arguments),
+    )
+    weight, data_parallel = torch.randn(V, 4), init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+    tensor_parallel = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    shardings = {
+        "rows": (tensor_parallel, Shard(0)),
+        "replicated": (tensor_parallel, Replicate()),
+        "columns": (tensor_parallel, Shard(1)),
+        "fsdp": (data_parallel, Shard(0)),
+    }
+    for name, (mesh, placement) in shardings.items():
+        head = distribute_tensor(weight, mesh, [placement])
+        results[name] = error_of(partial(parallel.slice_of, head, V))
+    return results
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "uneven": {"vocab_size": 65, "embedding_size": 71},
+    "grouped, tied": {"n_kv_heads": 2, "weight_tying": True},
+    "few ids": {"embedding_size": 200},
+}
+"""`small_model` configurations. The slices hold 36 and 29 ids, 32 and 32, 64 and none."""
+
+ragged, ragged_mask = left_pad([prompts(1, 9)[0], prompts(1, 4, seed=1)[0], prompts(1, 6, seed=2)[0]])
+DECODES: dict[str, dict[str, Any]] = {
+    "none": {"cache": "none", "rule": Frechet(0.1)},
+    "prefix": {"cache": "prefix", "rule": Frechet(0.1)},
+    "dual": {"cache": "dual", "rule": Frechet(0.1)},
+    "schedule": {"cache": "dual", "rule": Quota(), "steps": 10},
+    "entropy": {"cache": "dual", "rule": EntropyBound(0.6)},
+    "relaxed": {"cache": "prefix", "rule": LocalLeap(0.8, 0.4, 2)},
+    "sampled": {"cache": "dual", "rule": Threshold(0.5), "temperature": 0.6, "seed": 5},
+    "stable": {"cache": "dual", "rule": Klass(0.4, 0.1, 1)},
+    "drafts": {"cache": "dual", "rule": Quota(1), "drafts": 3},
+    "tree": {"cache": "prefix", "rule": Frechet(0.1), "drafts": "auto", "branches": "tree"},
+    "guided": {"cache": "dual", "rule": Frechet(0.1), "cfg_scale": 0.7},
+    "without EOS": {"cache": "dual", "rule": Frechet(0.1), "logits_eos_inf": True},
+    "ragged": {"cache": "dual", "rule": Factor(0.9), "attention_mask": ragged_mask},
+}
+
+
+def decode(model: LLaDAModelLM, settings: dict[str, Any]) -> tuple[Tensor, ...]:
+    ids = ragged if "attention_mask" in settings else prompts(2, 7)
+    out = model.generate(ids, **{"max_new_tokens": 20, "block_length": 8, **settings})
+    return out.sequences, out.nfe, out.commit_step
+
+
+def in_float64(model: LLaDAModelLM) -> LLaDAModelLM:
+    """`model`, computing in float64, so that the order of a sum decides no commit."""
+    model.double().project_slice = lambda hidden: LLaDAModelLM.project_slice(model, hidden).float()
+    return model
+
+
+QUESTIONS = [prompts(1, P, seed=P)[0] for P in (9, 3, 7, 5, 8)]
+
+
+def answers(model: LLaDAModelLM, questions: list[Tensor]) -> list[list[int]]:
+    """The responses, decoded as one batch."""
+    ids, mask = left_pad(questions)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=20, block_length=8, rule=Frechet(0.1))
+    return out.sequences[:, ids.shape[1] :].tolist()
+
+
+def answer_all() -> list[list[int]]:
+    """Data parallel: every process answers its share of the questions, and all get all answers in their order."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    model = in_float64(small_model())
+    with PartialState(cpu=True).split_between_processes(QUESTIONS) as mine:
+        return gather_object(answers(model, mine))
+
+
+def decode_all(folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    results["answers"] = answer_all()
+    plan = DistributedConfig(tp_plan="auto")
+    model = in_float64(LLaDAModelLM.from_pretrained(folder / "tiny", distributed_config=plan, dtype=torch.float64))
+    ids = torch.load(folder / "tiny.pt")
+    results["tiny"] = model.generate(ids, max_new_tokens=48, cache="dual", rule=Frechet(0.25)).sequences
+    for name in MODELS:
+        model = in_float64(LLaDAModelLM.from_pretrained(folder / name, tp_plan="auto", dtype=torch.float64))
+        held = model.vocabulary_slice()
+        results[name] = {
+            "decodes": {case: decode(model, settings) for case, settings in DECODES.items()},
+            "logits": model(prompts(2, 7)).logits,
+            "held": (held.first, held.held),
+            "weights": sum(p.to_local().numel() for p in model.parameters() if hasattr(p, "to_local")),
+        }
+    results["dawn"] = error_of(lambda: decode(model, {"rule": Dawn()}))
+    results["static"] = error_of(lambda: decode(model, {"engine": "static"}))
+    results["heads"] = error_of(lambda: LLaDAModelLM.from_pretrained(folder / "one kv head", tp_plan="auto"))
+    return results
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    results = {"select": select_all(), "decode": decode_all(folder) if (folder / "tiny").exists() else {}}
+    torch.save(results, folder / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
