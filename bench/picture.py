@@ -45,7 +45,7 @@ def main() -> None:
         parts.append(f'<text x="{LEFT}" y="{24 + 18 * number}" fill="#123">{html.escape(line)}</text>')
         top = TOP + 18 * number
     for name, rule in (("one position per forward", fdpp.Quota(1)), ("Fréchet, margin 0.25", fdpp.Frechet(0.25))):
-        out = model.generate(prompt, rule=rule, max_new_tokens=128, cache="none")
+        out = model.generate(prompt, rule=rule, max_new_tokens=128)
         response = out.sequences[0, prompt.shape[1] :]
         nfe = int(out.nfe)
         written = round(float(out.tokens_per_forward) * nfe)

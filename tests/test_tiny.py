@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 import fdpp
 from fdpp import tiny
+from fdpp.cache import BlockCache
 from fdpp.tiny import problems, train
 from fdpp.tiny.tokenizer import SPECIAL, build_tokenizer
 
@@ -104,14 +105,44 @@ def test_tokenizer_round_trip():
 def test_batch_masks_what_it_says():
     tokenizer = build_tokenizer()
     for seed in range(6):
-        noisy, target, weight = train.make_batch(tokenizer, seed, 2048)
+        noisy, target, weight, first = train.make_batch(tokenizer, seed, 2048)
+        assert (first == -1).all()
         trained = target != -100
         masked = noisy == tokenizer.mask_token_id
         assert trained.any(1).all()
         assert (masked | ~trained).all()
         assert ((weight > 0) | ~trained).all()
         assert weight[trained].sum().item() == pytest.approx(1.0, rel=1e-5)
-        torch.testing.assert_close(train.make_batch(tokenizer, seed, 2048), (noisy, target, weight))
+        torch.testing.assert_close(train.make_batch(tokenizer, seed, 2048)[:3], (noisy, target, weight))
+
+
+def test_cached_batch_holds_the_block_at_its_start_and_now():
+    tokenizer = build_tokenizer()
+    for seed in range(6):
+        batch = train.make_batch(tokenizer, seed, 2048, cached=True)
+        length = batch.noisy.shape[1] - train.BLOCK
+        assert (batch.target[:, :length] == -100).all()
+        assert batch.weight[batch.target != -100].sum().item() == pytest.approx(1.0, rel=1e-5)
+        for noisy, target, first in zip(batch.noisy, batch.target, batch.first, strict=True):
+            assert (noisy[first:length] == tokenizer.mask_token_id).all()
+            assert (noisy[:first] != tokenizer.mask_token_id).all()
+            assert ((noisy[length:] == tokenizer.mask_token_id) == (target[length:] != -100)).all()
+            assert (target[length:] != -100).any()
+
+
+def test_cached_training_sees_what_the_dual_cache_gives():
+    """Logits of the copied block are those of a block forward over the cache of the sequence at the block's start."""
+    model, tokenizer = train.build_model(0), build_tokenizer()
+    batch = train.make_batch(tokenizer, 3, 1024, cached=True)
+    length = batch.noisy.shape[1] - train.BLOCK
+    sees, positions = train.dual_cache(batch.first, length)
+    with torch.no_grad():
+        trained = model.model(batch.noisy, sees, positions)[:, length:]
+        for row, first in enumerate(batch.first.tolist()):
+            cache = BlockCache()
+            model.model(batch.noisy[row : row + 1, :length], cache=cache)
+            decoded = model.model(batch.noisy[row : row + 1, length:], cache=cache, start=first)
+            torch.testing.assert_close(trained[row : row + 1], decoded)
 
 
 def test_results_are_the_running_values_and_the_answer():
@@ -133,6 +164,9 @@ def test_plain_attention_equals_the_fused_one():
     torch.testing.assert_close(plain, fused)
 
 
+STEPS = ("--steps", "2", "--cached-steps", "3")
+
+
 def run_training(folder, *more):
     settings = {"out": folder / "out", "state": folder / "state.pt", "device": "cpu", "tokens": 256}
     settings |= {"save-every": 100, "eval-problems": 0}
@@ -144,7 +178,8 @@ def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    expected = run_training(whole, "--steps", "4")
+    monkeypatch.setattr(train, "evaluate", lambda *_: 0.0)
+    expected = run_training(whole, *STEPS)
 
     make_batch, batches = train.make_batch, []
 
@@ -156,21 +191,21 @@ def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "make_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_training(parts, "--steps", "4", "--save-every", "2")
+        run_training(parts, *STEPS, "--save-every", "2")
     monkeypatch.setattr(train, "make_batch", make_batch)
     assert torch.load(parts / "state.pt", weights_only=True)["step"] == 2
-    resumed = run_training(parts, "--steps", "4")
+    resumed = run_training(parts, *STEPS)
 
-    assert resumed["step"] == expected["step"] == 4
+    assert resumed["step"] == expected["step"] == 5
     for name, weight in expected["model"].items():
         assert torch.equal(weight, resumed["model"][name]), name
     assert AutoTokenizer.from_pretrained(whole / "out").mask_token == "<mask>"
 
 
 def test_training_stops_at_its_time_budget_and_reports_at_its_end(tmp_path, capsys):
-    assert run_training(tmp_path, "--steps", "2", "--minutes", "0")["step"] == 0
-    run_training(tmp_path, "--steps", "2", "--eval-problems", "2")
-    assert "held-out problems" in capsys.readouterr().out
+    assert run_training(tmp_path, *STEPS, "--minutes", "0")["step"] == 0
+    run_training(tmp_path, "--steps", "1", "--cached-steps", "1", "--eval-problems", "2")
+    assert capsys.readouterr().out.count("held-out problems") == 3
 
 
 def test_checkpoint_is_small(loaded):
@@ -190,7 +225,7 @@ def test_missing_checkpoint_is_named(tmp_path):
 @pytest.mark.slow
 def test_the_model_answers_and_repeats_itself(loaded):
     model, tokenizer = loaded
-    sample = tiny.generate("held-out", 24, seed=7)
+    sample = tiny.generate("held-out", 12, seed=7)
     batch = tokenizer([problem.prompt for problem in sample], padding=True, return_tensors="pt")
 
     def decode():

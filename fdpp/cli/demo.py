@@ -19,8 +19,7 @@ def add(commands: Any) -> None:
     )
     text = "problems of the table (default: %(default)s)"
     parser.add_argument("--problems", type=whole(1), default=24, metavar="N", help=text)
-    text = "see `fdpp generate`; this small model answers worse with a cache, see the README (default: %(default)s)"
-    parser.add_argument("--cache", choices=CACHES, default="none", help=text)
+    parser.add_argument("--cache", choices=CACHES, default="dual", help="see `fdpp generate` (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
