@@ -6,6 +6,7 @@ from fdpp.klass import Klass
 from fdpp.models.configuration import LLaDAConfig
 from fdpp.models.llada import LLaDAModelLM
 from fdpp.ops import select
+from fdpp.patching import patch, unpatch
 from fdpp.reference import Selection
 from fdpp.rules import EntropyBound, Factor, Frechet, LocalLeap, Quota, Rule, Threshold
 from fdpp.step import DenoisingStep
@@ -28,5 +29,7 @@ __all__ = [
     "Rule",
     "Selection",
     "Threshold",
+    "patch",
     "select",
+    "unpatch",
 ]

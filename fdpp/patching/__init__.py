@@ -1,0 +1,108 @@
+"""Our step in other people's scripts, models and modules, reversibly: `patch` and `unpatch`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from fdpp.patching import models, scripts, steps
+
+RECORD = "_fdpp_patch"
+"""Where a patched target keeps what was replaced: on itself, so that a copy of it can be unpatched too."""
+
+SUPPORTED = f"""fdpp.patch takes one of
+- a Python module with {scripts.SUPPORTED}
+- a torch.nn.Module that is {models.SUPPORTED}
+- a torch.nn.Module that holds {steps.SUPPORTED}"""
+
+
+class Patch:
+    """What `patch` returns. As a context manager it gives the target, and at its exit takes back what it replaced."""
+
+    def __init__(self, target: Any, record: list[Any] | None) -> None:
+        self.target, self.record = target, record
+
+    def __enter__(self) -> Any:
+        return self.target
+
+    def __exit__(self, *exception: object) -> None:
+        if self.record is not None and vars(unwrapped(self.target)).get(RECORD) is self.record:
+            unpatch(self.target)
+
+
+def patch(target: Any) -> Patch:
+    """Let `target` work with fdpp until `unpatch(target)`; in a `with` statement, until its end.
+
+    - A module of a script (Fast-dLLM's `generate.py` and relatives): see `fdpp.patching.scripts`.
+    - A LLaDA that transformers loaded with remote code: see `fdpp.patching.models`.
+    - A `torch.nn.Module` that holds a denoising step: see `fdpp.patching.steps`.
+
+    Only `target` changes, all of it or (after an error) nothing. To patch it once more does nothing: one `unpatch`
+    undoes it, and of nested `with` statements the outermost. A compiled module is patched in what it compiled.
+
+    Raises:
+        TypeError: `target` is neither a Python module nor a `torch.nn.Module`.
+        ValueError: it is, but what is replaced was not found in it, or not as it is expected.
+    """
+    owner = unwrapped(target)
+    if RECORD in vars(owner):
+        return Patch(target, None)
+    record = []
+    for path, name, new in replacements(owner):
+        table = table_of(owner, path, new)
+        record.append((path, name, name in table, table.get(name), new))
+        table[name] = new
+    vars(owner)[RECORD] = record
+    return Patch(target, record)
+
+
+def unpatch(target: Any) -> None:
+    """Give `target` back the objects that `patch` replaced.
+
+    Raises:
+        ValueError: `target` is not patched.
+    """
+    owner = unwrapped(target)
+    if RECORD not in vars(owner):
+        raise ValueError(
+            f"fdpp.unpatch: expected a target of fdpp.patch, got {described(target)}, which is not patched"
+        )
+    for path, name, existed, old, new in reversed(vars(owner).pop(RECORD)):
+        table = table_of(owner, path, new)
+        if existed:
+            table[name] = old
+        else:
+            del table[name]
+
+
+def replacements(owner: Any) -> list[tuple[str, str, Any]]:
+    """What to replace in `owner`: path of the submodule, name in it, new object."""
+    if isinstance(owner, ModuleType):
+        kind: Any = scripts
+    elif isinstance(owner, nn.Module):
+        kind = models if models.is_llada(owner) else steps
+    else:
+        raise TypeError(f"fdpp.patch: got {described(owner)}. {SUPPORTED}")
+    try:
+        return kind.replacements(owner)
+    except ValueError as error:
+        raise ValueError(f"fdpp.patch: {described(owner)}: {error}. {SUPPORTED}") from error
+
+
+def unwrapped(target: Any) -> Any:
+    """The module that `torch.compile` wrapped, or `target`; an object without attributes of its own is refused."""
+    if not isinstance(target, (ModuleType, nn.Module)):
+        raise TypeError(f"fdpp.patch: got {described(target)}. {SUPPORTED}")
+    return getattr(target, "_orig_mod", target) if isinstance(target, nn.Module) else target
+
+
+def table_of(owner: Any, path: str, new: Any) -> dict[str, Any]:
+    """Where the submodule at `path` keeps something like `new`."""
+    holder = owner.get_submodule(path) if path else owner
+    return holder._modules if isinstance(new, nn.Module) else vars(holder)
+
+
+def described(target: Any) -> str:
+    return f"module {target.__name__!r}" if isinstance(target, ModuleType) else f"a {type(target).__name__}"
