@@ -10,7 +10,8 @@ OUT ?= bench/results/local
 PY = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY = $(if $(VENV),$(VENV)/.ready)
 
-.PHONY: help demo test lint bench quality picture gpu-check gpu-found gpu-test gpu-memcheck gpu-bench clean
+.PHONY: help demo test lint bench bench-smoke gate quality picture clean eval-check sglang-check \
+	gpu-check gpu-run gpu-test gpu-stress gpu-memcheck gpu-racecheck gpu-bench
 
 # Side by side the benchmarks would time the tests.
 .NOTPARALLEL:
@@ -19,10 +20,12 @@ help:
 	@echo "make demo       decode held-out problems with the embedded model, rule by rule"
 	@echo "make test       the tests, with the coverage of fdpp/ (at least 90%)"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      benchmarks on this machine, results under $(OUT)"
+	@echo "make bench      selection and decodes on this machine: tables, plot, JSON under $(OUT)"
+	@echo "make gate       fails if this device has become slower against its baseline in bench/baselines"
 	@echo "make quality    every rule, cache and draft depth on 500 held-out problems: table, plot, JSON"
 	@echo "make picture    the README's picture, from a decode of the embedded model"
-	@echo "make gpu-check  on a CUDA device: GPU tests, memcheck, benchmarks"
+	@echo "make eval-check, make sglang-check  the tests beside lm-evaluation-harness, and beside SGLang"
+	@echo "make gpu-check  on a CUDA device: GPU tests, stress, memcheck, racecheck, benchmarks, gate; a summary last"
 	@echo "make clean      remove .venv and everything generated"
 
 ifneq ($(VENV),)
@@ -45,13 +48,25 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-define RUN_BENCH
-$(PY) -m pytest bench/bench_*.py --benchmark-only --benchmark-json=$(OUT)/bench.json
-$(PY) bench/report.py $(OUT)/bench.json --out $(OUT)
-endef
+# fdpp need not be installed.
+bench bench-smoke gate: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-bench: $(READY) | $(OUT)
-	$(RUN_BENCH)
+bench: $(READY)
+	$(PY) bench/bench_select.py --out $(OUT)
+	$(PY) bench/bench_kernels.py --out $(OUT)
+	$(PY) bench/bench_decode.py --out $(OUT)
+	$(PY) bench/report.py $(OUT) --plot
+
+bench-smoke: $(READY)
+	$(PY) bench/bench_select.py --smoke --out $(OUT)
+	$(PY) bench/bench_kernels.py --smoke --out $(OUT)
+	$(PY) bench/bench_decode.py --smoke --out $(OUT)
+	$(PY) bench/report.py $(OUT)
+
+gate: $(READY)
+	mkdir -p $(OUT)
+	$(PY) -m pytest -q bench/bench_gate.py --benchmark-json=$(OUT)/gate.json
+	$(PY) bench/gate.py $(OUT)/gate.json
 
 quality: $(READY)
 	$(PY) bench/quality.py
@@ -59,31 +74,40 @@ quality: $(READY)
 picture: $(READY)
 	$(PY) bench/picture.py
 
+# Environments of their own: both bring hundreds of megabytes, and SGLang without its requirements, which are CUDA's.
+build/with-eval/.ready build/with-sglang/.ready: setup.py pyproject.toml constraints.txt tests/with_sglang/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -c constraints.txt setuptools wheel
+	$(@D)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[test$(EXTRA)]' $(REQUIREMENTS)
+	$(if $(APART),$(@D)/bin/python -m pip install --no-deps $(APART))
+	@touch $@
+
+build/with-eval/.ready: EXTRA = ,eval
+build/with-sglang/.ready: REQUIREMENTS = -r tests/with_sglang/requirements.txt
+build/with-sglang/.ready: APART = sglang==0.5.23
+
+eval-check: build/with-eval/.ready
+	build/with-eval/bin/python -m pytest tests/with_lm_eval
+
+sglang-check: build/with-sglang/.ready
+	build/with-sglang/bin/python -m pytest tests/with_sglang
+
 # A $(PYTHON) whose torch sees the GPU is used as it is: its CUDA build was chosen for this machine's driver.
 SEES_GPU = $(shell $(PYTHON) -c 'import torch; print("yes" if torch.cuda.is_available() else "")' 2>/dev/null)
 
-gpu-check:
-	$(MAKE) gpu-found gpu-test gpu-memcheck gpu-bench $(if $(SEES_GPU),VENV=)
+gpu-check: STAGES =
+gpu-test: STAGES = tests
+gpu-stress: STAGES = stress
+gpu-memcheck: STAGES = memcheck
+gpu-racecheck: STAGES = racecheck
+gpu-bench: STAGES = select kernels decode
 
-gpu-found: $(READY)
+gpu-check gpu-test gpu-stress gpu-memcheck gpu-racecheck gpu-bench:
+	$(MAKE) gpu-run STAGES="$(STAGES)" $(if $(SEES_GPU),VENV=)
+
+gpu-run: $(READY)
 	@$(PY) -c 'import torch; assert torch.cuda.is_available(), f"torch {torch.__version__} sees no CUDA device"'
-
-gpu-test gpu-memcheck gpu-bench: export TRITON_INTERPRET = 0
-
-gpu-test: gpu-found | $(OUT)
-	$(PY) -m pytest -m gpu --junitxml=$(OUT)/gpu-tests.xml
-
-# Without PyTorch's caching allocator every tensor is an allocation of its own, so that reading past one is seen.
-gpu-memcheck: gpu-found | $(OUT)
-	@if ! command -v compute-sanitizer >/dev/null; then echo "no compute-sanitizer here: memcheck left out"; else \
-	set -x; PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-	--log-file $(OUT)/memcheck.txt $(PY) -m pytest -m "gpu and not slow"; fi
-
-gpu-bench: gpu-found | $(OUT)
-	$(RUN_BENCH)
-
-$(OUT):
-	mkdir -p $@
+	$(PY) bench/gpu_check.py --out $(OUT) $(if $(STAGES),--only $(STAGES))
 
 clean:
 	rm -rf .venv build dist fdpp.egg-info .coverage .coverage.* .benchmarks .hypothesis \

@@ -26,8 +26,15 @@ setup(
     # Namespace packages: kernels/ must not hold an __init__.py (it would shadow Hugging Face's package of that name),
     # and comes in as fdpp.kernels through the symbolic link fdpp/kernels.
     packages=find_namespace_packages(include=["fdpp", "fdpp.*"], exclude=["*.__pycache__"]),
-    package_data={"fdpp.tiny": ["checkpoint/*"]},
-    entry_points={"console_scripts": ["fdpp = fdpp.cli:main"]},
+    package_data={
+        "fdpp.integrations": ["tasks/*.yaml"],
+        "fdpp.tiny": ["checkpoint/*"],
+        "fdpp.trace": ["page.*"],
+    },
+    entry_points={
+        "console_scripts": ["fdpp = fdpp.cli:main"],
+        "sglang.srt.plugins": ["fdpp = fdpp.integrations.sglang:register"],
+    },
     install_requires=[
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',
@@ -37,7 +44,14 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "pytest-cov", "hypothesis", "numpy", "setuptools>=77", "wheel"],
+        "eval": ["lm_eval[math]>=0.4.13", "datasets", "evaluate", "accelerate"],
+        "parallel": ["accelerate"],
+        "png": ["matplotlib"],
+        "sglang": ['sglang>=0.5.23; python_version >= "3.11"'],
+        "test": [
+            *("pytest", "pytest-benchmark", "pytest-cov", "hypothesis", "numpy", "setuptools>=77", "wheel"),
+            "accelerate",
+        ],
         "lint": ["ruff", "mypy"],
         "bench": ["pytest", "pytest-benchmark", "matplotlib"],
     },

@@ -12,6 +12,7 @@ import torch
 
 import fdpp
 from fdpp import cli, tiny
+from fdpp.cli.options import config_of
 from fdpp.decoding.config import DiffusionGenerationConfig
 
 PROMPT = (
@@ -55,7 +56,7 @@ def test_help_of_generate_explains_every_option(capsys):
         ("--model", "tiny"), ("--rule", "frechet"), ("--margin", "0.25"), ("--calibration", "0"), ("--tau", "0.9"),
         ("--factor", "0.75"), ("--gamma", "0.1"), ("--k", "1"), ("--gen-length", "128"), ("--block-length", "32"),
         ("--cache", "dual"), ("--drafts", "1"), ("--temperature", "0"), ("--seed", "0"), ("--dtype", "auto"),
-        ("--device", "auto"),
+        ("--device", "auto"), ("--remasking", "low_confidence"), ("--cfg-scale", "0"),
     ):  # fmt: skip
         explained = text[text.index("options:") :].split(f" {option} ", 1)[1]
         assert f"(default: {default}" in explained.split(" --")[0], option
@@ -90,6 +91,8 @@ def test_generate_prints_the_answer_and_its_figures(capsys):
         ("--rule quota --drafts 4", {"rule": fdpp.Quota(), "drafts": 4}),
         ("--drafts auto", {"drafts": "auto"}),
         ("--temperature 0.7 --seed 3", {"temperature": 0.7, "seed": 3}),
+        ("--rule quota --remasking random --seed 4", {"rule": fdpp.Quota(), "remasking": "random", "seed": 4}),
+        ("--rule quota --k 4 --cfg-scale 2", {"rule": fdpp.Quota(4), "cfg_scale": 2.0}),
     ],
 )
 def test_options_reach_the_decode(options, settings, capsys):
@@ -97,6 +100,14 @@ def test_options_reach_the_decode(options, settings, capsys):
     out, err = capsys.readouterr()
     expected, nfe = answer(PROMPT, **settings)
     assert out == expected + "\n" and f"{nfe} forwards" in err
+
+
+@pytest.mark.parametrize("option", ["--logits-eos-inf", "--confidence-eos-eot-inf"])
+def test_switches_of_lladas_generate(option):
+    for given in ([], [option]):
+        config = config_of(cli.build_parser().parse_args(["generate", "--prompt", "x", *given]))
+        assert getattr(config, option[2:].replace("-", "_")) is bool(given)
+        assert config.logits_eos_inf + config.confidence_eos_eot_inf == len(given)
 
 
 def test_stream_without_a_terminal_prints_the_same(capsys):
@@ -161,6 +172,9 @@ def test_bfloat16(capsys):
         ("generate --prompt x --drafts 65", 'drafts: expected an int from 1 to 64 or "auto", got 65'),
         ("generate --prompt x --drafts few", "--drafts: expected a whole number of at least 1, got 'few'"),
         ("generate --prompt x --temperature nan", "temperature: expected a finite number"),
+        ("generate --prompt x --remasking random", "remasking='random' needs a number of positions, rule=Quota(...)"),
+        ("generate --prompt x --remasking some", "--remasking: invalid choice: 'some'"),
+        ("generate --prompt x --cfg-scale -1", "cfg_scale: expected a finite number of at least 0, got -1.0"),
         ("generate --prompt x --seed 9223372036854775808", "--seed: expected a whole number"),
         ("generate --prompt x --gen-length 1000", "exceed the model's window of"),
         ("generate --prompt x --model no/such/folder", "no/such/folder: no such folder"),

@@ -10,10 +10,10 @@ import sys
 from contextlib import suppress
 
 import fdpp
-from fdpp.cli import demo, generate
+from fdpp.cli import chat, demo, eval, generate, trace
 from fdpp.cli.options import CommandError, Parser
 
-COMMANDS = (demo, generate)
+COMMANDS = (demo, generate, chat, trace, eval)
 
 
 def build_parser() -> Parser:

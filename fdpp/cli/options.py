@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 import fdpp
 from fdpp import tiny
-from fdpp.decoding.config import CACHES, DiffusionGenerationConfig
+from fdpp.decoding.config import CACHES, HEADS, REMASKINGS, DiffusionGenerationConfig
 
 RULES: dict[str, tuple[type[fdpp.Rule], dict[str, str]]] = {
     "quota": (fdpp.Quota, {"k": "k"}),
@@ -121,9 +121,21 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     add("--cache", choices=CACHES, default="dual", help=text)
     text = "states a forward evaluates: 1: no drafts; more, or auto: same answer in fewer forwards (default: 1)"
     add("--drafts", type=drafts, default=1, metavar="N", help=text)
+    text = "fused: keep no logits, which saves memory and may be slower (default: %(default)s)"
+    add("--head", choices=HEADS, default="library", help=text)
     text = "0: the most likely tokens; above 0: sampled, the wilder the higher (default: 0)"
     add("--temperature", type=float, default=0.0, metavar="T", help=text)
     add("--seed", type=whole(0), default=0, metavar="N", help="same seed, same samples (default: 0)")
+    text = "quota: commit the most confident tokens, or any (default: %(default)s)"
+    add("--remasking", choices=REMASKINGS, default="low_confidence", help=text)
+    text = (
+        "classifier-free guidance: how much what the prompt changes is enlarged, 0 or more; above 0 a forward is twice "
+        "the work (default: 0)"
+    )
+    add("--cfg-scale", type=float, default=0.0, metavar="S", help=text)
+    add("--logits-eos-inf", action="store_true", help="never propose the end-of-text token")
+    text = "commit the end-of-text and end-of-turn tokens after all others"
+    add("--confidence-eos-eot-inf", action="store_true", help=text)
     text = "go on to --gen-length after the end-of-text token, and print what follows it"
     add("--no-stop-at-eos", action="store_true", help=text)
 
@@ -154,8 +166,13 @@ def config_of(args: argparse.Namespace) -> DiffusionGenerationConfig:
             cache=args.cache,
             stop_at_eos=not args.no_stop_at_eos,
             drafts=args.drafts,
+            head=args.head,
             temperature=args.temperature,
             seed=args.seed,
+            remasking=args.remasking,
+            cfg_scale=args.cfg_scale,
+            logits_eos_inf=args.logits_eos_inf,
+            confidence_eos_eot_inf=args.confidence_eos_eot_inf,
         )
 
 

@@ -1,0 +1,248 @@
+"""Requests of an evaluation, answered in batches of similar length, with a journal and an account of what they cost."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import fdpp
+from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.integrations.evaluation.journal import Journal, fingerprint, key_of
+from fdpp.integrations.evaluation.likelihood import Pair, log_likelihoods
+from fdpp.integrations.evaluation.responses import respond
+
+DEFAULT_LENGTH = 256
+logger = logging.getLogger(__name__)
+
+
+class Request(NamedTuple):
+    """A prompt and how its task wants it answered.
+
+    `settings` are the harness's: `until` (stop strings), `max_gen_toks`, `do_sample` with `temperature`.
+    """
+
+    task: str
+    context: str
+    settings: dict[str, Any]
+
+
+class Group(NamedTuple):
+    """Requests that can share a batch: one task's, with one length, temperature and set of stop strings."""
+
+    task: str
+    length: int
+    temperature: float
+    stops: tuple[str, ...]
+
+
+class Work(NamedTuple):
+    """A request to be decoded: its place in the journal, its group and its prompt's ids."""
+
+    key: str
+    group: Group
+    ids: list[int]
+
+
+@dataclass
+class Tally:
+    """What responses cost; their tokens are those before EOS and before a stop string."""
+
+    responses: int = 0
+    tokens: int = 0
+    nfe: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: Tally) -> None:
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def report(self) -> dict[str, float]:
+        """The totals, tokens per second, NFE per response and tokens per forward."""
+        return {
+            **asdict(self),
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+            "nfe_per_response": self.nfe / max(self.responses, 1),
+            "tokens_per_forward": self.tokens / max(self.nfe, 1),
+        }
+
+
+class Evaluator:
+    """A model and a way to decode it.
+
+    Args:
+        model, tokenizer: a LLaDA of this package, on its device, and its tokenizer.
+        config: how responses are decoded. Their length is not its `max_new_tokens` but `gen_length`; with
+            `stop_at_eos=False` every block is decoded, and EOS and stop strings only cut the text.
+        gen_length: length of every response; None: what the task asks for (`max_gen_toks`), else 256.
+        batch_size: prompts decoded together, and masked rows of a likelihood.
+        mc_num: samples of a likelihood's Monte Carlo estimate.
+        check_greedy: say for every likelihood whether decoding one token per step gives the target. Without it the
+            answer is False, as in the published evaluation: few tasks ask.
+        resume: folder of the journal of finished requests; what it holds already is not decoded again.
+        rank: number of this process among those that share the requests; the first shows the progress.
+
+    Attributes:
+        tallies: what the responses of every task cost, equal greedy requests counted once.
+    """
+
+    def __init__(
+        self,
+        model: fdpp.LLaDAModelLM,
+        tokenizer: Any,
+        config: DiffusionGenerationConfig | None = None,
+        *,
+        gen_length: int | None = None,
+        batch_size: int = 1,
+        mc_num: int = 128,
+        check_greedy: bool = False,
+        resume: str | os.PathLike[str] | None = None,
+        rank: int = 0,
+    ) -> None:
+        for name, value in (("gen_length", gen_length), ("batch_size", batch_size), ("mc_num", mc_num)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        config = DiffusionGenerationConfig() if config is None else config
+        self.config, self.seed = config, config.seed or 0
+        self.gen_length, self.batch_size, self.mc_num = gen_length, batch_size, mc_num
+        self.check_greedy, self.rank = check_greedy, rank
+        self.journal = Journal(resume, rank)
+        self.model_key = f"{fdpp.__version__} {fingerprint(model)}"
+        self.tallies: dict[str, Tally] = {}
+        self.counted: set[str] = set()
+        self.warned = False
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens are added unless the text, out of a chat template, begins with BOS already."""
+        bos = self.tokenizer.bos_token
+        return self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+
+    def fit(self, ids: list[int], room: int) -> list[int]:
+        """The last of a prompt's ids, as many as the model's window holds beside `room` others."""
+        window = self.model.config.max_sequence_length
+        if room > window:
+            raise ValueError(f"expected responses and targets within the model's window of {window}, got {room} tokens")
+        if len(ids) + room > window and not self.warned:
+            self.warned = True
+            logger.warning("a prompt of %d tokens is cut to its last %d, others may be, too", len(ids), window - room)
+        return ids[max(len(ids) + room - window, 0) :]
+
+    def responses(self, requests: Sequence[Request]) -> list[str]:
+        """Responses in the order of `requests`, cut before EOS and before the first stop string.
+
+        Prompts are decoded longest first, so that a batch too large for the device is the first one.
+        """
+        work, repeats = [], Counter[str]()
+        for request in requests:
+            item = self.work_of(request)
+            repeats[item.key] += item.group.temperature > 0.0  # a repeated request is another sample
+            work.append(item._replace(key=f"{item.key}-{repeats[item.key]}"))
+        groups: dict[Group, dict[str, list[int]]] = {}
+        for item in work:
+            groups.setdefault(item.group, {})[item.key] = item.ids
+        keys = {item.key for item in work}
+        done = sum(key in self.journal for key in keys)
+        with self.progress("responses", len(keys), done) as bar:
+            for group, members in groups.items():
+                self.decode(group, members, bar)
+        for item in work:
+            if item.key not in self.counted:
+                self.counted.add(item.key)
+                record = self.journal[item.key]
+                cost = Tally(1, record["tokens"], record["nfe"], record["seconds"])
+                self.tallies.setdefault(item.group.task, Tally()).add(cost)
+        return [self.journal[item.key]["text"] for item in work]
+
+    def progress(self, what: str, total: int, done: int) -> Any:
+        """A progress bar, on the first process and where standard error is a terminal."""
+        return tqdm(total=total, initial=done, desc=what, unit="", disable=True if self.rank else None)
+
+    def work_of(self, request: Request) -> Work:
+        settings = request.settings
+        until = settings.get("until") or []
+        stops = tuple(sorted({until} if isinstance(until, str) else set(until)))
+        asked = (settings.get(name) for name in ("max_gen_toks", "max_new_tokens", "max_tokens"))
+        length = self.gen_length or next((int(value) for value in asked if value), DEFAULT_LENGTH)
+        sampled = settings.get("do_sample") and not self.config.temperature
+        temperature = float(settings.get("temperature", 1.0)) if sampled else self.config.temperature
+        group = Group(request.task, length, temperature, stops)
+        ids = self.fit(self.encode(request.context), length)
+        return Work(key_of(self.model_key, repr(self.config_of(group)), stops, ids), group, ids)
+
+    def config_of(self, group: Group) -> DiffusionGenerationConfig:
+        return replace(self.config, max_new_tokens=group.length, temperature=group.temperature, seed=self.seed)
+
+    def decode(self, group: Group, members: dict[str, list[int]], bar: Any) -> None:
+        """Decode what the journal lacks of a group.
+
+        A sampled request's stream is its place in the order of decoding, whatever the batch size; a batch that is not
+        whole in the journal is therefore decoded again.
+        """
+        keys = sorted(members, key=lambda key: -len(members[key]))
+        if not group.temperature:
+            keys = [key for key in keys if key not in self.journal]
+        config, tally = self.config_of(group), Tally()
+        for start in range(0, len(keys), self.batch_size):
+            batch = keys[start : start + self.batch_size]
+            missing = sum(key not in self.journal for key in batch)
+            if not missing:
+                continue
+            seeded = replace(config, seed=self.seed + start)
+            responses = respond(self.model, self.tokenizer, [members[key] for key in batch], seeded, group.stops)
+            self.journal.add({key: asdict(response) for key, response in zip(batch, responses, strict=True)})
+            for response in responses:
+                tally.add(Tally(1, response.tokens, response.nfe, response.seconds))
+            shown = tally.report()
+            bar.set_postfix_str(
+                f"{shown['tokens_per_second']:.0f} tok/s, {shown['nfe_per_response']:.1f} NFE, "
+                f"{shown['tokens_per_forward']:.2f} tokens per forward"
+            )
+            bar.update(missing)
+
+    def likelihoods(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """Monte Carlo estimates of the log-likelihood (`evaluation.likelihood`) of targets, each with its context, and
+        whether the target is what greedy decoding gives."""
+        pairs = [self.pair_of(context, target) for context, target in requests]
+        keys = [key_of(self.model_key, self.mc_num, self.seed, self.check_greedy, *pair) for pair in pairs]
+        self.journal.add(
+            {
+                key: {"value": 0.0, "greedy": True}
+                for key, pair in zip(keys, pairs, strict=True)
+                if not pair.target and key not in self.journal
+            }
+        )
+        todo = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self.journal}
+        order = sorted(todo, key=lambda key: -sum(map(len, todo[key])))
+        unique = len(set(keys))
+        values = log_likelihoods(self.model, [todo[key] for key in order], self.mc_num, self.batch_size, self.seed)
+        with self.progress("likelihoods", unique, unique - len(order)) as bar:
+            for key, value in zip(order, values, strict=True):
+                greedy = self.check_greedy and self.is_greedy(todo[key])
+                self.journal.add({key: {"value": value, "greedy": greedy}})
+                bar.update()
+        return [(self.journal[key]["value"], self.journal[key]["greedy"]) for key in keys]
+
+    def pair_of(self, context: str, target: str) -> Pair:
+        """Ids of both, split where the context ends; white space at its end belongs to the target."""
+        split, whole = len(self.encode(context.rstrip())), self.encode(context + target)
+        return Pair(self.fit(whole[:split], len(whole) - split), whole[split:])
+
+    def is_greedy(self, pair: Pair) -> bool:
+        """Whether decoding one token per step, without a cache, gives the target."""
+        prompt = torch.tensor([pair.context], dtype=torch.int64, device=self.model.device)
+        out = self.model.generate(
+            prompt,
+            max_new_tokens=len(pair.target),
+            block_length=min(len(pair.target), 1024),
+            rule=fdpp.Quota(1),
+            cache="none",
+            stop_at_eos=False,
+        )
+        return out.sequences[0, prompt.shape[1] :].tolist() == pair.target

@@ -1,0 +1,140 @@
+"""Run a decode and keep what every step saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdpp.decoding.advance import Advance
+from fdpp.decoding.config import DiffusionGenerationConfig, DiffusionGenerationOutput
+from fdpp.decoding.evidence import Evidence
+from fdpp.decoding.generate import check_prompt
+from fdpp.decoding.loop import BlockLoop
+from fdpp.decoding.state import BlockState, Window
+from fdpp.reference import Selection
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a sequence. The lists run over the block's masked positions, sorted by confidence, descending.
+
+    Attributes:
+        forward: number of the forward that evaluated it, from 0; with drafts a forward evaluates several steps.
+        positions: counted from the response's first one.
+        proposals: token ids.
+        missing: 1 - confidence, in float64: near 1 a confidence has lost the digits that tell positions apart.
+        committed: bools, which of the positions the step committed.
+        entropies: nats, empty unless the rule sorts by them.
+        stable: for `fdpp.Klass`, steps over which a prediction held still; empty for other rules.
+    """
+
+    forward: int
+    positions: list[int]
+    proposals: list[int]
+    missing: list[float]
+    committed: list[bool]
+    entropies: list[float]
+    stable: list[int]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A decode of one sequence: its settings with all token ids filled in, `[1, P]` prompt, output and steps."""
+
+    config: DiffusionGenerationConfig
+    prompt: Tensor
+    output: DiffusionGenerationOutput
+    steps: list[Step]
+
+    @property
+    def response(self) -> list[int]:
+        """The ids of all `max_new_tokens` positions, padding after the end included."""
+        assert self.output.sequences is not None
+        return self.output.sequences[0, self.prompt.shape[1] :].tolist()
+
+    @property
+    def commit_step(self) -> list[int]:
+        """For every position the index of its step in `steps`, -1 where none committed it."""
+        assert self.output.commit_step is not None
+        return self.output.commit_step[0].tolist()
+
+
+class RecordingAdvance(Advance):
+    """Forwards of one sequence; `seen` has its steps by number.
+
+    A guess at a draft is kept under the number of the step it guesses, until that step itself overwrites it.
+    """
+
+    def __init__(self, model: Any, config: DiffusionGenerationConfig, device: torch.device, prompt_length: int) -> None:
+        super().__init__(model, config, device)
+        self.prompt_length = prompt_length
+        self.seen: dict[int, Step] = {}
+
+    def select(
+        self, state: BlockState, evidence: Evidence, states: Tensor, index: Tensor, schedule: Tensor, window: Window
+    ) -> Selection:
+        chosen = super().select(state, evidence, states, index, schedule, window)
+        for depth, number in enumerate(index[0].tolist()):
+            self.seen[number] = self.look(
+                int(state.nfe), evidence, states, chosen, depth, window.first - self.prompt_length
+            )
+        return chosen
+
+    def look(self, forward: int, evidence: Evidence, states: Tensor, chosen: Selection, depth: int, start: int) -> Step:
+        """What the step from the state at `depth` of `states` `[1, D, T]` saw; the block starts at position `start`."""
+        masked = states[0, depth].eq(self.mask_id).nonzero().flatten()
+        proposals = chosen.proposal[0, depth, masked]
+        # Without drafts the forward on a CPU leaves out the rows that are not masked.
+        logits = evidence.logits if evidence.logits.dim() == 2 else evidence.logits[0, depth, masked]
+        log_p = logits.double().log_softmax(-1)
+        missing = -torch.expm1(log_p.gather(1, proposals[:, None])[:, 0])
+        if self.config.last_ids:
+            # Confidences among the other tokens, which are not those of the logits.
+            missing = 1.0 - chosen.confidence[0, depth, masked].double()
+        order = missing.argsort(stable=True)
+        masked, log_p = masked[order], log_p[order]
+        by_entropy = self.config.rule.order == "entropy"
+        return Step(
+            forward=forward,
+            positions=(start + masked).tolist(),
+            proposals=proposals[order].tolist(),
+            missing=missing[order].tolist(),
+            committed=chosen.committed[0, depth, masked].tolist(),
+            entropies=(-(log_p.exp() * log_p).nan_to_num(nan=0.0).sum(1)).tolist() if by_entropy else [],
+            stable=[] if evidence.stable is None else evidence.stable[0, depth, masked].tolist(),
+        )
+
+
+@torch.no_grad()
+def record(model: Any, input_ids: Tensor, config: DiffusionGenerationConfig) -> Trace:
+    """Decode as `model.generate(input_ids, generation_config=config)` does, and keep every step.
+
+    Args:
+        model: a `fdpp.LLaDAModelLM`.
+        input_ids: `[1, P]` int64, one prompt without padding.
+        config: settings of any rule, cache and drafts.
+
+    Raises:
+        ValueError: more than one sequence, or what `generate` raises it for.
+        FloatingPointError: as `generate`.
+    """
+    check_prompt(input_ids, None)
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"input_ids: expected one sequence to trace, got {input_ids.shape[0]}")
+    # A captured step shows nothing of what it computes, and a fused head no logits.
+    config = replace(model.settled(config, {}), engine="eager", head="library")
+    length, window = input_ids.shape[1] + config.max_new_tokens, model.config.max_sequence_length
+    if length > window:
+        raise ValueError(f"prompt and response of {length} tokens exceed the model's window of {window}")
+    loop = BlockLoop(model, input_ids, None, config)
+    loop.advance = advance = RecordingAdvance(model, config, input_ids.device, input_ids.shape[1])
+    for block in range(len(config.blocks())):
+        for _outcome in loop.steps(block):
+            pass
+        if loop.finished():
+            break
+    steps = [advance.seen[number] for number in range(int(loop.whole.steps))]
+    return Trace(config, input_ids, loop.output(), steps)

@@ -1,0 +1,416 @@
+"""Evaluation without a harness: responses and what they cost, the journal, likelihoods, presets, the command line."""
+
+import itertools
+import math
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from small import EOS, MASK, PAD, exact_model, prompts
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+import fdpp
+from fdpp import cli, tiny
+from fdpp.cli import eval as eval_command
+from fdpp.cli.options import config_of
+from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.integrations.evaluation import likelihood
+from fdpp.integrations.evaluation.code_answers import definitions, humaneval_programs
+from fdpp.integrations.evaluation.evaluator import Evaluator, Request
+from fdpp.integrations.evaluation.journal import Journal, fingerprint
+from fdpp.integrations.evaluation.likelihood import Pair, draw_masks, log_likelihoods, score
+from fdpp.integrations.evaluation.presets import PRESETS
+from fdpp.integrations.evaluation.responses import cut_at_stop, respond
+
+CONFIG = DiffusionGenerationConfig(max_new_tokens=32, block_length=8, rule=fdpp.Threshold(0.3), cache="none")
+
+
+def word_tokenizer(**special):
+    """The words w0 to w60 and the special tokens of `small_model`; BOS, if there is one, is added to every text."""
+    words = {f"w{i}": i for i in range(PAD)} | {"<pad>": PAD, "<mask>": MASK, "<eos>": EOS}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    if "bos_token" in special:
+        bos = special["bos_token"]
+        tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, words[bos])])
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "mask_token": "<mask>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **special)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return exact_model(max_sequence_length=64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+def words(ids):
+    return " ".join(f"w{i}" for i in ids)
+
+
+def ragged(lengths, seed=0):
+    """Prompts of the given lengths, as lists of ids."""
+    return [prompts(1, n, seed + i)[0].tolist() for i, n in enumerate(lengths)]
+
+
+def requests(lengths, task="task", **settings):
+    return [Request(task, words(ids), {"until": [], "max_gen_toks": 32, **settings}) for ids in ragged(lengths)]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """A byte-level tokenizer, as LLaDA's is, whose tokens hold parts of stop strings."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    trainer = BpeTrainer(vocab_size=300, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(["Question: why?\n\nAnswer: because, é. Question: who?\n\n"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+class TestStopStrings:
+    @pytest.mark.parametrize(
+        "stops", [["Question:"], ["\n\n", "Question:"], ["Question:", "\n\n"], ["ause"], ["é"], ["\nA"], ["B"], ["?"]]
+    )
+    def test_text_ends_before_the_first_of_them(self, bpe, stops):
+        text = "because, é.\n\nAnswer: I Question: why?\n\nAnswer:"
+        ids = bpe(text)["input_ids"]
+        cut = min((text.find(stop) for stop in stops if stop in text), default=len(text))
+        got, tokens = cut_at_stop(bpe, ids, stops)
+        assert got == text[:cut]
+        pieces = [bpe.decode(ids[:n]) for n in range(len(ids) + 1)]
+        assert tokens == max(n for n, piece in enumerate(pieces) if text[:cut].startswith(piece))
+
+    def test_a_special_token_is_found_and_not_shown(self, tokenizer):
+        assert cut_at_stop(tokenizer, [1, PAD, 2, 3], ["<pad>"]) == ("w1 ", 1)
+        assert cut_at_stop(tokenizer, [1, PAD, 2, 3], ["w3"]) == ("w1 w2 ", 3)
+        assert cut_at_stop(tokenizer, [1, PAD, 2, 3], []) == ("w1 w2 w3", 4)
+
+
+class TestResponses:
+    def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(self, model, tokenizer):
+        batch = ragged([3, 20, 9, 1])
+        got = respond(model, tokenizer, batch, CONFIG)
+        for ids, response in zip(batch, got, strict=True):
+            out = model.generate(torch.tensor([ids]), generation_config=CONFIG)
+            alone = out.sequences[0, len(ids) :].tolist()
+            alone = alone[: alone.index(EOS)] if EOS in alone else alone
+            assert (response.text, response.nfe) == (words(alone), int(out.nfe))
+            assert response.tokens == len(alone) == round(float(out.tokens_per_forward) * int(out.nfe))
+        assert len({response.text for response in got}) == len(batch)
+
+    def test_a_stop_string_saves_the_blocks_after_it(self, model, tokenizer):
+        [ids] = ragged([5])
+        [whole] = respond(model, tokenizer, [ids], CONFIG)
+        seen = whole.text.split()
+        at = next(i for i in range(9, 24) if seen.index(seen[i]) == i)
+        [stopped] = respond(model, tokenizer, [ids], CONFIG, stops=["", seen[at]])
+        assert stopped.text.split() == seen[:at] and stopped.tokens == at
+        assert stopped.nfe < whole.nfe
+
+    def test_eos_and_padding_are_no_tokens(self):
+        model, tokenizer = tiny.load()
+        problems = tiny.generate("held-out", 4)
+        batch = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
+        config = DiffusionGenerationConfig(max_new_tokens=128, cache="none")
+        got = respond(model, tokenizer, batch, config)
+        assert all("<" not in response.text for response in got)
+        assert [response.tokens for response in got] == [len(response.text.split()) for response in got]
+        assert max(response.tokens for response in got) < 128
+
+    def test_without_stopping_every_block_is_decoded_and_the_text_is_the_same(self):
+        model, tokenizer = tiny.load()
+        batch = [tokenizer(problem.prompt)["input_ids"] for problem in tiny.generate("held-out", 2)]
+        settings = {"max_new_tokens": 128, "cache": "none", "rule": fdpp.Threshold(0.9)}
+        early = respond(model, tokenizer, batch, DiffusionGenerationConfig(**settings), ["Answer"])
+        late = respond(model, tokenizer, batch, DiffusionGenerationConfig(**settings, stop_at_eos=False), ["Answer"])
+        assert [r.text for r in early] == [r.text for r in late] and all("Answer" not in r.text for r in late)
+        assert [r.tokens for r in early] == [r.tokens for r in late]
+        assert all(e.nfe < n.nfe for e, n in zip(early, late, strict=True))
+
+
+class TestJournal:
+    def test_records_come_back(self, tmp_path):
+        Journal(tmp_path / "new", rank=1).add({"a": {"text": "é\n"}})
+        Journal(tmp_path / "new", rank=0).add({"b": {"text": "2"}})
+        Journal(tmp_path / "new", rank=0).add({"c": {"text": "3"}})
+        assert (tmp_path / "new" / "rank_0.jsonl").read_text().count("\n") == 2
+        found = Journal(tmp_path / "new", rank=0)
+        assert found.records == {"b": {"text": "2"}, "c": {"text": "3"}, "a": {"text": "é\n"}}
+
+    @pytest.mark.parametrize("cut", [1, 2, 9, 20])
+    def test_a_cut_last_line_is_passed_over_and_what_follows_is_kept(self, tmp_path, cut):
+        Journal(tmp_path).add({"a": {"text": "one"}, "b": {"text": "two"}})
+        path = tmp_path / "rank_0.jsonl"
+        path.write_bytes(path.read_bytes()[:-cut])
+        again = Journal(tmp_path)
+        assert again["a"] == {"text": "one"} and ("b" in again) == (cut == 1)
+        again.add({"c": {"text": "three"}})
+        assert Journal(tmp_path)["c"] == {"text": "three"} and "a" in Journal(tmp_path)
+
+    def test_a_fingerprint_is_that_of_the_weights(self):
+        print_of = fingerprint(exact_model())
+        assert fingerprint(exact_model()) == print_of
+        changed = exact_model()
+        with torch.no_grad():
+            changed.model.transformer["blocks"][1].ff_out.weight.mul_(1.0001)
+        assert len({print_of, fingerprint(changed), fingerprint(exact_model(seed=1))}) == 3
+        assert fingerprint(exact_model().float()) != print_of
+
+
+class TestEvaluator:
+    def test_order_batches_and_counts(self, model, tokenizer, monkeypatch):
+        lengths = [3, 20, 9, 1, 12, 3]
+        alone = [Evaluator(model, tokenizer, CONFIG).responses([request])[0] for request in requests(lengths)]
+        widths, generate = [], model.generate
+
+        def spy(ids, *args, **kwargs):
+            widths.append(tuple(ids.shape))
+            return generate(ids, *args, **kwargs)
+
+        monkeypatch.setattr(model, "generate", spy)
+        evaluator = Evaluator(model, tokenizer, CONFIG, batch_size=4)
+        assert evaluator.responses(requests(lengths)) == alone
+        assert widths == [(4, 20), (2, 3)]
+        tally = evaluator.tallies["task"]
+        assert tally.responses == 6 and tally.tokens == sum(len(text.split()) for text in alone)
+        report = tally.report()
+        assert report["tokens_per_forward"] == tally.tokens / tally.nfe
+        assert report["tokens_per_second"] == tally.tokens / tally.seconds
+
+    def test_equal_requests_are_decoded_once_and_counted_once(self, model, tokenizer):
+        evaluator = Evaluator(model, tokenizer, CONFIG)
+        first, second = evaluator.responses(requests([4]) * 2)
+        assert first == second == evaluator.responses(requests([4]))[0]
+        assert evaluator.tallies["task"].responses == 1
+
+    def test_the_task_decides_length_and_stop_strings_unless_told(self, model, tokenizer, monkeypatch):
+        lengths, generate = [], model.generate
+
+        def spy(ids, mask, config, **kwargs):
+            lengths.append(config.max_new_tokens)
+            return generate(ids, mask, config, **kwargs)
+
+        monkeypatch.setattr(model, "generate", spy)
+        evaluator = Evaluator(model, tokenizer, CONFIG)
+        [text] = evaluator.responses(requests([4], max_gen_toks=16))
+        stop = text.split()[5]
+        assert evaluator.responses(requests([4], max_gen_toks=16, until=stop)) == [text.split(stop)[0]]
+        Evaluator(model, tokenizer, CONFIG, gen_length=24).responses(requests([4], max_gen_toks=16))
+        assert lengths == [16, 16, 24]
+
+    def test_a_long_prompt_keeps_its_end(self, model, tokenizer, caplog):
+        [ids] = ragged([60])
+        evaluator = Evaluator(model, tokenizer, CONFIG)
+        texts = evaluator.responses([Request("task", words(ids), {"max_gen_toks": 32})])
+        assert texts == evaluator.responses([Request("task", words(ids[-32:]), {"max_gen_toks": 32})])
+        assert len(caplog.records) == 1 and "60 tokens" in caplog.text
+        with pytest.raises(ValueError, match="window of 64, got 65"):
+            evaluator.responses(requests([4], max_gen_toks=65))
+
+    def test_sampled_repeats_differ_and_do_not_depend_on_the_batch_size(self, model, tokenizer):
+        asked = requests([4], do_sample=True, temperature=1.0) * 3 + requests([2, 7], do_sample=True, temperature=1.0)
+        one, two = (Evaluator(model, tokenizer, CONFIG, batch_size=size).responses(asked) for size in (1, 2))
+        assert one == two and len(set(one)) == 5
+
+    def test_resume_decodes_only_what_is_missing(self, model, tokenizer, tmp_path, monkeypatch):
+        asked = requests([3, 20, 9, 1])
+        first = Evaluator(model, tokenizer, CONFIG, batch_size=2, resume=tmp_path)
+        texts = first.responses(asked)
+        path = tmp_path / "rank_0.jsonl"
+        path.write_bytes(path.read_bytes()[:-5])
+        rows, generate = [], model.generate
+
+        def spy(ids, *args, **kwargs):
+            rows.append(len(ids))
+            return generate(ids, *args, **kwargs)
+
+        monkeypatch.setattr(model, "generate", spy)
+        again = Evaluator(model, tokenizer, CONFIG, batch_size=3, resume=tmp_path)
+        assert again.responses(asked) == texts and rows == [1]
+        assert again.tallies["task"].nfe == first.tallies["task"].nfe
+        other = DiffusionGenerationConfig(block_length=8, rule=fdpp.Threshold(0.31), cache="none")
+        Evaluator(model, tokenizer, other, resume=tmp_path).responses(asked)
+        assert sum(rows) == 1 + 4, "another rule, other responses"
+
+    def test_resume_does_not_take_the_responses_of_other_weights(self, model, tokenizer, tmp_path):
+        [text] = Evaluator(model, tokenizer, CONFIG, resume=tmp_path).responses(requests([3]))
+        other = exact_model(seed=1, max_sequence_length=64)
+        assert Evaluator(other, tokenizer, CONFIG, resume=tmp_path).responses(requests([3])) != [text]
+
+    def test_bos_is_not_added_twice(self, model):
+        evaluator = Evaluator(model, word_tokenizer(bos_token="w7"))
+        assert evaluator.encode("w1 w2") == evaluator.encode("w7 w1 w2") == [7, 1, 2]
+
+    def test_refuses_settings_by_name(self, model, tokenizer):
+        with pytest.raises(ValueError, match="batch_size: expected an int of at least 1, got 0"):
+            Evaluator(model, tokenizer, batch_size=0)
+
+
+class TestLikelihood:
+    def test_masks_are_uniform_in_number_and_place(self):
+        masks = draw_masks(5, 2000, torch.Generator().manual_seed(0))
+        counts = Counter(masks.sum(1).tolist())
+        assert set(counts) == {1, 2, 3, 4, 5} and all(abs(count - 400) <= 1 for count in counts.values())
+        assert (masks.double().mean(0) - 0.6).abs().max() < 0.06
+        assert draw_masks(1, 128, torch.Generator()).tolist() == [[True]]
+
+    def test_score_is_that_of_the_masked_targets_alone(self, model):
+        contexts = ragged([7, 3, 0])
+        contexts[0][2] = MASK  # a mask of the prompt's own is no target
+        pairs = [Pair(context, prompts(1, 4, seed)[0].tolist()) for seed, context in enumerate(contexts)]
+        masks = [torch.tensor(mask) for mask in ([1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1])]
+        got = score(model, [(pair, mask.bool()) for pair, mask in zip(pairs, masks, strict=True)])
+        for pair, mask, value in zip(pairs, masks, got, strict=True):
+            target = torch.tensor(pair.target)
+            ids = torch.cat((torch.tensor(pair.context, dtype=torch.int64), target.masked_fill(mask.bool(), MASK)))
+            with torch.no_grad():
+                logits = model(ids[None]).logits
+            log_p = logits[0, len(pair.context) :].log_softmax(-1).gather(1, target[:, None])[:, 0]
+            assert value == pytest.approx(4 / int(mask.sum()) * float(log_p[mask.bool()].sum()), abs=1e-4)
+
+    def test_the_estimate_is_the_mean_over_all_masks(self, model):
+        pair = Pair(*ragged([6, 3]))
+        masks = [torch.tensor(mask) for mask in itertools.product((False, True), repeat=3) if any(mask)]
+        weights = [1 / 3 / math.comb(3, int(mask.sum())) for mask in masks]
+        scores = score(model, [(pair, mask) for mask in masks])
+        exact = sum(w * s for w, s in zip(weights, scores, strict=True))
+        spread = math.sqrt(sum(w * (s - exact) ** 2 for w, s in zip(weights, scores, strict=True)))
+        [estimate] = log_likelihoods(model, [pair], samples=600, batch_size=200)
+        assert spread > 0.1 and abs(estimate - exact) < 4 * spread / math.sqrt(600)
+
+    def test_it_depends_neither_on_batches_nor_on_neighbours(self, model):
+        pairs = [Pair(*ragged([6, 3])), Pair(*ragged([2, 1], seed=9)), Pair(*ragged([0, 5], seed=4))]
+        one = [next(log_likelihoods(model, [pair], samples=8)) for pair in pairs]
+        assert list(log_likelihoods(model, pairs, samples=8, batch_size=5)) == pytest.approx(one, abs=1e-4)
+        assert next(log_likelihoods(model, pairs, samples=8, seed=1)) != pytest.approx(one[0], abs=1e-4)
+
+    def test_a_target_of_one_token_takes_one_forward(self, model, monkeypatch):
+        rows = []
+        monkeypatch.setattr(likelihood, "score", lambda model, batch: rows.extend(batch) or [0.0] * len(batch))
+        assert list(log_likelihoods(model, [Pair([1, 2], [3])], samples=128)) == [0.0] and len(rows) == 1
+
+    def test_white_space_at_the_end_of_a_context_belongs_to_the_target(self, model, tokenizer, bpe):
+        context, target = Evaluator(model, bpe).pair_of("Question: ", "why?")
+        assert (bpe.decode(context), bpe.decode(target)) == ("Question:", " why?")
+        assert Evaluator(model, tokenizer).pair_of("", "w3 w4") == Pair([], [3, 4])
+
+    def test_requests_are_answered_in_order_and_resumed(self, model, tokenizer, tmp_path, monkeypatch):
+        asked = [("w1", " w2"), ("w1 w5 w6", " w3 w4"), ("w1", ""), ("w1", " w2")]
+        settings = {"mc_num": 4, "batch_size": 3, "resume": tmp_path}
+        got = Evaluator(model, tokenizer, **settings).likelihoods(asked)
+        assert got[0] == got[3] and got[2] == (0.0, True)
+        [(value, _)] = Evaluator(model, tokenizer, mc_num=4).likelihoods([asked[1]])
+        assert got[1] == (pytest.approx(value, abs=1e-4), False)
+        monkeypatch.setattr(likelihood, "score", None)
+        assert Evaluator(model, tokenizer, **settings).likelihoods(asked) == got
+
+    def test_greedy_is_what_one_token_per_step_decodes(self, model, tokenizer):
+        [ids] = ragged([5])
+        out = model.generate(torch.tensor([ids]), max_new_tokens=6, block_length=6, rule=fdpp.Quota(1), cache="none")
+        target = out.sequences[0, 5:].tolist()
+        wrong = [*target[:5], (target[5] + 1) % PAD]
+        evaluator = Evaluator(model, tokenizer, mc_num=1, check_greedy=True)
+        asked = [(words(ids), " " + words(target)), (words(ids), " " + words(wrong))]
+        assert [greedy for _, greedy in evaluator.likelihoods(asked)] == [True, False]
+
+
+PROMPT = 'def double(x):\n    """Twice x."""\n'
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "    return 2 * x\n",
+        "Here it is:\n```python\ndef double(x):\n    return 2 * x\n```\nIt works.\n```python\nraise ValueError\n```",
+        "```\nimport math\ndef double(x):\n    return math.floor(2 * x)\n\nprint(double(undefined))\n",
+        "```python\ndef half(x):\n    return x / 2\ndef double(x):\n    return x + x\nassert half(2) == 7\nif (\n```",
+    ],
+)
+def test_humaneval_runs_the_code_of_a_chat_answer(answer):
+    [[program]] = humaneval_programs([[answer]], [{"prompt": PROMPT, "entry_point": "double"}])
+    names = {}
+    exec(program, names)
+    assert names["double"](4) == 8
+
+
+def test_a_program_without_a_definition_is_empty():
+    assert definitions("I do not know") == "" and definitions("x = (\n") == ""
+
+
+class TestCommand:
+    @staticmethod
+    def resolved(*argv):
+        args = cli.build_parser().parse_args(["eval", *argv])
+        eval_command.resolve(args)
+        return args
+
+    def test_presets_are_the_published_settings(self):
+        args = self.resolved("--preset", "fast-dllm++/gsm8k")
+        got = config_of(args)
+        assert (args.tasks, args.num_fewshot, args.chat_template, args.multiturn) == ("gsm8k", 5, True, False)
+        assert (got.rule, got.cache, got.max_new_tokens, got.block_length) == (fdpp.Frechet(0.25), "prefix", 256, 32)
+        assert not got.stop_at_eos and got.drafts == 1
+        assert config_of(self.resolved("--preset", "dawn/humaneval")).rule == fdpp.Dawn(tau_low=0.8)
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_every_preset_is_what_its_options_decode(self, name):
+        preset, args = PRESETS[name], self.resolved("--preset", name)
+        got = config_of(args)
+        assert (got.rule, got.cache, got.drafts) == (preset.rule, preset.cache, preset.drafts)
+        assert (got.max_new_tokens, got.block_length, got.stop_at_eos) == (
+            preset.gen_length,
+            preset.block_length,
+            preset.stop_early,
+        )
+
+    @pytest.mark.parametrize("preset_first", [True, False])
+    def test_options_win_over_a_preset(self, preset_first):
+        preset = ("--preset", "fast-dllm++/gsm8k")
+        # "dual" and 32 are what the options say without a preset, too.
+        options = ("--rule", "factor", "--cache", "dual", "--gen-length", "64", "--num-fewshot", "0", "--stop-at-eos")
+        args = self.resolved(*(preset + options if preset_first else options + preset))
+        got = config_of(args)
+        assert (got.rule, got.cache, got.max_new_tokens, got.stop_at_eos) == (fdpp.Factor(0.75), "dual", 64, True)
+        assert (args.tasks, args.num_fewshot) == ("gsm8k", 0)
+        assert config_of(self.resolved(*preset, "--margin", "0.02")).rule == fdpp.Frechet(0.02)
+
+    def test_defaults_without_a_preset(self):
+        args = self.resolved("--tasks", "gsm8k")
+        assert args.gen_length is None and args.num_fewshot is None and not args.chat_template
+        args.gen_length = 7
+        expected = DiffusionGenerationConfig(max_new_tokens=7, seed=0)
+        assert config_of(args) == expected
+
+    def test_help_says_what_the_defaults_are(self, capsys):
+        assert cli.main(["eval", "--help"]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "what the task asks for, else 256)" in out and "(default: dual)" in out
+        assert all(name in out for name in PRESETS)
+
+    def test_one_line_where_the_harness_is_missing(self, monkeypatch, capsys):
+        for module in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.delitem(sys.modules, "fdpp.integrations.lm_eval", raising=False)
+        monkeypatch.setitem(sys.modules, "lm_eval", None)
+        assert cli.main(["eval", "--tasks", "tiny_sums"]) == 2
+        out, err = capsys.readouterr()
+        assert err.count("\n") == 1 and "pip install 'fdpp[eval]'" in err and not out
+
+    def test_tasks_are_asked_for(self, capsys):
+        assert cli.main(["eval"]) == 2
+        assert "--tasks or --preset" in capsys.readouterr().err
+
+    def test_costs_are_a_table(self):
+        cost = {"responses": 2, "tokens": 90, "nfe": 30, "tokens_per_second": 1.26}
+        table = eval_command.cost_table({"sums": cost | {"nfe_per_response": 15.0, "tokens_per_forward": 3.0}})
+        assert table.splitlines()[2] == "|sums|2|90|1.3|30|15.0|3.00|"

@@ -1,0 +1,420 @@
+"""A recorded decode is the decode, the page holds it, and a browser shows it."""
+
+import json
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from browser import Browser, find
+from small import EOS, MASK, exact_model, prompts, small_model
+
+import fdpp
+from fdpp import cli, tiny
+from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.trace import criteria
+from fdpp.trace.page import data_of, render
+from fdpp.trace.record import record
+
+SETTINGS = (
+    {},
+    {"cache": "none", "stop_at_eos": False},
+    {"cache": "prefix", "rule": fdpp.Quota(), "steps": 7},
+    {"rule": fdpp.Quota(), "drafts": 4},
+    {"rule": fdpp.Quota(), "drafts": "auto", "cache": "prefix", "branches": "tree"},
+    {"rule": fdpp.Threshold(0.3), "drafts": 3, "cache": "none"},
+    {"rule": fdpp.Factor(1.4), "temperature": 0.8, "seed": 3},
+    {"rule": fdpp.Factor(1.4), "temperature": 0.8, "seed": 3, "drafts": 3},
+    {"rule": fdpp.EntropyBound(1.5)},
+    {"rule": fdpp.LocalLeap(0.3, 0.1, 2)},
+    {"rule": fdpp.Klass(0.1, 0.5, 1), "drafts": 2},
+    {"rule": fdpp.Dawn()},
+    {"cfg_scale": 1.5, "logits_eos_inf": True},
+    {"confidence_eos_eot_inf": True, "eot_token_id": 60},
+    {"rule": fdpp.Quota(3), "remasking": "random", "seed": 1},
+)
+
+
+def config_of(**settings):
+    return DiffusionGenerationConfig(
+        **{"max_new_tokens": 44, "block_length": 16, "rule": fdpp.Frechet(0.1), **settings}
+    )
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_recorded_decode_is_the_decode(settings):
+    model, prompt, config = small_model(), prompts(1, 9), config_of(**settings)
+    trace, out = record(model, prompt, config), model.generate(prompt, generation_config=config)
+    assert trace.response == out.sequences[0, 9:].tolist()
+    assert trace.commit_step == out.commit_step[0].tolist()
+    assert len(trace.steps) == 1 + max(trace.commit_step)
+    assert trace.output.nfe.tolist() == out.nfe.tolist()
+    assert sorted({step.forward for step in trace.steps}) == list(range(int(out.nfe)))
+    if config.rule == fdpp.Quota() and config.drafts != 1:
+        assert int(out.nfe) < len(trace.steps), "a forward with drafts takes several steps"
+
+    tokens, over = [MASK] * 44, trace.response.index(EOS) if EOS in trace.response and config.stop_at_eos else 44
+    for number, step in enumerate(trace.steps):
+        start, stop = next(block for block in config.blocks() if block[0] <= step.positions[0] < block[1])
+        assert sorted(step.positions) == [p for p in range(start, stop) if tokens[p] == MASK]
+        assert step.missing == sorted(step.missing) and 0.0 <= step.missing[0] <= step.missing[-1] <= 1.0
+        for position, proposal, committed in zip(step.positions, step.proposals, step.committed, strict=True):
+            assert committed == (trace.commit_step[position] == number)
+            if committed:
+                tokens[position] = proposal
+    assert tokens[: over + 1] == trace.response[: over + 1]
+
+
+def test_confidences_are_those_of_the_model():
+    model, prompt = small_model(), prompts(1, 9)
+    trace = record(model, prompt, config_of(cache="none", stop_at_eos=False, rule=fdpp.EntropyBound(1.5)))
+    sequence = torch.cat((prompt, torch.full((1, 44), MASK)), dim=1)
+    for step in trace.steps:
+        columns = torch.tensor(step.positions) + 9
+        p = model(sequence).logits[0, columns].double().softmax(-1)
+        chosen = p.gather(1, torch.tensor(step.proposals)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(step.missing, dtype=torch.float64), 1.0 - chosen, rtol=0, atol=1e-6)
+        entropies = torch.tensor(step.entropies, dtype=torch.float64)
+        torch.testing.assert_close(entropies, -(p * p.log()).sum(1), rtol=0, atol=1e-5)
+        taken = torch.tensor(step.committed)
+        sequence[0, columns[taken]] = torch.tensor(step.proposals)[taken]
+
+
+@pytest.mark.parametrize("rule", [fdpp.Threshold(0.3), fdpp.Factor(1.4), fdpp.Frechet(0.1), fdpp.Frechet(0.0, 0.05)])
+def test_a_rule_would_commit_what_it_committed(rule):
+    trace = record(exact_model(seed=1), prompts(1, 9, seed=1), config_of(rule=rule))
+    counts = [criteria.would_commit(rule, step.missing) for step in trace.steps]
+    assert counts == [sum(step.committed) for step in trace.steps] and max(counts) > 1
+    for step, count in zip(trace.steps, counts, strict=True):
+        assert step.committed == [rank < count for rank in range(len(step.committed))]
+
+
+@pytest.mark.parametrize("rule", [*criteria.COMPARED, fdpp.Frechet(0.1, 0.02), fdpp.Threshold(0.5)])
+def test_what_a_rule_would_commit_is_what_select_commits(rule):
+    generator = torch.Generator().manual_seed(0)
+    for T in (1, 2, 8, 30):
+        missing = (torch.rand(T, generator=generator, dtype=torch.float64) ** 6).sort().values
+        logits = torch.stack((-missing.log() + (1 - missing).log(), torch.zeros(T), torch.full((T,), -80.0)), dim=1)
+        # The smaller of two probabilities is no proposal.
+        missing, logits = missing.clamp(max=0.5), logits.clamp(min=0.0)
+        logits[:, 2] = -80.0
+        out = fdpp.select(logits[None].float(), torch.full((1, T), 2), rule=rule, mask_id=2)
+        assert criteria.would_commit(rule, missing.tolist()) == int(out.committed.sum())
+        for curve in criteria.curves(rule, missing.tolist()):
+            same = rule if isinstance(rule, (fdpp.Frechet, fdpp.Factor)) else fdpp.Frechet(0.25)
+            above = sum(score > curve.limit for score in curve.scores)
+            if curve.name == "factor score" or not isinstance(rule, fdpp.Factor):
+                assert max(above, 1) == criteria.would_commit(same, missing.tolist())
+    assert criteria.would_commit(rule, [1.0, 1.0]) == 1
+
+
+def test_record_takes_what_generate_takes():
+    model = small_model()
+    with pytest.raises(ValueError, match="expected one sequence to trace, got 2"):
+        record(model, prompts(2, 9), config_of())
+    with pytest.raises(ValueError, match="exceed the model's window of 256"):
+        record(model, prompts(1, 213), config_of())
+    assert record(model, prompts(1, 212), config_of()).steps
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN"):
+        record(model, prompts(1, 9), config_of())
+
+
+class Page(HTMLParser):
+    """The text of every script and style element, every attribute, and the words of the document."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.inside, self.scripts, self.styles, self.attributes, self.text = "", [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.inside = tag
+        self.attributes += [(tag, *attribute) for attribute in attributes]
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, text):
+        if self.inside == "script":
+            self.scripts.append(text)
+        elif self.inside == "style":
+            self.styles.append(text)
+        else:
+            self.text += text
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return tiny.load()
+
+
+def trace_of(embedded, **settings):
+    model, tokenizer = embedded
+    ids = torch.tensor([tokenizer(tiny.generate("held-out", 1)[0].prompt)["input_ids"]])
+    config = DiffusionGenerationConfig(**{"max_new_tokens": 128, **settings})
+    return record(model, ids, config), tokenizer
+
+
+def test_the_page_holds_the_decode(embedded):
+    trace, tokenizer = trace_of(embedded)
+    data = data_of(trace, tokenizer, "tiny")
+    text = render(data)
+    page = Page(text)
+    assert json.loads(page.scripts[0]) == json.loads(json.dumps(data))
+    ids = [data["pieces"][piece][0] for piece in data["response"]]
+    assert ids == trace.response and data["commit"] == trace.commit_step
+    assert data["prompt"] == tiny.generate("held-out", 1)[0].prompt
+    response = "".join(data["pieces"][piece][1] for piece in data["response"][: data["end"]])
+    assert response.strip() == tokenizer.decode(trace.response, skip_special_tokens=True).strip()
+    assert response in page.text, "for a browser without JavaScript"
+    for step, kept in zip(trace.steps, data["steps"], strict=True):
+        assert kept["positions"] == step.positions and kept["committed"] == step.committed
+        assert kept["missing"] == pytest.approx(step.missing, rel=1e-3)
+        assert kept["would"] == [criteria.would_commit(rule, step.missing) for rule in criteria.COMPARED[:2]]
+    assert data["others"] == ["threshold 0.9", "factor 0.75"] and data["rule"] == "Fréchet 0.25"
+    assert data["tokens"] == len(ids[: data["end"]]) and data["nfe"] == int(trace.output.nfe)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_page_of_every_rule_is_small_and_needs_nothing_else(settings, embedded):
+    trace, tokenizer = trace_of(embedded, **settings)
+    text = render(data_of(trace, tokenizer, "tiny"))
+    assert len(text.encode()) < 200_000
+    page = Page(text)
+    outside = [a for a in page.attributes if a[1] in ("src", "href") and not a[2].startswith("data:")]
+    assert outside == [] and "url(http" not in text and "@import" not in text
+    assert ("meta", "http-equiv", "Content-Security-Policy") in page.attributes
+    assert text.count("http") == text.count("http://www.w3.org/2000/svg") + text.count("http-equiv")
+
+
+NASTY = [
+    "</script><script>alert(1)</script>",
+    "<!--<script>",
+    "\u2028\u2029",
+    "😀",
+    "ب",
+    "&amp;",
+    '"\\',
+    "\x00\x1b",
+    "\n",
+]
+
+
+def nasty_data(embedded):
+    """Data of a real decode whose tokens have become hostile texts."""
+    trace, tokenizer = trace_of(embedded)
+    data = data_of(trace, tokenizer, "</title>")
+    for row, text in zip(data["pieces"], NASTY * 20, strict=False):
+        row[1] = text
+    data["prompt"] = "".join(NASTY) + "\ud800"
+    return data
+
+
+def test_no_text_can_leave_its_place(embedded):
+    data = nasty_data(embedded)
+    page = Page(render(data))
+    assert len(page.scripts) == 2 and json.loads(page.scripts[0]) == json.loads(json.dumps(data))
+    assert "alert" not in page.scripts[1]
+
+
+def test_spaces_are_where_the_tokenizer_puts_them():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    from fdpp.trace.page import Pieces
+
+    words = {"Ġun": 0, "believ": 1, "able": 2, "Ċ": 3, "ĠĠ": 4, "ðŁĺ": 5}
+    bpe = Tokenizer(models.BPE(words, [], fuse_unk=False))
+    bpe.decoder = decoders.ByteLevel()
+    pieces = Pieces(PreTrainedTokenizerFast(tokenizer_object=bpe))
+    assert [pieces.rows[pieces(token)][1] for token in (0, 1, 2, 3, 4, 0)] == [
+        " un",
+        "believ",
+        "able",
+        "\n",
+        "  ",
+        " un",
+    ]
+    assert "\ufffd" in pieces.rows[pieces(5)][1], "a part of a character"
+    assert len(pieces.rows) == 6
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["trace", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    data = json.loads(Page((tmp_path / "trace.html").read_text("utf-8")).scripts[0])
+    assert out == "" and err == f"{len(data['steps'])} steps in {data['nfe']} forwards, written to trace.html\n"
+    assert data["prompt"] == tiny.generate("held-out", 1)[0].prompt
+    options = "--rule quota --drafts 4 --cache prefix --gen-length 32 --block-length 8"
+    problem = tiny.generate("held-out", 2)[1].prompt
+    assert cli.main(["trace", "-o", "b.html", "--prompt", problem, *options.split()]) == 0
+    data = json.loads(Page((tmp_path / "b.html").read_text("utf-8")).scripts[0])
+    assert data["prompt"] == problem and data["rule"] == "one per step" and len(data["steps"]) == 32 > data["nfe"]
+    assert data["settings"]["cache"] == "prefix" and len(data["blocks"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model some/model", "--model some/model needs a --prompt"),
+        ("-o no/such/t.html", "no/such/t.html: no such folder as no/such"),
+        ("--step 500 --gen-length 8", "--step 500: the decode took"),
+        ("--gen-length 1000", "exceed the model's window of"),
+        ("-o .", "Is a directory"),
+        ("--step 0", "--step: expected a whole number of at least 1"),
+    ],
+)
+def test_user_errors(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["trace", "--device", "cpu", *arguments.split()]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("fdpp: error: ") and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_png_without_matplotlib(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["trace", "--png", "t.png"]) == 2
+    assert "--png needs matplotlib: pip install matplotlib, or fdpp with its extra png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rule", ["frechet", "factor", "entropy", "klass"])
+def test_png(rule, tmp_path, monkeypatch, capsys):
+    image = pytest.importorskip("matplotlib.image", reason="the still picture needs matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["trace", "--png", "t.png", "--rule", rule, "--step", "2", "--device", "cpu"]) == 0
+    assert "written to t.png" in capsys.readouterr().err and not (tmp_path / "trace.html").exists()
+    pixels = image.imread("t.png")
+    assert pixels.shape[0] > 600 and pixels.shape[1] == 1500
+    assert len({tuple(pixel) for pixel in (pixels[::7, ::7, :3] * 255).astype(int).reshape(-1, 3).tolist()}) > 8
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if find() is None:
+        pytest.skip("needs Chromium or Chrome")
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+def write(path, data):
+    path.write_text(render(data), encoding="utf-8")
+    return path.as_uri()
+
+
+COUNT = "document.querySelectorAll('#response .{}').length"
+SHOWN = "[...document.querySelectorAll('#response .tok')].map((chip) => chip.textContent)"
+
+
+def test_the_browser_replays_every_step(browser, embedded, tmp_path):
+    trace, tokenizer = trace_of(embedded)
+    data = data_of(trace, tokenizer, "tiny")
+    browser.open(write(tmp_path / "t.html", data), 1280, 900)
+    for number, step in enumerate(trace.steps):
+        assert browser.evaluate("counter.textContent") == f"{number + 1} / {len(trace.steps)}"
+        assert browser.evaluate(COUNT.format("new")) == sum(step.committed)
+        assert browser.evaluate(COUNT.format("open")) == len(step.positions) - sum(step.committed)
+        assert browser.evaluate(COUNT.format("done")) == sum(0 <= s <= number for s in trace.commit_step)
+        sentence = browser.evaluate("sentence.textContent")
+        would = [criteria.would_commit(rule, step.missing) for rule in criteria.COMPARED[:2]]
+        assert f"commits {sum(step.committed)} of {len(step.positions)} masked position" in sentence
+        assert f"threshold 0.9 would commit {would[0]}, factor 0.75 would commit {would[1]}." in sentence
+        assert browser.evaluate("document.querySelectorAll('#profile .bar').length") == len(step.positions)
+        assert browser.evaluate("document.querySelectorAll('#profile .taken').length") == sum(step.committed)
+        browser.press("ArrowRight")
+    words = browser.evaluate(SHOWN)[: data["end"]]
+    assert words == tokenizer.convert_ids_to_tokens(trace.response[: data["end"]])
+    assert browser.messages == [] and len(browser.requests) == 1
+
+
+def test_keys_slider_and_play(browser, embedded, tmp_path):
+    trace, tokenizer = trace_of(embedded)
+    last = len(trace.steps)
+    browser.open(write(tmp_path / "t.html", data_of(trace, tokenizer, "tiny")), 1280, 900)
+
+    def at():
+        return int(browser.evaluate("counter.textContent").split(" / ")[0])
+
+    for focus in ("document.activeElement.blur()", "slider.focus()"):
+        browser.evaluate(focus)
+        seen = []
+        for key in ("End", "ArrowLeft", "ArrowRight", "ArrowRight", "Home", "ArrowLeft", "ArrowRight"):
+            browser.press(key)
+            seen.append(at())
+        assert seen == [last, last - 1, last, last, 1, 1, 2], focus
+        browser.press("Home")
+    browser.evaluate("slider.value = 3; slider.dispatchEvent(new Event('input'))")
+    assert at() == 3
+    browser.evaluate("document.activeElement.blur()")
+    browser.press("ArrowDown")
+    browser.press("ArrowDown")
+    assert browser.evaluate("document.activeElement.dataset.position") == "1"
+    assert browser.evaluate("document.querySelector('#position').textContent").startswith("Position 2, block 1: ")
+    assert browser.evaluate("document.querySelectorAll('#response [tabindex=\"0\"]').length") == 1
+    browser.press(" ")
+    assert browser.evaluate("$('play').getAttribute('aria-label')") == "Pause"
+    look = "const look = () => $('play').textContent === '▶' ? done(step + 1) : setTimeout(look, 50);"
+    assert browser.evaluate(f"new Promise((done) => {{ {look} look(); }})") == last
+    assert browser.messages == []
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_on_a_phone(browser, embedded, settings, tmp_path):
+    trace, tokenizer = trace_of(embedded, **settings)
+    browser.open(write(tmp_path / "t.html", data_of(trace, tokenizer, "tiny")), 390, 844, dark=True, touch=True)
+    assert browser.evaluate("document.documentElement.scrollWidth") == 390, "no sideways scrolling"
+    outside = (
+        "[...document.querySelectorAll('main *, nav *')].filter((e) => { const b = e.getBoundingClientRect();"
+        "return b.width && !e.closest('clipPath, g, .scroll, .tok') && (b.left < 0 || b.right > 390); })"
+        ".map((e) => e.outerHTML)"
+    )
+    chip = "document.querySelector('#response .done').getBoundingClientRect()"
+    browser.tap(*browser.evaluate(f"[{chip}.x + {chip}.width / 2, {chip}.y + {chip}.height / 2]"))
+    assert browser.evaluate("document.querySelectorAll('#position tbody tr').length") >= 1
+    for step in range(0, len(trace.steps), 5):
+        browser.evaluate(f"go({step})")
+        assert browser.evaluate(outside) == []
+    assert (
+        browser.evaluate("Math.min(...[...document.querySelectorAll('nav button')].map((b) => b.offsetHeight))") >= 44
+    )
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 22, 26)"
+    assert browser.messages == [] and len(browser.requests) == 1
+
+
+def test_hostile_texts_are_shown_and_not_run(browser, embedded, tmp_path):
+    data = nasty_data(embedded)
+    browser.open(write(tmp_path / "t.html", data), 390, 844)
+    browser.press("End")
+    texts = browser.evaluate(SHOWN)
+    assert "</script><script>alert(1)</script>" in texts and "😀" in texts and "↵" in texts and "&amp;" in texts
+    assert browser.messages == [] and browser.evaluate("document.scripts.length") == 2
+    assert browser.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_text_has_contrast_in_both_schemes(browser, embedded, tmp_path):
+    """At least 4.5 to 1 (WCAG 2 AA), on every shade."""
+    trace, tokenizer = trace_of(embedded, rule=fdpp.Quota(), drafts=4)
+    url = write(tmp_path / "t.html", data_of(trace, tokenizer, "tiny"))
+    ratio = """(() => {
+      const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+      const light = (color) => {
+        canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+        const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((v) => v / 255)
+          .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const below = (e) => { for (; e; e = e.parentElement) {
+        const color = getComputedStyle(e).backgroundColor; if (!/, 0\\)$/.test(color)) return color; } };
+      return Math.min(...[...document.querySelectorAll("h1, h2, p, dt, dd, #response .tok, svg text, output, kbd, li")]
+        .filter((e) => e.getBoundingClientRect().width)
+        .map((e) => { const style = getComputedStyle(e);
+          const pair = [light(e.matches("text") ? style.fill : style.color), light(below(e))].sort((a, b) => b - a);
+          return (pair[0] + 0.05) / (pair[1] + 0.05); }));
+    })()"""
+    for dark in (False, True):
+        browser.open(url, 1280, 900, dark=dark)
+        for number in (0, 20, len(trace.steps) - 1):
+            browser.evaluate(f"go({number})")
+            assert browser.evaluate(ratio) >= 4.5

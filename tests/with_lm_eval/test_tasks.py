@@ -1,0 +1,223 @@
+"""lm-evaluation-harness's own loop around the embedded model: metrics, contexts, costs, processes."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'fdpp[eval]'")
+
+import datasets  # noqa: E402
+import evaluate  # noqa: E402
+from lm_eval.api.registry import get_model  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+import fdpp  # noqa: E402
+from fdpp import cli, tiny  # noqa: E402
+from fdpp.cli import options  # noqa: E402
+from fdpp.decoding.config import DiffusionGenerationConfig  # noqa: E402
+from fdpp.integrations.lm_eval import RULES, FdppLM  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+CHAT = "{% for message in messages %}Mia {{ message['content'] }} now {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return tiny.load()
+
+
+def run_command(tmp_path, *argv):
+    """What `fdpp eval` writes for the embedded model's task."""
+    output = tmp_path / "out.json"
+    argv = ("eval", "--tasks", "tiny_sums", "--cache", "none", "--device", "cpu", *argv, "--output", str(output))
+    assert cli.main(list(argv)) == 0
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+def test_accuracy_and_costs_are_those_of_make_quality(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    threads = torch.get_num_threads()
+    try:
+        expected = import_module("quality").run("frechet 0.25", "none", 1, 24)
+    finally:
+        torch.set_num_threads(threads)
+    got = run_command(tmp_path, "--limit", "24", "--batch-size", "7")
+    assert got["results"]["tiny_sums"]["exact_match,none"] == expected["exact"]
+    cost = got["fdpp"]["costs"]["tiny_sums"]
+    assert (cost["responses"], cost["nfe_per_response"]) == (24, expected["nfe"])
+    assert cost["tokens_per_forward"] == expected["tokens_per_forward"]
+    texts = [sample["resps"][0][0].strip() for sample in got["samples"]["tiny_sums"]]
+    assert sorted(texts) == sorted(expected["responses"])
+    out = capsys.readouterr().out
+    assert "exact_match" in out and f"|{expected['tokens_per_forward']:.2f}|" in out
+
+
+def test_responses_belong_to_their_documents(tmp_path, loaded):
+    model, tokenizer = loaded
+    got = run_command(tmp_path, "--limit", "3", "--rule", "threshold", "--tau", "0.8", "--batch-size", "3")
+    for sample, problem in zip(got["samples"]["tiny_sums"], tiny.generate("held-out", 3), strict=True):
+        ids = torch.tensor([tokenizer(problem.prompt)["input_ids"]])
+        out = model.generate(ids, max_new_tokens=128, rule=fdpp.Threshold(0.8), cache="none")
+        text = tokenizer.decode(out.sequences[0, ids.shape[1] :]).split("<eos>")[0].strip()
+        assert sample["resps"] == [[text]] and sample["exact_match"] == tiny.is_exact(text, problem)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    first = run_command(tmp_path, "--limit", "4", "--resume", str(tmp_path / "runs"))
+    monkeypatch.setattr(fdpp.LLaDAModelLM, "generate", None)
+    again = run_command(tmp_path, "--limit", "4", "--resume", str(tmp_path / "runs"))
+    assert again["samples"] == first["samples"] and again["fdpp"]["costs"] == first["fdpp"]["costs"]
+
+
+def few_shot_task(**changes):
+    problems = tiny.generate("train", 6)
+    docs = datasets.Dataset.from_list([{"prompt": p.prompt, "response": p.response} for p in problems])
+    return {
+        "task": "few_shot",
+        "custom_dataset": lambda **_: {"train": docs, "test": docs},
+        "output_type": "generate_until",
+        "fewshot_split": "train",
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{response}}",
+        "fewshot_config": {"sampler": "first_n"},
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 8, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        **changes,
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_chat_holds_the_plain_prompt_as_one_turn(loaded):
+    model, _ = loaded
+    tokenizer = tiny.load()[1]
+    tokenizer.chat_template = CHAT
+    contexts = []
+    for chat in (False, True):
+        results = lm_eval.simple_evaluate(
+            FdppLM(model, tokenizer, DiffusionGenerationConfig(cache="none")),
+            tasks=[few_shot_task()],
+            task_manager=TaskManager(include_defaults=False),
+            num_fewshot=1,
+            limit=1,
+            bootstrap_iters=0,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=False,
+        )
+        contexts.append(results["samples"]["few_shot"][0]["arguments"][0][0])
+    plain, chat = contexts
+    assert plain.count("How many") == 2 and chat == f"Mia {plain} now "
+
+
+def test_likelihoods_choose_between_answers(loaded):
+    model, tokenizer = loaded
+    problems = tiny.generate("held-out", 6)
+    docs = [{"prompt": p.prompt, "choices": [problems[i - 1].response, p.response]} for i, p in enumerate(problems)]
+    task = few_shot_task(
+        task="choice",
+        custom_dataset=lambda **_: {"test": datasets.Dataset.from_list(docs)},
+        output_type="multiple_choice",
+        fewshot_split=None,
+        doc_to_choice="{{choices}}",
+        doc_to_target=1,
+        metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    )
+    lm = FdppLM(model, tokenizer, mc_num=4, batch_size=4)
+    results = lm_eval.simple_evaluate(
+        lm, tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
+    )
+    assert results["results"]["choice"]["acc,none"] == 1.0
+    sample = results["samples"]["choice"][2]
+    own = [(problems[2].prompt, " " + choice) for choice in docs[2]["choices"]]
+    assert [tuple(resp[0]) for resp in sample["resps"]] == lm.evaluator.likelihoods(own)
+
+
+def test_the_name_is_registered_and_takes_flat_arguments():
+    made = get_model("fdpp").create_from_arg_string(
+        "pretrained=tiny,rule=threshold,tau=0.8,block_length=16,cache=prefix,gen_length=64,mc_num=2",
+        {"batch_size": "3", "max_batch_size": None, "device": "cpu"},
+    )
+    assert isinstance(made, FdppLM)
+    evaluator = made.evaluator
+    assert (evaluator.config.rule, evaluator.config.block_length, evaluator.config.cache) == (
+        fdpp.Threshold(0.8),
+        16,
+        "prefix",
+    )
+    assert (evaluator.gen_length, evaluator.mc_num, evaluator.batch_size) == (64, 2, 3)
+    for arguments, message in (("rule=best", "expected one of quota"), ("margin=0.2,tau=0.8", r"unknown \['tau'\]")):
+        with pytest.raises(ValueError, match=message):
+            FdppLM.create_from_arg_string(arguments)
+
+
+def test_rules_have_the_names_of_the_command_line():
+    assert {name: rule for name, (rule, _) in options.RULES.items()} == RULES
+
+
+def test_humaneval_in_chat_form_is_checked_by_its_tests(monkeypatch, loaded):
+    """The task's data and the program runner come from the Hugging Face Hub: both are stood in for."""
+
+    class Runner:
+        def compute(self, references, predictions, k):
+            def passes(program, test):
+                try:
+                    exec(program + "\n" + test, {})
+                except Exception:
+                    return False
+                return True
+
+            return [{"pass@1": float(passes(predictions[0][0], references[0]))}]
+
+    doc = {
+        "prompt": 'def double(x):\n    """Twice x."""\n',
+        "entry_point": "double",
+        "test": "def check(candidate):\n    assert candidate(4) == 8\n",
+    }
+    answers = ["```python\ndef double(x):\n    return 2 * x\n```", "```python\ndef double(x):\n    return x\n```"]
+    data = {"test": datasets.Dataset.from_list([doc] * 2)}
+    monkeypatch.setattr(evaluate, "load", lambda name: Runner())
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: data)
+    monkeypatch.setattr(FdppLM, "generate_until", lambda self, requests: answers)
+    folder = ROOT / "fdpp" / "integrations" / "tasks"
+    results = lm_eval.simple_evaluate(
+        FdppLM(*loaded),
+        tasks=["humaneval_chat"],
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=True,
+    )
+    assert results["results"]["humaneval_chat"]["pass@1,create_test"] == 0.5
+
+
+def test_an_unknown_task_is_named(capsys):
+    assert cli.main(["eval", "--tasks", "tiny_sums,no_such_task"]) == 2
+    assert "knows no task no_such_task" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate: pip install 'fdpp[eval]'")
+def test_two_processes_share_the_requests(tmp_path):
+    one = run_command(tmp_path, "--limit", "5")
+    arguments = ("--tasks", "tiny_sums", "--cache", "none", "--limit", "5", "--output", str(tmp_path / "two.json"))
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = subprocess.run(
+        [*launch, "-m", "fdpp", "eval", *arguments, "--resume", str(tmp_path / "runs")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two.json").read_text(encoding="utf-8"))
+    assert two["results"]["tiny_sums"]["exact_match,none"] == one["results"]["tiny_sums"]["exact_match,none"]
+    costs = [results["fdpp"]["costs"]["tiny_sums"] for results in (one, two)]
+    assert all(costs[0][name] == costs[1][name] for name in ("responses", "tokens", "nfe"))
+    lines = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "runs").iterdir())]
+    assert lines == [3, 2]
