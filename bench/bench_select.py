@@ -1,49 +1,128 @@
-"""Selection at LLaDA's vocabulary: the fused step against the published float64 way, in the same run.
+"""One denoising step at LLaDA's vocabulary: fused, in two launches and the published way, in the same run.
 
-`make bench` runs it with pytest-benchmark and writes `select-<device>.json` under its `OUT`.
+`python bench/bench_select.py --out FOLDER` writes `select-<device>.json`. On a GPU: microseconds under CUDA graphs with
+warm and cold L2, launches, GB/s and their share of the copy bandwidth, for 1 to 4096 masked rows. On a CPU, where
+Triton does not compile, the two-launch selection is left out.
 """
 
 from __future__ import annotations
 
-import pytest
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import measure
+import published
 import torch
-from measure import DEVICE, peak_bytes
-from published import select_frechet
+import two_launch
+from measure import DEVICE, ON_GPU
+from torch import Tensor
 
 import fdpp
 
-V, MASK_ID = 126464, 126336
-MARGIN = 0.25
-SIZES = {"32 positions, all masked": 32, "256 positions, 32 masked": 256, "1024 positions, 32 masked": 1024}
+VOCABULARY, MASK_ID = 126464, 126336
+RULE, TAU = fdpp.Frechet(0.25), 0.9
+SIZES = (
+    [(1, 1, 1), (1, 8, 8), (1, 32, 32), (4, 32, 32), (8, 32, 32), (32, 32, 32), (128, 32, 32), (1, 1024, 32)]
+    if ON_GPU
+    else [(1, 1, 1), (1, 32, 32), (8, 32, 32), (1, 256, 32), (1, 1024, 32)]
+)
+"""Sequences, positions of each and how many of them are masked. 1024 positions are what a full forward feeds."""
+
+Problem = tuple[Tensor, Tensor]
+"""Logits `[B, T, V]` in bfloat16 and tokens `[B, T]`."""
 
 
-@pytest.fixture(scope="module", params=SIZES, ids=[str(T) for T in SIZES.values()])
-def problem(request: pytest.FixtureRequest) -> tuple[str, torch.Tensor, torch.Tensor]:
-    """Bfloat16 logits with confidences from 0 to 1, the last 32 positions masked."""
-    T = SIZES[request.param]
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    logits = torch.randn(1, T, V, device=DEVICE, dtype=torch.bfloat16, generator=generator)
-    peak = 4.0 + 24.0 * torch.rand(T, device=DEVICE, generator=generator)
-    winner = torch.randint(0, MASK_ID, (T,), device=DEVICE, generator=generator)
-    logits[0, torch.arange(T, device=DEVICE), winner] = peak.bfloat16()
-    tokens = torch.zeros(1, T, dtype=torch.int64, device=DEVICE)
-    tokens[:, -32:] = MASK_ID
-    return request.param, logits, tokens
+def make_problem(B: int, T: int, masked: int, V: int = VOCABULARY, mask_id: int = MASK_ID, seed: int = 0) -> Problem:
+    """Random logits with confidences from 0 to 1; the last `masked` positions are masked."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    logits = torch.randn(B, T, V, device=DEVICE, dtype=torch.bfloat16, generator=generator)
+    peak = 4.0 + 24.0 * torch.rand(B, T, 1, device=DEVICE, generator=generator)
+    winner = torch.randint(0, mask_id, (B, T, 1), device=DEVICE, generator=generator)
+    logits.scatter_(2, winner, peak.bfloat16())
+    tokens = torch.zeros(B, T, dtype=torch.int64, device=DEVICE)
+    tokens[:, -masked:] = mask_id
+    return logits, tokens
 
 
-@pytest.mark.parametrize("way", ["fdpp", "published"])
-def test_select(benchmark, problem, way):  # type: ignore[no-untyped-def]
-    size, logits, tokens = problem
-    step = fdpp.DenoisingStep(fdpp.Frechet(MARGIN), MASK_ID).to(DEVICE)
+def ways(mask_id: int = MASK_ID) -> dict[str, Callable[[Tensor, Tensor], Any]]:
+    """The implementations side by side, `(logits, tokens) -> new tokens`."""
+    step = fdpp.DenoisingStep(RULE, mask_id).to(DEVICE)
+    found: dict[str, Callable[[Tensor, Tensor], Any]] = {
+        "fdpp": lambda logits, tokens: step(logits, tokens).tokens,
+        "published": lambda logits, tokens: published.select(logits, tokens, tokens == mask_id, RULE)[0],
+    }
+    if ON_GPU:
+        found["two launches"] = lambda logits, tokens: two_launch.select(logits, tokens, mask_id, TAU)
+    return found
 
-    def call():  # type: ignore[no-untyped-def]
-        out = step(logits, tokens) if way == "fdpp" else select_frechet(logits, tokens, MASK_ID, MARGIN)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        return out
 
-    expected, committed = select_frechet(logits, tokens, MASK_ID, MARGIN)
-    assert torch.equal(step(logits, tokens).tokens, expected)
-    benchmark.extra_info.update(size=size, way=way, peak_bytes=peak_bytes(call), committed=int(committed.sum()))
-    benchmark.group = size
-    benchmark.pedantic(call, rounds=5 if way == "published" else 30, warmup_rounds=1)
+def check(problem: Problem, implementations: dict[str, Callable[[Tensor, Tensor], Any]], mask_id: int) -> None:
+    """What is compared must be the same step; the two-launch selection knows no rule but the threshold."""
+    tokens = implementations["fdpp"](*problem)
+    if not tokens.equal(implementations["published"](*problem)):
+        raise AssertionError("fdpp and the published selection commit differently")
+    if "two launches" in implementations:
+        wanted = fdpp.select(*problem, rule=fdpp.Threshold(TAU), mask_id=mask_id).tokens
+        if not wanted.equal(implementations["two launches"](*problem)):
+            raise AssertionError("fdpp and the two-launch selection commit differently")
+
+
+def on_gpu(way: str, call: Callable[[Tensor, Tensor], Any], problem: Problem, nbytes: int) -> dict[str, Any]:
+    """Launches, and times in CUDA graphs: one problem again and again, then enough of them to turn over the L2."""
+    row: dict[str, Any] = {"launches": measure.launches(partial(call, *problem))}
+    if way == "published":
+        return row
+    size = problem[0].numel() * problem[0].element_size()
+    many = max(3, min(100, int(2e9 / nbytes)))
+    others = max(1, -(-4 * measure.l2_bytes() // size))
+    problems = [(problem[0].clone(), problem[1]) for _ in range(others)]
+    row["us_warm"] = 1e6 * measure.graph_seconds([partial(call, *problem)] * many)
+    row["us_cold"] = 1e6 * measure.graph_seconds([partial(call, *other) for other in problems])
+    row["launches_in_graph"] = measure.launches(measure.captured([partial(call, *problem)]).replay)
+    return row
+
+
+def measured(
+    size: tuple[int, int, int], bandwidth: float, V: int = VOCABULARY, mask_id: int = MASK_ID, budget: float = 0.5
+) -> dict[str, Any]:
+    """One row of the results: every way on one size."""
+    B, T, masked = size
+    problem = make_problem(B, T, masked, V, mask_id)
+    implementations = ways(mask_id)
+    check(problem, implementations, mask_id)
+    nbytes = B * masked * V * problem[0].element_size()
+    row: dict[str, Any] = {"sequences": B, "positions": T, "rows": B * masked, "megabytes": nbytes / 1e6}
+    for way, call in implementations.items():
+        once = partial(call, *problem)
+        result = {
+            "us": 1e6 * measure.median_seconds(once, calls=20 if ON_GPU else 1, rounds=5, budget=budget),
+            "peak_mb": measure.peak_bytes(once) / 1e6,
+        }
+        if ON_GPU:
+            result |= on_gpu(way, call, problem, nbytes)
+        best = result.get("us_cold", result["us"])
+        result["gb_s"] = nbytes / best / 1e3
+        result["copy_percent"] = 100 * result["gb_s"] * 1e9 / bandwidth
+        row[way] = result
+    ours = row["fdpp"]
+    row["speedup"] = row["published"]["us"] / ours.get("us_warm", ours["us"])
+    return row
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="a vocabulary of 1000 and few rows, to see that it runs")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS / "local", help="folder of the result file")
+    options = parser.parse_args(arguments)
+    bandwidth = measure.copy_bandwidth(1 << (31 if ON_GPU else 20 if options.smoke else 28))
+    sizes, V, mask_id, budget = (SIZES[:3], 1000, 999, 0.05) if options.smoke else (SIZES, VOCABULARY, MASK_ID, 0.5)
+    rows = [measured(size, bandwidth, V, mask_id, budget) for size in sizes]
+    results = {"vocabulary": V, "rule": str(RULE), "copy_gb_s": bandwidth / 1e9, "rows": rows}
+    print(f"written to {measure.write(options.out, 'select', results)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,62 +1,171 @@
-"""Turn a pytest-benchmark file into a small result file and a table: `python bench/report.py FILE --out FOLDER`."""
+"""Tables of what the benchmarks left in a folder: `python bench/report.py FOLDER`. `--plot` draws it, too."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
+from typing import Any
 
-from measure import environment
-
-
-def rows(benchmarks: list[dict]) -> list[dict]:
-    """One row a size: both ways' median time and peak memory, and their ratios."""
-    sizes: dict[str, dict[str, dict]] = {}
-    for entry in benchmarks:
-        info = entry["extra_info"]
-        sizes.setdefault(info["size"], {})[info["way"]] = {
-            "median_ms": entry["stats"]["median"] * 1e3,
-            "spread_ms": entry["stats"]["iqr"] * 1e3,
-            "rounds": entry["stats"]["rounds"],
-            "peak_mb": info["peak_bytes"] / 1e6,
-            "committed": info["committed"],
-        }
-    return [
-        {
-            "size": size,
-            **ways,
-            "speedup": ways["published"]["median_ms"] / ways["fdpp"]["median_ms"],
-            "memory_ratio": ways["fdpp"]["peak_mb"] / ways["published"]["peak_mb"],
-        }
-        for size, ways in sizes.items()
-    ]
+Result = dict[str, Any]
 
 
-def table(results: list[dict]) -> str:
-    lines = ["| one step, V = 126,464, bf16 | published | fdpp | faster | extra memory, published | fdpp |"]
-    lines.append("|---|---:|---:|---:|---:|---:|")
-    for row in results:
-        published, ours = row["published"], row["fdpp"]
-        lines.append(
-            f"| {row['size']} | {published['median_ms']:.1f} ms | {ours['median_ms']:.2f} ms | {row['speedup']:.0f}x "
-            f"| {published['peak_mb']:.0f} MB | {ours['peak_mb']:.1f} MB |"
+def load(folder: Path, kind: str) -> list[Result]:
+    """The result files `<kind>-<device>.json` in `folder`."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{kind}-*.json"))]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---:" if i else "---" for i in range(len(header))], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, or the whole number where it has more."""
+    if value is None:
+        return "-"
+    if isinstance(value, int) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value else "0"
+
+
+def select_table(result: Result) -> str:
+    """On a GPU microseconds in a graph, warm and cold, launches and bandwidth; on a CPU time and memory."""
+    rows = []
+    if result["environment"]["device"].startswith("CPU"):
+        header = [f"one step, V = {result['vocabulary']:,}, bf16", "published, ms", "fdpp, ms", "faster"]
+        header += ["extra memory, published, MB", "fdpp, MB"]
+        for row in result["rows"]:
+            both = (row["published"], row["fdpp"])
+            masked = "all" if row["rows"] == row["sequences"] * row["positions"] else f"{row['rows']}"
+            size = f"{row['sequences']} x {row['positions']} positions, {masked} masked"
+            times = [number(way["us"] / 1e3) for way in both]
+            rows.append([size, *times, f"{row['speedup']:.1f}x", *(number(way["peak_mb"]) for way in both)])
+        return markdown(header, rows)
+    header = ["masked rows (of)", "published, us", "two launches warm / cold", "fdpp warm / cold", "faster"]
+    header += ["launches, published", "two", "fdpp", "fdpp, GB/s cold", "% of copy", "extra MB, published", "fdpp"]
+    for row in result["rows"]:
+        published, two, ours = row["published"], row["two launches"], row["fdpp"]
+        rows.append(
+            [
+                f"{row['rows']} ({row['sequences']} x {row['positions']})",
+                number(published["us"]),
+                *(f"{number(way['us_warm'])} / {number(way['us_cold'])}" for way in (two, ours)),
+                f"{row['speedup']:.1f}x",
+                *(str(way["launches"]) for way in (published, two, ours)),
+                number(ours["gb_s"]),
+                number(ours["copy_percent"]),
+                number(published["peak_mb"]),
+                number(ours["peak_mb"]),
+            ]
         )
-    return "\n".join(lines)
+    return markdown(header, rows)
 
 
-def main() -> None:
+def decode_table(result: Result) -> str:
+    header = ["model, cache, batch", "tokens per forward", "way", "tok/s", "forwards", "ms per forward (model)"]
+    header += [
+        "ms outside the model",
+        "ms per cached forward, all in",
+        "% of the weight-read floor",
+        "peak memory, MB",
+        "faster",
+    ]
+    rows = []
+    for row in result["rows"]:
+        for way in ("published", "fdpp"):
+            found = row[way]
+            first = [f"{row['shape']}, {row['cache']}, {row['batch']}", row["tokens_per_forward"], way]
+            if "error" in found:
+                rows.append([*first, found["error"], *["-"] * 7])
+                continue
+            keys = ("tokens_per_second", "nfe", "ms_per_forward", "ms_outside_model", "ms_cached_forward")
+            faster = f"{row['speedup']:.2f}x" if way == "fdpp" and "speedup" in row else ""
+            values = [number(found.get(key)) for key in (*keys, "floor_percent")]
+            rows.append([*first, *values, number(1e3 * found["peak_gb"]), faster])
+    left_out = "".join(f"\nleft out for time: {facts}" for facts in result["left_out"])
+    return markdown(header, rows) + left_out
+
+
+def kernels_table(result: Result) -> str:
+    """The fused head and the split attention beside what they would replace."""
+    rows = []
+    for row in result["head"]:
+        size = f"head, {row['rows']} masked rows of {row['sequences']} x {row['positions']}"
+        rows += [[size, way, number(row[way]["us"]), number(row[way]["peak_mb"])] for way in ("library", "fused")]
+    for row in result["attention"]:
+        size = f"attention, {row['sequences']} x {row['queries']} queries over {row['columns']} columns"
+        ways = ("sdpa, mask", "sdpa, no mask", "block_attention")
+        rows += [[size, way, number(row[way]["us"]), number(row[way]["peak_mb"])] for way in ways]
+    return markdown(["kernel", "way", "us", "extra MB"], rows)
+
+
+def targets(select: list[Result], decode: list[Result]) -> list[tuple[str, str, bool]]:
+    """What was aimed at on one H200, what was measured, and whether it is met; only of what is there."""
+    found: list[tuple[str, str, bool]] = []
+    for result in select:
+        if result["environment"]["device"].startswith("CPU"):
+            continue
+        for row in result["rows"]:
+            ours = row["fdpp"]
+            if (row["sequences"], row["rows"]) == (1, 32) and row["positions"] == 32:
+                warm, launched = ours["us_warm"], ours["launches_in_graph"]
+                found.append(("select, 32 rows, warm, in a graph: at most 10 us", f"{warm:.1f} us", warm <= 10))
+                found.append(("the same: one launch", str(launched), launched == 1))
+                found.append(("the same: 20x the published", f"{row['speedup']:.0f}x", row["speedup"] >= 20))
+            if row["rows"] >= 1024:
+                share = ours["copy_percent"]
+                found.append((f"select, {row['rows']} rows: 85% of copy bandwidth", f"{share:.0f}%", share >= 85))
+        most = max(row["fdpp"]["peak_mb"] for row in result["rows"])
+        found.append(("select: transient memory under 1 MB", f"{most:.2f} MB", most < 1))
+    for result in decode:
+        for shape in ("tiny", "100m"):
+            rows = [row for row in result["rows"] if row["shape"] == shape and "speedup" in row]
+            if rows:
+                slow, fast = (bound(row["speedup"] for row in rows) for bound in (min, max))
+                same = min(row["same_tokens"] for row in rows)
+                found.append((f"{shape}: 2x the published in all settings", f"{slow:.2f} to {fast:.2f}x", slow >= 2))
+                found.append((f"{shape}: same tokens", f"{100 * same:.1f}%", same == 1))
+        for row in result["rows"]:
+            ours = row["fdpp"]
+            if row["shape"] != "8b" or row["batch"] != 1 or row["cache"] == "none" or ours["nfe"] > 61:
+                continue
+            name = f"8b, {row['cache']}, batch 1, 4.2 tokens per forward"
+            rate = ours["tokens_per_second"]
+            found.append((f"{name}: 500 tok/s", f"{rate:.0f}", rate >= 500))
+            found.append((f"{name}: 4.5x the published", f"{row['speedup']:.2f}x", row["speedup"] >= 4.5))
+            if row["cache"] == "dual" and "floor_percent" in ours:
+                over = 100 / ours["floor_percent"]
+                found.append(("8b, block step: at most 1.2x the floor", f"{over:.2f}x", over <= 1.2))
+    return found
+
+
+def report(folder: Path) -> str:
+    select, decode, kernels = (load(folder, kind) for kind in ("select", "decode", "kernels"))
+    if not (select or decode or kernels):
+        raise SystemExit(f"{folder}: expected select-*.json, decode-*.json or kernels-*.json, found none")
+    parts = []
+    for results, table in ((select, select_table), (decode, decode_table), (kernels, kernels_table)):
+        for result in results:
+            about = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
+            copy = f"; copy bandwidth {result['copy_gb_s']:.0f} GB/s" if "copy_gb_s" in result else ""
+            parts += [about + copy, table(result)]
+    rows = [[name, value, "met" if met else "NOT met"] for name, value, met in targets(select, decode)]
+    if rows:
+        parts.append(markdown(["target", "measured", ""], rows))
+    return "\n\n".join(parts)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path, help="what pytest --benchmark-json wrote")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the result files")
-    arguments = parser.parse_args()
-    results = rows(json.loads(arguments.file.read_text())["benchmarks"])
-    about = environment()
-    device = "cpu" if about["device"].startswith("CPU") else re.sub(r"\W+", "-", about["device"].lower())
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"select-{device}.json"
-    path.write_text(json.dumps({"environment": about, "results": results}, indent=1) + "\n")
-    print(table(results), f"\n{about}\nwritten to {path}")
+    parser.add_argument("folder", type=Path, help="where the benchmarks left their results")
+    parser.add_argument("--plot", action="store_true", help="draw roofline-<device>.svg and .png (needs matplotlib)")
+    options = parser.parse_args(arguments)
+    print(report(options.folder))
+    if options.plot:
+        import plots
+
+        plots.draw(options.folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""The fused head and the split attention against what they would replace, in the same run.
+
+`python bench/bench_kernels.py --out FOLDER` writes `kernels-<device>.json`. Head: the library's product and `select`
+against `project_select`, by masked rows. Attention of a padded block over a cache: `scaled_dot_product_attention` with
+a mask against `block_attention`, and without a mask and so without padding as the bound. On a GPU everything runs in
+CUDA graphs; on a CPU both ways are PyTorch's own operators, and what the head saves there is memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+import torch.nn.functional as F
+from measure import DEVICE, ON_GPU
+from torch import Tensor
+
+import fdpp
+from fdpp.attention import block_attention
+from fdpp.models.linear import linear
+from fdpp.project import project_select
+
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+RULE = fdpp.Frechet(0.25)
+
+
+def seconds(call: Callable[[], Any], budget: float) -> float:
+    """Of one call: on a GPU in a graph of several."""
+    if ON_GPU:
+        return measure.graph_seconds([call] * 10)
+    return measure.median_seconds(call, rounds=3, budget=budget)
+
+
+def timed(ways: dict[str, Callable[[], Any]], budget: float) -> dict[str, Any]:
+    """Microseconds and extra memory of each way."""
+    return {
+        way: {"us": 1e6 * seconds(call, budget), "peak_mb": measure.peak_bytes(call) / 1e6}
+        for way, call in ways.items()
+    }
+
+
+def library_head(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_id: int) -> Tensor:
+    return fdpp.select(linear(hidden, weight), tokens, rule=RULE, mask_id=mask_id).tokens
+
+
+def fused_head(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_id: int) -> Tensor:
+    return project_select(hidden, weight, tokens, rule=RULE, mask_id=mask_id).tokens
+
+
+@torch.no_grad()
+def head(B: int, T: int, masked: int, V: int, D: int, budget: float) -> dict[str, Any]:
+    """`B` sequences of `T` positions, the last `masked` of each masked."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    hidden = torch.randn(B, T, D, device=DEVICE, dtype=DTYPE, generator=generator)
+    weight = torch.randn(V, D, device=DEVICE, dtype=DTYPE, generator=generator) * (3 / D**0.5)
+    tokens = torch.zeros(B, T, dtype=torch.int64, device=DEVICE)
+    tokens[:, -masked:] = V - 1
+    ways = {
+        "library": partial(library_head, hidden, weight, tokens, V - 1),
+        "fused": partial(fused_head, hidden, weight, tokens, V - 1),
+    }
+    return {"sequences": B, "positions": T, "rows": B * masked, "weight_mb": weight.nbytes / 1e6, **timed(ways, budget)}
+
+
+@torch.no_grad()
+def attention(B: int, n: int, S: int, heads: int, head_size: int, budget: float) -> dict[str, Any]:
+    """Blocks of `n` queries over `S` columns, of which sequence b's first b % 32 are padding."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def random(columns: int) -> Tensor:
+        return torch.randn(B, heads, columns, head_size, device=DEVICE, dtype=DTYPE, generator=generator)
+
+    q, k, v = random(n), random(S), random(S)
+    first = torch.arange(B, device=DEVICE) % 32
+    mask = (torch.arange(S, device=DEVICE) >= first[:, None])[:, None, None]
+    ways = {
+        "sdpa, mask": partial(F.scaled_dot_product_attention, q, k, v, mask),
+        "sdpa, no mask": partial(F.scaled_dot_product_attention, q, k, v),
+        "block_attention": partial(block_attention, q, k, v, first),
+    }
+    return {"sequences": B, "queries": n, "columns": S, "kv_mb": 2 * k.nbytes / 1e6, **timed(ways, budget)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="small shapes, to see that it runs")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS / "local", help="folder of the result file")
+    options = parser.parse_args(arguments)
+    V, D, budget = (126464, 4096 if ON_GPU else 320, 0.5) if not options.smoke else (1000, 32, 0.02)
+    sizes = [(1, 32, 1), (1, 32, 8), (1, 32, 32), (8, 32, 32), (32, 32, 32)] if ON_GPU else [(1, 32, 32), (8, 32, 32)]
+    heads, head_size = (32, 128) if ON_GPU else (4, 32)
+    results = {
+        "head": [head(*size, V, D, budget) for size in sizes],
+        "attention": [attention(B, 32, 1056, heads, head_size, budget) for B in ((1, 8, 32) if ON_GPU else (1, 8))],
+    }
+    print(f"written to {measure.write(options.out, 'kernels', results)}")
+
+
+if __name__ == "__main__":
+    main()
