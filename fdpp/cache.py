@@ -103,7 +103,8 @@ class BlockCache:
             )
         for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
             stored[:, :, columns] = new[:, :, :n]
-            stored[:, :, self.length : seen] = new[:, :, n:]
+            if self.branches > 1:
+                stored[:, :, self.length : seen] = new[:, :, n:]
         return self.keys[layer][:, :, :seen], self.values[layer][:, :, :seen]
 
     def attend_shared(
