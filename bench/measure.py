@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import datetime
-import importlib.metadata
 import json
+import os
 import platform
 import re
 import statistics
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+import triton
 from torch.autograd import DeviceType
 
 from fdpp.models.linear import linear
@@ -140,9 +142,10 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if ON_GPU else f"CPU, {cpu[1].strip() if cpu else '?'}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")},
+        **{module.__name__: module.__version__ for module in (torch, triton, transformers)},
         **({"cuda": torch.version.cuda} if ON_GPU else {}),
-        "commit": (git("rev-parse", "--short", "HEAD") or "?") + ("+changes" if git("status", "--porcelain") else ""),
+        "commit": (git("rev-parse", "--short", "HEAD") or os.environ.get("GITHUB_SHA", "?"))
+        + ("+changes" if git("status", "--porcelain") else ""),
         "date": datetime.date.today().isoformat(),
     }
 

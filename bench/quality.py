@@ -1,7 +1,8 @@
 """Every rule, cache and draft depth on held-out problems of the embedded model: `make quality`.
 
-For each setting: exact answers with a 95% interval, NFE, tokens per forward (response tokens before EOS) and how many
-responses are those of one position per step with the same cache. A run that was stopped goes on where it was.
+For each setting: exact answers with a 95% interval, NFE, tokens per forward (response tokens before EOS), how many
+responses are those of one position per step with the same cache, and with drafts how many are, token for token, those
+of the same rule without. The latter is counted in bfloat16 as well. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -54,6 +55,13 @@ SETTINGS: list[tuple[str, str, int | str]] = [
 ]
 """Rule, cache and drafts of every run."""
 
+IN_BFLOAT16: list[tuple[str, str, int | str]] = [
+    (ONE, "dual", 8),
+    ("threshold 0.9", "dual", 8),
+    ("frechet 0.25", "dual", 8),
+]
+"""Runs whose drafts are also compared in bfloat16, where equal confidences are common."""
+
 
 def share_of(rule: str, cache: str, drafts: int | str, count: int) -> int:
     """How many of `count` problems a run takes: eight states of a hundred full forwards are dear, so a fifth."""
@@ -77,22 +85,22 @@ def batches(problems: list[tiny.Problem]) -> list[list[int]]:
     return [group[first : first + BATCH] for group in groups.values() for first in range(0, len(group), BATCH)]
 
 
-def run(rule: str, cache: str, drafts: int | str, count: int) -> dict[str, Any]:
-    """Decode `count` problems; responses are kept for the comparison with one per step."""
+def run(rule: str, cache: str, drafts: int | str, count: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Decode `count` problems; responses are kept for comparisons, as the ids before EOS."""
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     model, tokenizer = tiny.load()
+    model = model.to(dtype)
     problems = tiny.generate("held-out", count)
-    responses = [""] * count
+    responses: list[list[int]] = [[]] * count
     exact = tokens = nfe = queries = 0
     started = time.perf_counter()
     for batch in batches(problems):
         prompt = tokenizer([problems[index].prompt for index in batch], return_tensors="pt")["input_ids"]
         out: Any = model.generate(prompt, rule=RULES[rule], cache=cache, drafts=drafts, max_new_tokens=128)
-        texts = tokenizer.batch_decode(out.sequences[:, prompt.shape[1] :])
-        for index, text in zip(batch, texts, strict=True):
-            responses[index] = text.split(tokenizer.eos_token)[0].strip()
-            exact += tiny.is_exact(text, problems[index])
+        for index, ids in zip(batch, out.sequences[:, prompt.shape[1] :].tolist(), strict=True):
+            responses[index] = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+            exact += tiny.is_exact(tokenizer.decode(ids), problems[index])
         tokens += round(float((out.tokens_per_forward * out.nfe).sum()))
         nfe, queries = nfe + int(out.nfe.sum()), queries + int(out.query_tokens.sum())
     low, high = interval(exact, count)
@@ -112,34 +120,39 @@ def run(rule: str, cache: str, drafts: int | str, count: int) -> dict[str, Any]:
     }
 
 
+def in_bfloat16(rule: str, cache: str, drafts: int | str, count: int) -> dict[str, Any]:
+    """How many of `count` responses drafts leave as they are, all in bfloat16."""
+    drafted, alone = (run(rule, cache, d, count, torch.bfloat16)["responses"] for d in (drafts, 1))
+    same = sum(map(list.__eq__, drafted, alone))
+    return {"rule": rule, "cache": cache, "drafts": drafts, "problems": count, "same_as_undrafted": same}
+
+
+@torch.no_grad()
 def calibration(count: int) -> list[dict[str, float]]:
-    """Confidence against agreement: how often a masked position's proposal is what one per step commits there later."""
+    """Confidence against correctness, over all steps of one per step without a cache.
+
+    A proposal is correct if it is the token of the problem's one right response at its position; positions after the
+    response are not counted.
+    """
     torch.set_num_threads(1)
     model, tokenizer = tiny.load()
-    confidences, agreements = [], []
+    mask_id = model.config.mask_token_id
+    confidences, corrects = [], []
     for problem in tiny.generate("held-out", count, seed=1):
         prompt = torch.tensor([tokenizer(problem.prompt)["input_ids"]])
-        states: list[Any] = []
-        tokens = torch.cat((prompt, torch.full((1, 128), model.config.mask_token_id)), dim=1)
-        for first in range(prompt.shape[1], tokens.shape[1], 32):
-            block = slice(first, first + 32)
-            seen = []
-            while True:
-                with torch.no_grad():
-                    logits = model.project(model.model(tokens)[:, block])
-                step = fdpp.select(logits, tokens[:, block], rule=fdpp.Quota(1), mask_id=model.config.mask_token_id)
-                seen.append((step.proposal, step.confidence))
+        right = torch.tensor([tokenizer(problem.response)["input_ids"]])
+        P, N = prompt.shape[1], right.shape[1]
+        tokens = torch.cat((prompt, torch.full((1, 128), mask_id)), dim=1)
+        for first in range(P, P + N, 32):
+            block, wanted = slice(first, first + 32), right[:, first - P : first - P + 32]
+            while tokens[:, block].eq(mask_id).any():
+                logits = model.project(model.model(tokens)[:, block])
+                step = fdpp.select(logits, tokens[:, block], rule=fdpp.Quota(1), mask_id=mask_id)
+                counted = tokens[0, block].eq(mask_id)[: wanted.shape[1]].nonzero().flatten()
+                confidences += step.confidence[0, counted].tolist()
+                corrects += (step.proposal[0, counted] == wanted[0, counted]).tolist()
                 tokens[:, block] = step.tokens
-                if not step.remaining:
-                    break
-            states += [(proposal, confidence, tokens[:, block]) for proposal, confidence in seen]
-            if (tokens[:, block] == model.config.eos_token_id).any():
-                break
-        for proposal, confidence, final in states:
-            masked = confidence > 0
-            confidences += confidence[masked].tolist()
-            agreements += (proposal == final)[masked].tolist()
-    confidence, agreement = torch.tensor(confidences), torch.tensor(agreements).double()
+    confidence, correct = torch.tensor(confidences), torch.tensor(corrects).double()
     bins = []
     for low in torch.arange(0, 1, 0.05).tolist():
         chosen = (confidence >= low) & (confidence < low + 0.05 + 1e-9 * (low > 0.94))
@@ -147,7 +160,7 @@ def calibration(count: int) -> list[dict[str, float]]:
             bins.append(
                 {
                     "confidence": float(confidence[chosen].mean()),
-                    "agreement": float(agreement[chosen].mean()),
+                    "correct": float(correct[chosen].mean()),
                     "count": int(chosen.sum()),
                 }
             )
@@ -175,8 +188,8 @@ def plot(results: dict[str, Any], folder: Path) -> None:
     left.legend(fontsize=8)
     bins = results["calibration"]
     right.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-    right.plot([b["confidence"] for b in bins], [b["agreement"] for b in bins], marker="o", markersize=4)
-    right.set(xlabel="confidence", ylabel="agreement with one per step", title="calibration of the embedded model")
+    right.plot([b["confidence"] for b in bins], [b["correct"] for b in bins], marker="o", markersize=4)
+    right.set(xlabel="confidence", ylabel="share of correct proposals", title="calibration of the embedded model")
     figure.tight_layout()
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"quality.{suffix}", dpi=150, metadata={"Date": None} if suffix == "svg" else None)
@@ -184,14 +197,16 @@ def plot(results: dict[str, Any], folder: Path) -> None:
 
 def table(runs: list[dict[str, Any]]) -> str:
     lines = [
-        "| rule | cache | drafts | exact answers, % (95% interval) | NFE | tokens per forward | same as one per step |",
-        "|---|---|---|---|---:|---:|---:|",
+        "| rule | cache | drafts | exact answers, % (95% interval) | NFE | tokens per forward | same as one per step "
+        "| as without drafts |",
+        "|---|---|---|---|---:|---:|---:|---:|",
     ]
     for row in runs:
         lines.append(
             f"| {row['rule']} | {row['cache']} | {row['drafts']} | {100 * row['exact']:.1f} ({100 * row['low']:.1f} "
             f"to {100 * row['high']:.1f}) | {row['nfe']:.1f} | {row['tokens_per_forward']:.2f} | "
-            f"{row['agreement']} of {row['problems']} |"
+            f"{row['agreement']} of {row['problems']} | "
+            + (f"{row['same_as_undrafted']} of {row['problems']} |" if row["drafts"] != 1 else "|")
         )
     return "\n".join(lines)
 
@@ -206,43 +221,62 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256((tiny.CHECKPOINT / "model.safetensors").read_bytes()).hexdigest()[:12]
-    fresh: dict[str, Any] = {"checkpoint": digest, "problems": arguments.problems, "runs": [], "calibration": []}
+    fresh: dict[str, Any] = {
+        "checkpoint": digest,
+        "problems": arguments.problems,
+        "runs": [],
+        "bfloat16": [],
+        "calibration": [],
+    }
     partial = arguments.out.with_suffix(".partial.json")
     results = json.loads(partial.read_text()) if partial.exists() else fresh
     if (results["checkpoint"], results["problems"]) != (digest, arguments.problems):
         results = fresh
-    done = {(row["rule"], row["cache"], row["drafts"]) for row in results["runs"]}
     wanted = [s for s in SETTINGS if s[1] in arguments.caches and not (arguments.no_sweep and s[0] in SWEEP)]
-    todo = [setting for setting in wanted if setting not in done]
+    compared = [s for s in IN_BFLOAT16 if s[1] in arguments.caches]
 
-    def save() -> None:
-        partial.write_text(json.dumps(results))
+    def key(row: dict[str, Any]) -> tuple[str, str, int | str]:
+        return row["rule"], row["cache"], row["drafts"]
 
-    with ProcessPoolExecutor(arguments.jobs) as pool, tqdm(total=len(todo) + 1, unit="setting") as bar:
-        runs = [pool.submit(run, *setting, share_of(*setting, arguments.problems)) for setting in todo]
-        bins = None if results["calibration"] else pool.submit(calibration, 25)
-        for future in as_completed(runs):
-            results["runs"].append(future.result())
-            save()
-            bar.update()
-        if bins is not None:
-            results["calibration"] = bins.result()
-            save()
-        bar.update()
+    def left(
+        settings: list[tuple[str, str, int | str]], rows: list[dict[str, Any]]
+    ) -> list[tuple[str, str, int | str]]:
+        return [setting for setting in settings if setting not in map(key, rows)]
 
-    results["runs"].sort(key=lambda row: SETTINGS.index((row["rule"], row["cache"], row["drafts"])))
+    started = time.monotonic()
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        count = arguments.problems
+        futures = {
+            pool.submit(run, *setting, share_of(*setting, count)): "runs" for setting in left(wanted, results["runs"])
+        }
+        for setting in left(compared, results["bfloat16"]):
+            futures[pool.submit(in_bfloat16, *setting, max(count // 5, 1))] = "bfloat16"
+        if not results["calibration"]:
+            futures[pool.submit(calibration, 25)] = "calibration"
+        for future in tqdm(as_completed(futures), total=len(futures), unit="setting"):
+            kind = futures[future]
+            results[kind] = future.result() if kind == "calibration" else [*results[kind], future.result()]
+            partial.write_text(json.dumps(results))
+
+    results["runs"] = sorted(
+        (row for row in results["runs"] if key(row) in wanted), key=lambda row: wanted.index(key(row))
+    )
     one = {row["cache"]: row["responses"] for row in results["runs"] if (row["rule"], row["drafts"]) == (ONE, 1)}
     undrafted = {(row["rule"], row["cache"]): row["responses"] for row in results["runs"] if row["drafts"] == 1}
     for row in results["runs"]:
         # A run of fewer problems takes the first of them.
-        row["agreement"] = sum(map(str.__eq__, row["responses"], one[row["cache"]]))
-        row["same_as_undrafted"] = sum(map(str.__eq__, row["responses"], undrafted[row["rule"], row["cache"]]))
+        row["agreement"] = sum(map(list.__eq__, row["responses"], one[row["cache"]]))
+        row["same_as_undrafted"] = sum(map(list.__eq__, row["responses"], undrafted[row["rule"], row["cache"]]))
     for row in results["runs"]:
         del row["responses"]
     plot(results, arguments.out.parent)
     arguments.out.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
     partial.unlink()
     print(table(results["runs"]))
+    for row in results["bfloat16"]:
+        same = f"{row['same_as_undrafted']} of {row['problems']}"
+        print(f"in bfloat16, {row['rule']}, {row['cache']}, {row['drafts']} drafts: {same} as without drafts")
+    print(f"{time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":
