@@ -12,7 +12,13 @@ from fdpp.rules import Rule
 TICKETS = 4096
 """Sequences per launch a stream's tickets serve: 16 kB, made once."""
 
+FOR_GRAPHS = 16 * TICKETS
+"""Tickets made at a time for captured launches, each of which keeps its own: 256 kB."""
+
 tickets: dict[tuple[torch.device, int], Tensor] = {}
+slabs: list[Tensor] = []
+spare: dict[torch.device, Tensor] = {}
+"""What captures have left of a device's latest slab. Slabs are kept for good, since graphs know their addresses."""
 
 
 def ticket_for(device: torch.device, B: int) -> Tensor:
@@ -20,8 +26,12 @@ def ticket_for(device: torch.device, B: int) -> Tensor:
     program of a launch leaves its counter at zero, so one set serves every launch of the stream."""
     if device.type != "cuda":
         return torch.zeros(B, dtype=torch.int32, device=device)
-    if B > TICKETS or torch.cuda.is_current_stream_capturing():
-        # Memory from a graph's pool must not outlive the graph; a captured fill costs one small node.
+    if torch.cuda.is_current_stream_capturing():
+        return ticket_of_graph(device, B)
+    if device not in spare or spare[device].numel() < TICKETS:
+        spare[device] = torch.zeros(FOR_GRAPHS, dtype=torch.int32, device=device)
+        slabs.append(spare[device])
+    if B > TICKETS:
         return torch.zeros(B, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     if key not in tickets:
@@ -29,9 +39,21 @@ def ticket_for(device: torch.device, B: int) -> Tensor:
     return tickets[key]
 
 
+def ticket_of_graph(device: torch.device, B: int) -> Tensor:
+    """Counters of a captured launch, its own: graphs may be replayed side by side. The launch before the capture, which
+    compiles the kernel, has made them; without one a fill is captured as well."""
+    left = spare.get(device)
+    if left is None or left.numel() < B:
+        return torch.zeros(B, dtype=torch.int32, device=device)
+    spare[device] = left[B:]
+    return left[:B]
+
+
 def reset_tickets() -> None:
     """Forget all arrival counters. Call it after a launch was aborted half-way, which leaves them above zero."""
     tickets.clear()
+    for slab in slabs:
+        slab.zero_()
 
 
 def select(

@@ -108,6 +108,23 @@ def test_reset_after_an_aborted_launch() -> None:
     assert_as_specified(run("cuda", problem), problem)
 
 
+def test_a_captured_step_is_one_launch() -> None:
+    """Its tickets were made before the capture, and are its own."""
+    problem = on_device(problems()[0])
+    step = step_for(problem)
+    call(step, problem)
+    before = gpu.spare[torch.device("cuda", torch.cuda.current_device())].numel()
+    graph, outputs = captured(step, problem)
+    assert gpu.spare[torch.device("cuda", torch.cuda.current_device())].numel() < before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        graph.replay()
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(names) == 1 and "select_kernel" in names[0], names
+    assert not any(slab.any() for slab in gpu.slabs)
+    assert_as_specified(Selection(*(field.cpu() for field in outputs)), problems()[0])
+
+
 @pytest.mark.parametrize("sequences", [gpu.TICKETS, gpu.TICKETS + 1, 70_000])
 def test_many_sequences(sequences: int) -> None:
     """More than the kept tickets serve, and more than a grid's second dimension may have."""

@@ -39,4 +39,4 @@ def test_streams_of_launches_and_replays_at_once() -> None:
                     differing[i] += (expected != launched).sum() + (expected != replayed).sum()
     torch.cuda.synchronize()
     assert differing.tolist() == [0] * STREAMS
-    assert all(not tickets.any() for tickets in gpu.tickets.values())
+    assert all(not tickets.any() for tickets in (*gpu.tickets.values(), *gpu.slabs))

@@ -94,6 +94,19 @@ def test_tickets_are_left_at_zero(kernel: str, monkeypatch: pytest.MonkeyPatch) 
         assert not tickets.any()
 
 
+def test_captured_launches_share_no_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, slab = torch.device("cpu"), torch.zeros(10, dtype=torch.int32)
+    monkeypatch.setattr(gpu, "spare", {device: slab})
+    monkeypatch.setattr(gpu, "slabs", [slab])
+    first, second = gpu.ticket_of_graph(device, 4), gpu.ticket_of_graph(device, 5)
+    first += 1
+    second += 2
+    assert slab.tolist() == [1] * 4 + [2] * 5 + [0]
+    assert gpu.ticket_of_graph(device, 2).tolist() == [0, 0] and gpu.spare[device].numel() == 1
+    gpu.reset_tickets()
+    assert not slab.any()
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 def test_scratch_is_written_for_masked_active_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every new tensor starts as NaN or 77. None of it comes through, and no other row leaves a summary."""
