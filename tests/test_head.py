@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -92,3 +93,37 @@ def test_a_head_that_is_more_than_its_weight_is_refused():
     model.get_output_embeddings().register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="head: expected a plain weight"):
         model.generate(prompts(1, 4), head="fused", **SIZES)
+
+
+def test_a_head_of_another_linear_class_will_do():
+    """As in a model that was loaded with remote code."""
+    model = small_model(seed=3)
+    theirs = torch.nn.Linear(32, 64, bias=False)
+    theirs.weight = model.get_output_embeddings().weight
+    expected = model.generate(prompts(1, 4), **SIZES).sequences
+    model.model.transformer["ff_out"] = theirs
+    assert model.generate(prompts(1, 4), head="fused", **SIZES).sequences.equal(expected)
+
+
+@pytest.mark.parametrize("engine", ["eager", "static"])
+@pytest.mark.parametrize("settings", [{"drafts": "auto"}, {"drafts": 3, "branches": "tree"}], ids=str)
+def test_with_drafts_in_every_form(monkeypatch, engine, settings):
+    assert_fused_is_the_same(small_model(), monkeypatch, rule=fdpp.Quota(1), engine=engine, **settings)
+
+
+def test_a_head_that_is_shared_out_is_refused(monkeypatch):
+    monkeypatch.setattr(LLaDAModelLM, "vocabulary_slice", lambda self: object())
+    with pytest.raises(ValueError, match="takes a whole head"):
+        small_model().generate(prompts(1, 4), head="fused", **SIZES)
+
+
+def test_a_rule_that_can_change_is_refused():
+    @dataclass
+    class Loose(fdpp.Rule):
+        predicate = fdpp.Threshold.predicate
+
+        def params(self):
+            return 0.5, 0.0
+
+    with pytest.raises(ValueError, match="frozen=True, Loose can change"):
+        fdpp.DiffusionGenerationConfig(rule=Loose())

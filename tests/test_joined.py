@@ -143,6 +143,34 @@ def test_hooks_are_called(llada: LLaDAModelLM) -> None:
     assert calls == ["q", "up"]
 
 
+@pytest.mark.parametrize("name", ["attn_norm", "ff_norm", "q_proj", "up_proj", "attn_out", "ff_out"])
+def test_a_forward_of_its_own_is_called(llada: LLaDAModelLM, name: str) -> None:
+    """Adapters and offloading put a forward on the instance."""
+    layer = getattr(llada.model.transformer["blocks"][0], name)
+    layer.forward = functools.partial(lambda forward, x: 2.0 * forward(x), layer.forward)
+    torch.testing.assert_close(joined(llada, IDS), separately(llada, IDS))
+
+
+@pytest.mark.parametrize("name", ["attn_norm", "ff_norm"])
+def test_hooks_of_norms_are_called(llada: LLaDAModelLM, name: str) -> None:
+    plain, calls = joined(llada, IDS), []
+    getattr(llada.model.transformer["blocks"][1], name).register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(joined(llada, IDS), plain)
+    assert calls == [1]
+
+
+def test_hooks_of_the_head_are_called(llada: LLaDAModelLM) -> None:
+    plain = joined(llada, IDS)
+    llada.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: -logits)
+    torch.testing.assert_close(joined(llada, IDS), -plain)
+    prompt = IDS[:, :4]
+    with torch.no_grad():
+        hooked = llada.generate(prompt, max_new_tokens=8, block_length=8, stop_at_eos=False).sequences
+        llada.get_output_embeddings()._forward_hooks.clear()
+        with_hook_gone = llada.generate(prompt, max_new_tokens=8, block_length=8, stop_at_eos=False).sequences
+    assert not hooked.equal(with_hook_gone)
+
+
 def test_compiled_layers_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """As functions of tensors, without a graph break; PyTorch's own code generator is left out to save its time."""
     calls: list[str] = []

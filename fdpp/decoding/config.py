@@ -95,6 +95,8 @@ class DiffusionGenerationConfig(SavedSettings):
                 raise ValueError(f"{name}: expected an int {limit}, got {value!r}")
         if not isinstance(self.rule, Rule):
             raise ValueError(f"rule: expected a fdpp.Rule such as fdpp.Frechet(0.25), got {self.rule!r}")
+        if type(self.rule).__hash__ is None:
+            raise ValueError(f"rule: expected a dataclass with frozen=True, {type(self.rule).__name__} can change")
         if self.steps is not None and self.rule != Quota():
             raise ValueError(f"steps={self.steps} is a schedule for rule=Quota(); {self.rule} decides by itself")
         if self.cache not in CACHES:

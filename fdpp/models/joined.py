@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from fdpp.models.linear import Linear
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's forward and nothing else: no hook, no forward of its own."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 def is_plain(layer: nn.Module | None) -> TypeGuard[Linear]:
     """Whether `layer` is nothing but its weight."""
-    return type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    return type(layer) is Linear and is_untouched(layer)
 
 
 class Joined:

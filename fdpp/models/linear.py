@@ -20,7 +20,13 @@ with half as many, 24 to 22 with as many, on one core and, a little later, on tw
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x` `[..., d]` times the transpose of `weight` `[n, d]`: `[..., n]`."""
     fits = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    if not fits or ONEDNN is None or x.numel() * weight.shape[0] < SMALL or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if (
+        not fits
+        or ONEDNN is None
+        or x.numel() * weight.shape[0] < SMALL
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    ):
         return F.linear(x, weight)
     return ONEDNN(x, weight, None, "none", [], "")
 

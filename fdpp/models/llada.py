@@ -19,7 +19,7 @@ from fdpp import parallel
 from fdpp.cache import BlockCache, attend
 from fdpp.decoding.generate import DiffusionGenerationMixin
 from fdpp.models.configuration import LLaDAConfig
-from fdpp.models.joined import Joined, is_plain
+from fdpp.models.joined import Joined, is_plain, is_untouched
 from fdpp.models.layers import Angles, attention_inputs, block_output, compiled, rms_norm, rotary_angles, rotate
 from fdpp.models.linear import Linear, linear
 
@@ -69,6 +69,7 @@ class LLaDABlock(nn.Module):
     ) -> Tensor:
         qkv, gate_up = self.qkv.matrix(), self.gate_up.matrix()
         fused = qkv is not None and gate_up is not None and is_plain(self.attn_out) and is_plain(self.ff_out)
+        fused = fused and is_untouched(self.attn_norm) and is_untouched(self.ff_norm)
         run: Callable[..., Any] = compiled if self.compile_layers else lambda function: function
         if fused:
             norm = self.attn_norm
@@ -204,15 +205,21 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
         """The head's weight: a row per id, then perhaps rows that pad the matrix and of which no token has the id."""
         return self.model.transformer["wte" if self.config.weight_tying else "ff_out"].weight
 
+    def wrapped_head(self) -> nn.Module | None:
+        """The head where it is more than its weight: with a hook, an adapter, quantised or offloaded; else None."""
+        module = self.get_output_embeddings()
+        plain = module is None or (type(module) in (Linear, nn.Linear) and module.bias is None and is_untouched(module))
+        return None if plain else module
+
     def head_weight(self) -> Tensor:
         """The head as one matrix `[V, d_model]`, for an operator that multiplies by it on its own.
 
         Raises:
             ValueError: the head is more than its weight (a hook, an adapter), or not on a device.
         """
-        module = self.get_output_embeddings()
-        if type(self.head) is not nn.Parameter or self.head.is_meta or not (module is None or is_plain(module)):
-            raise ValueError(f"head: expected a plain weight on a device, got {module or type(self.head).__name__}")
+        wrapped = self.wrapped_head()
+        if wrapped is not None or type(self.head) is not nn.Parameter or self.head.is_meta:
+            raise ValueError(f"head: expected a plain weight on a device, got {wrapped or type(self.head).__name__}")
         return self.head[: self.config.vocab_size]
 
     def vocabulary_slice(self) -> parallel.VocabularySlice | None:
@@ -222,10 +229,10 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
     def project_slice(self, hidden: Tensor) -> Tensor:
         """Logits `[..., v]` of hidden states `[..., d_model]`, for the ids of `vocabulary_slice()`."""
         held = self.vocabulary_slice()
-        module = self.get_output_embeddings()
-        if module is not None and hasattr(module, "_hf_hook"):
-            # accelerate brings an offloaded weight, or the hidden states, to where the other is.
-            return module(hidden)[..., : self.config.vocab_size]
+        wrapped = self.wrapped_head()
+        if held is None and wrapped is not None:
+            # For one, accelerate brings an offloaded weight, or the hidden states, to where the other is.
+            return wrapped(hidden)[..., : self.config.vocab_size]
         if self.head.is_meta:
             raise ValueError("device_map: the embedding is also the head, expected it on a device, got it offloaded")
         return linear(hidden, parallel.local(self.head)[: self.config.vocab_size if held is None else held.held])
@@ -237,6 +244,11 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
         """
         for block in self.model.transformer["blocks"]:
             block.compile_layers = on
+        self.forget_captures()
+
+    def forget_captures(self) -> None:
+        """Let go of all captured steps: call it after a change to modules that no weight shows, such as a hook."""
+        self.__dict__.pop("_static_steps", None)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., d_model]`, gathered from all processes where they are sharded."""
