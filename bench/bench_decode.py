@@ -34,6 +34,7 @@ from fdpp import LLaDAConfig, LLaDAModelLM, tiny
 from fdpp.decoding.config import DiffusionGenerationConfig
 from fdpp.decoding.generate import with_token_ids
 
+WAYS = ("published", "fdpp", "fdpp, compiled")
 SET_TOKENS_PER_FORWARD = (4.24, 2.88)
 TINY_RULES = (fdpp.Frechet(0.25), fdpp.Threshold(0.9))
 
@@ -163,14 +164,16 @@ def timed(decode: Callable[[], Any], repeats: int) -> tuple[Any, float, int]:
 
 def release(model: Any) -> None:
     """Give back what nobody holds, and what `generate` has captured on `model`: it would count as the next one's."""
-    vars(model).pop("_static_steps", None)
+    model.forget_captures()
     if ON_GPU:
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def measured(model: Any, prompt: Tensor, settings: DiffusionGenerationConfig, repeats: int) -> dict[str, Any]:
-    """One row of the results: both ways on one setting."""
+def measured(
+    model: Any, prompt: Tensor, settings: DiffusionGenerationConfig, repeats: int, compiled: bool = False
+) -> dict[str, Any]:
+    """One row of the results: both ways on one setting; `compiled`: ours once more after `compile_layers`."""
     run = Run(model, prompt, settings)
     settings, eos = run.settings, torch.tensor(run.settings.eos_token_id, device=DEVICE)
     row: dict[str, Any] = {}
@@ -203,13 +206,16 @@ def measured(model: Any, prompt: Tensor, settings: DiffusionGenerationConfig, re
 
     forward = published_decode.PublishedModel(model)
     note("published", lambda: run.published(forward, settings), lambda out: out, run.published_without_model)
-    note(
-        "fdpp",
-        lambda: model.generate(prompt, generation_config=settings),
-        lambda out: (out.sequences, int(out.nfe.max())),
-        run.without_model,
-    )
-    if len(responses) == 2:
+    for way in ("fdpp", "fdpp, compiled")[: 1 + compiled]:
+        model.compile_layers(way == "fdpp, compiled")
+        note(
+            way,
+            lambda: model.generate(prompt, generation_config=settings),
+            lambda out: (out.sequences, int(out.nfe.max())),
+            run.without_model,
+        )
+    model.compile_layers(False)
+    if {"published", "fdpp"} <= responses.keys():
         row["same_tokens"] = agreement(responses["published"], responses["fdpp"], eos if settings.stop_at_eos else None)
         row["speedup"] = row["published"]["seconds"] / row["fdpp"]["seconds"]
     return row
@@ -225,8 +231,8 @@ def agreement(published: Tensor, ours: Tensor, eos: Tensor | None) -> float:
 
 def cached_forward(rows: list[dict[str, Any]], floor: float) -> None:
     """Add to the rows of one cache and batch what one cached forward takes, all in, from their difference."""
-    for way in ("published", "fdpp"):
-        runs = sorted((row[way] for row in rows if "seconds" in row[way]), key=lambda result: result["nfe"])
+    for way in WAYS:
+        runs = sorted((row[way] for row in rows if "seconds" in row.get(way, {})), key=lambda result: result["nfe"])
         if len(runs) == 2 and runs[0]["nfe"] < runs[1]["nfe"]:
             ms = 1e3 * (runs[1]["seconds"] - runs[0]["seconds"]) / (runs[1]["nfe"] - runs[0]["nfe"])
             for result in runs if ms > 0 else ():  # else all noise
@@ -261,6 +267,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", help="a LLaDA checkpoint in place of random weights in the shape 8b")
     parser.add_argument("--caches", nargs="+", choices=("dual", "prefix", "none"), default=["dual", "prefix", "none"])
     parser.add_argument("--batches", nargs="+", type=int, help="batch sizes (default: those of the shape)")
+    text = "measure batch 1 also with norm, rotation and gate fused by torch.compile (default: on a GPU)"
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=ON_GPU, help=text)
     parser.add_argument("--repeats", type=int, default=3, help="timed decodes of each (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no setting is begun")
     parser.add_argument("--out", type=Path, default=measure.RESULTS / "local", help="folder of the result file")
@@ -294,7 +302,11 @@ def main(arguments: list[str] | None = None) -> None:
                     results["left_out"].append(facts)
                     continue
                 sizes = {"prompt": prompt.shape[1], "new": shape.new, "block": shape.block, "weight_gb": weights / 1e9}
-                rows.append(facts | sizes | measured(model, prompt, settings, options.repeats))
+                rows.append(
+                    facts
+                    | sizes
+                    | measured(model, prompt, settings, options.repeats, compiled=options.compiled and B == 1)
+                )
                 print(facts, f"{rows[-1].get('speedup', math.nan):.2f}x", flush=True)
             if cache != "none" and name != "tiny":
                 cached_forward(rows, 1e3 * weights / bandwidth)

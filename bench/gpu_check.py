@@ -17,6 +17,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Stage:
     environment: tuple[tuple[str, str], ...] = ()
 
 
+@cache
 def sanitizer_missing() -> str:
     if shutil.which("compute-sanitizer") is None:
         return "no compute-sanitizer here"

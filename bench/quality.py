@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 import fdpp
 from fdpp import tiny
+from fdpp.tiny.problems import OPENINGS
 
 BATCH = 25
 CACHES = ("none", "prefix", "dual")
@@ -64,8 +66,10 @@ IN_BFLOAT16: list[tuple[str, str, int | str]] = [
 
 
 def share_of(rule: str, cache: str, drafts: int | str, count: int) -> int:
-    """How many of `count` problems a run takes: eight states of a hundred full forwards are dear, so a fifth."""
-    return max(count // 5, 1) if (rule, drafts) == (ONE, 8) and cache != "dual" else count
+    """How many of `count` problems a run takes: many states of a hundred forwards are dear, most so of full ones."""
+    if rule != ONE or drafts == 1 or (cache, drafts) == ("dual", 8):
+        return count
+    return max(count // (5 if cache == "dual" else 10), 1)
 
 
 def interval(successes: int, trials: int) -> tuple[float, float]:
@@ -127,12 +131,20 @@ def in_bfloat16(rule: str, cache: str, drafts: int | str, count: int) -> dict[st
     return {"rule": rule, "cache": cache, "drafts": drafts, "problems": count, "same_as_undrafted": same}
 
 
+def worded(problem: tiny.Problem) -> list[str]:
+    """The right responses, which differ in how their lines open; the problem's own first."""
+    openings = [" ".join(words).format(name=problem.prompt.split()[0]) for words in OPENINGS]
+    texts = [re.sub(r"so \w+ \w+ (\d+)", rf"so {opening} \1", problem.response) for opening in openings]
+    return sorted(texts, key=lambda text: text != problem.response)
+
+
 @torch.no_grad()
 def calibration(count: int) -> list[dict[str, float]]:
     """Confidence against correctness, over all steps of one per step without a cache.
 
-    A proposal is correct if it is the token of the problem's one right response at its position; positions after the
-    response are not counted.
+    A proposal is correct if it is the token of the right response at its position. A right response opens its lines in
+    one of three ways: in that of which a word is committed, before that in the one that was drawn with the problem.
+    Positions after the response are not counted.
     """
     torch.set_num_threads(1)
     model, tokenizer = tiny.load()
@@ -140,17 +152,20 @@ def calibration(count: int) -> list[dict[str, float]]:
     confidences, corrects = [], []
     for problem in tiny.generate("held-out", count, seed=1):
         prompt = torch.tensor([tokenizer(problem.prompt)["input_ids"]])
-        right = torch.tensor([tokenizer(problem.response)["input_ids"]])
-        P, N = prompt.shape[1], right.shape[1]
+        ways = torch.tensor([tokenizer(text)["input_ids"] for text in worded(problem)])
+        openings = (ways != ways[0]).any(0)
+        P, N = prompt.shape[1], ways.shape[1]
         tokens = torch.cat((prompt, torch.full((1, 128), mask_id)), dim=1)
         for first in range(P, P + N, 32):
-            block, wanted = slice(first, first + 32), right[:, first - P : first - P + 32]
+            block = slice(first, first + 32)
             while tokens[:, block].eq(mask_id).any():
                 logits = model.project(model.model(tokens)[:, block])
                 step = fdpp.select(logits, tokens[:, block], rule=fdpp.Quota(1), mask_id=mask_id)
-                counted = tokens[0, block].eq(mask_id)[: wanted.shape[1]].nonzero().flatten()
+                said = ((ways == tokens[:, P : P + N]) & openings).any(1)
+                wanted = ways[int(said.int().argmax())][first - P : first - P + 32]
+                counted = tokens[0, block].eq(mask_id)[: len(wanted)].nonzero().flatten()
                 confidences += step.confidence[0, counted].tolist()
-                corrects += (step.proposal[0, counted] == wanted[0, counted]).tolist()
+                corrects += (step.proposal[0, counted] == wanted[counted]).tolist()
                 tokens[:, block] = step.tokens
     confidence, correct = torch.tensor(confidences), torch.tensor(corrects).double()
     bins = []

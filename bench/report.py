@@ -73,7 +73,9 @@ def decode_table(result: Result) -> str:
     ]
     rows = []
     for row in result["rows"]:
-        for way in ("published", "fdpp"):
+        for way in ("published", "fdpp", "fdpp, compiled"):
+            if way not in row:
+                continue
             found = row[way]
             first = [f"{row['shape']}, {row['cache']}, {row['batch']}", row["tokens_per_forward"], way]
             if "error" in found:
@@ -134,8 +136,9 @@ def targets(select: list[Result], decode: list[Result]) -> list[tuple[str, str, 
             rate = ours["tokens_per_second"]
             found.append((f"{name}: 500 tok/s", f"{rate:.0f}", rate >= 500))
             found.append((f"{name}: 4.5x the published", f"{row['speedup']:.2f}x", row["speedup"] >= 4.5))
-            if row["cache"] == "dual" and "floor_percent" in ours:
-                over = 100 / ours["floor_percent"]
+            fastest = max((row[way].get("floor_percent", 0.0) for way in row if way.startswith("fdpp")), default=0.0)
+            if row["cache"] == "dual" and fastest:
+                over = 100 / fastest
                 found.append(("8b, block step: at most 1.2x the floor", f"{over:.2f}x", over <= 1.2))
     return found
 
