@@ -85,11 +85,11 @@ def stages(out: Path) -> list[Stage]:
     gate = str(out / "gate.json")
     uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     return [
-        Stage("tests", [*PYTEST, "-m", "gpu and not slow", f"--junitxml={out}/tests.xml"], 150),
-        Stage("stress", [*PYTEST, "-m", "gpu and slow", f"--junitxml={out}/stress.xml"], 70),
+        Stage("tests", [*PYTEST, "-m", "gpu and not slow", f"--junitxml={out}/tests.xml"], 175),
+        Stage("stress", [*PYTEST, "-m", "gpu and slow", f"--junitxml={out}/stress.xml"], 60),
         # Every tensor an allocation of its own, so that reading past one is seen.
-        Stage("memcheck", sanitizer("memcheck"), 70, sanitizer_missing, uncached),
-        Stage("racecheck", sanitizer("racecheck"), 40, sanitizer_missing),
+        Stage("memcheck", sanitizer("memcheck"), 60, sanitizer_missing, uncached),
+        Stage("racecheck", sanitizer("racecheck"), 35, sanitizer_missing),
         Stage("select", script("bench_select", "--out", str(out)), 50),
         Stage("kernels", script("bench_kernels", "--out", str(out)), 25),
         Stage("decode", script("bench_decode", "--out", str(out), "--budget", "60"), 130),

@@ -115,3 +115,18 @@ def trajectories(peer: str) -> list[Trajectory]:
         for run in runs
         if "error" not in run
     ]
+
+
+def seen_by_rows(step_of: Tensor, block_length: int) -> tuple[Tensor, Tensor]:
+    """The same decode counted by each row: its step `[B, R]` that decided a position, and its forwards `[B]`.
+
+    `step_of` counts the batch's forwards. There the rows begin a block together, when the slowest has finished the one
+    before; a row takes no part in forwards after its own block is complete.
+    """
+    own = torch.zeros(step_of.shape[0], 1, dtype=torch.int64)
+    begin, steps = 0, []
+    for block in step_of.split(block_length, dim=1):
+        steps.append(own + block - begin)
+        own = own + block.amax(1, keepdim=True) - begin + 1
+        begin = int(block.amax()) + 1
+    return torch.cat(steps, dim=1), own[:, 0]

@@ -253,10 +253,12 @@ def test_errors(changes: dict[str, Any], words: str) -> None:
         block_attention(**{**arguments, **changes})
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_opcheck(padded: bool) -> None:
-    first = torch.tensor([0, 4]) if padded else None
-    torch.library.opcheck(attention.attention_op, (*random_inputs(0, 2, 4, 2, 3, 9, 8), first, 0.3))
+def test_opcheck(padded: bool, device: str) -> None:
+    first = torch.tensor([0, 4], device=device) if padded else None
+    q, k, v = (x.to(device) for x in random_inputs(0, 2, 4, 2, 3, 9, 8))
+    torch.library.opcheck(attention.attention_op, (q, k, v, first, 0.3))
 
 
 @pytest.mark.slow

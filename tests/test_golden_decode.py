@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from golden import Trajectory, model, trajectories
+from golden import Trajectory, model, seen_by_rows, trajectories
 from torch import Tensor
 
 import fdpp
@@ -95,6 +95,8 @@ def decode(
     cache: str,
     rule: fdpp.Rule,
     steps: int | None,
+    drafts: int,
+    branches: str,
 ) -> Decode:
     recorder = Recorder()
     out = model(model_name).generate(
@@ -106,6 +108,8 @@ def decode(
         cache=cache,
         stop_at_eos=False,
         streamer=recorder,
+        drafts=drafts,
+        branches=branches,
     )
     return Decode(out.sequences, recorder.step_of, out.commit_step, out.nfe, recorder.forwards)
 
@@ -114,6 +118,8 @@ def rule_of(run: dict[str, Any]) -> fdpp.Rule:
     params = run["params"]
     if params.get("alg_temp") == -1:
         return LeftToRight(2.0 if params["confidence_threshold"] is None else params["confidence_threshold"])
+    if params.get("local_leap"):
+        return fdpp.LocalLeap(params["threshold"], params["relaxed_threshold"], params["radius"])
     tau = params.get("threshold", params.get("confidence_threshold"))
     if tau is not None:
         return fdpp.Threshold(tau)
@@ -130,30 +136,24 @@ def cache_of(run: dict[str, Any]) -> str:
     return {"generate": "none", "generate_with_prefix_cache": "prefix", "generate_with_dual_cache": "dual"}[run["func"]]
 
 
-def ours(trajectory: Trajectory, rule: fdpp.Rule | None = None, prompt: Tensor | None = None) -> Decode:
+def ours(
+    trajectory: Trajectory, rule: fdpp.Rule | None = None, prompt: Tensor | None = None, drafts: int = 1
+) -> Decode:
     """Our decode of the run: `steps` only where they are a schedule, and optionally with another rule or prompt."""
-    run = trajectory.run
+    run, params = trajectory.run, trajectory.run["params"]
     rule = rule or rule_of(run)
     prompt = trajectory.prompt if prompt is None else prompt
-    steps = run["params"].get("steps") if rule == fdpp.Quota() else None
     return decode(
-        run["model"], tuple(map(tuple, prompt.tolist())), run["params"]["block_length"], cache_of(run), rule, steps
+        run["model"],
+        tuple(map(tuple, prompt.tolist())),
+        params["block_length"],
+        cache_of(run),
+        rule,
+        params.get("steps") if rule == fdpp.Quota() else None,
+        drafts,
+        # FreeDave's `debug` is its batch, a state at a time.
+        "tree" if drafts > 1 and params["draft_mode"] == "tree_attention" else "batch",
     )
-
-
-def seen_by_rows(step_of: Tensor, block_length: int) -> tuple[Tensor, Tensor]:
-    """The same decode counted by each row: its step `[B, R]` that decided a position, and its forwards `[B]`.
-
-    `step_of` counts the batch's forwards. There the rows begin a block together, when the slowest has finished the one
-    before; a row takes no part in forwards after its own block is complete.
-    """
-    own = torch.zeros(step_of.shape[0], 1, dtype=torch.int64)
-    begin, steps = 0, []
-    for block in step_of.split(block_length, dim=1):
-        steps.append(own + block - begin)
-        own = own + block.amax(1, keepdim=True) - begin + 1
-        begin = int(block.amax()) + 1
-    return torch.cat(steps, dim=1), own[:, 0]
 
 
 def kind(trajectory: Trajectory) -> str:
@@ -161,15 +161,16 @@ def kind(trajectory: Trajectory) -> str:
     run, params = trajectory.run, trajectory.run["params"]
     if run["mode"] == "quota+cfg" or params.get("eager_acceptance_mode"):
         return "not offered"
+    if run["mode"] == "dawn":
+        return "in test_golden_dawn.py"
     if run["mode"] == "freedave":
-        checked = run["stable"] and run["prompt"] == "p7a" and params["draft_mode"] != "debug"
-        return "drafted" if checked else "drafted, not compared"
+        return "drafted" if run["stable"] else "drafted, unstable"
     if run["masks_left"]:
         return "masks left"
     return "reproduced" if run["stable"] else "unstable"
 
 
-PEERS = ("fastdllmpp", "fastdllm", "llada", "freedave")
+PEERS = ("fastdllmpp", "fastdllm", "llada", "dawn", "freedave")
 RUNS = {peer: trajectories(peer) for peer in PEERS}
 
 
@@ -183,7 +184,8 @@ def test_every_run_is_accounted_for() -> None:
         "fastdllmpp": {"reproduced": 224, "unstable": 8, "masks left": 2},
         "fastdllm": {"reproduced": 35, "unstable": 1},
         "llada": {"reproduced": 36, "not offered": 24},
-        "freedave": {"reproduced": 46, "unstable": 2, "drafted": 60, "drafted, not compared": 228, "not offered": 192},
+        "dawn": {"reproduced": 40, "in test_golden_dawn.py": 64},
+        "freedave": {"reproduced": 46, "unstable": 2, "drafted": 276, "drafted, unstable": 12, "not offered": 192},
     }
 
 
@@ -203,16 +205,7 @@ def test_reproduced(trajectory: Trajectory) -> None:
 def test_drafts_cost_the_published_forwards(trajectory: Trajectory) -> None:
     """FreeDave's decode in as many forwards. With a threshold it drafts other states, and is not always lossless."""
     run, params, undrafted = trajectory.run, trajectory.run["params"], ours(trajectory)
-    out = model(run["model"]).generate(
-        trajectory.prompt,
-        max_new_tokens=64,
-        block_length=params["block_length"],
-        rule=rule_of(run),
-        cache=cache_of(run),
-        stop_at_eos=False,
-        drafts=params["draft_steps"],
-        branches="tree" if params["draft_mode"] == "tree_attention" else "batch",
-    )
+    out = ours(trajectory, drafts=params["draft_steps"])
     assert out.sequences.equal(undrafted.sequences)
     assert out.commit_step.equal(undrafted.commit_step)
     if run["equals_baseline"]:
@@ -222,9 +215,9 @@ def test_drafts_cost_the_published_forwards(trajectory: Trajectory) -> None:
     assert out.nfe[0] < undrafted.nfe[0]
 
 
-@pytest.mark.parametrize("trajectory", of_kind("unstable"))
+@pytest.mark.parametrize("trajectory", of_kind("unstable") + of_kind("drafted, unstable"))
 def test_unstable_runs_end_all_the_same(trajectory: Trajectory) -> None:
-    out = ours(trajectory)
+    out = ours(trajectory, drafts=trajectory.run["params"].get("draft_steps", 1))
     assert not (out.sequences == MASK).any()
     assert out.sequences[:, :-64].equal(trajectory.prompt)
 

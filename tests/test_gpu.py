@@ -1,7 +1,7 @@
 """On a GPU: many launches, streams and graphs, compiled modules, big inputs, and what a step costs besides time.
 
-`test_select.py`, `test_kernels.py`, `test_ops.py`, `test_noise.py`, `test_rules.py`, `test_project.py` and
-`test_attention.py` run there too, with the compiled kernels in place of the interpreter.
+`test_select.py`, `test_kernels.py`, `test_ops.py`, `test_noise.py`, `test_rules.py`, `test_dawn.py`, `test_project.py`
+and `test_attention.py` run there too, with the compiled kernels in place of the interpreter.
 """
 
 from __future__ import annotations

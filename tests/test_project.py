@@ -449,12 +449,13 @@ def test_errors(changes: dict[str, Any], words: str) -> None:
         project.project_select(**{**arguments, **changes})
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_opcheck(temperature: float) -> None:
-    seeds = torch.tensor([1, 2]) if temperature else None
-    params, rule = ops.pack(Frechet(0.1)), Frechet(0.1).key()
-    arguments = (Calls.hidden, Calls.weight, Calls.tokens, None, params, rule, 39, temperature, seeds)
-    torch.library.opcheck(project.project_op, arguments)
+def test_opcheck(temperature: float, device: str) -> None:
+    seeds = torch.tensor([1, 2], device=device) if temperature else None
+    params, rule = ops.pack(Frechet(0.1), device), Frechet(0.1).key()
+    hidden, weight, tokens = (x.to(device) for x in (Calls.hidden, Calls.weight, Calls.tokens))
+    torch.library.opcheck(project.project_op, (hidden, weight, tokens, None, params, rule, 39, temperature, seeds))
 
 
 @pytest.mark.slow
