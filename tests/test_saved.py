@@ -76,10 +76,14 @@ def test_every_setting_survives_the_file(tmp_path: Path) -> None:
         eot_token_id=4,
     )
     assert [f.name for f in dataclasses.fields(config) if getattr(config, f.name) == f.default] == [
-        "confidence_eos_eot_inf"
+        "head",
+        "confidence_eos_eot_inf",
     ]
-    config.save_pretrained(tmp_path)
-    assert DiffusionGenerationConfig.from_pretrained(tmp_path) == config
+    # Neither goes with every one of the others.
+    apart = DiffusionGenerationConfig(head="fused"), DiffusionGenerationConfig(confidence_eos_eot_inf=True)
+    for each in (config, *apart):
+        each.save_pretrained(tmp_path)
+        assert DiffusionGenerationConfig.from_pretrained(tmp_path) == each
 
 
 @pytest.mark.parametrize("auto", [LLaDAModelLM, AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM])
