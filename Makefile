@@ -40,8 +40,10 @@ endif
 demo: $(READY)
 	$(PY) -m fdpp demo
 
+# A process per core, each with a core of its own.
+test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(PY) -m pytest -m "not gpu" --cov --cov-fail-under=90
+	$(PY) -m pytest -m "not gpu" -n auto --maxprocesses 4 --dist worksteal --cov --cov-fail-under=90
 
 lint: $(READY)
 	$(PY) -m ruff check .
