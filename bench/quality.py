@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import quality_plot
 import torch
 import transformers
 from measure import environment
@@ -182,34 +183,6 @@ def calibration(count: int) -> list[dict[str, float]]:
     return bins
 
 
-def plot(results: dict[str, Any], folder: Path) -> None:
-    """Accuracy against tokens per forward, and calibration; PNG and SVG."""
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "fdpp"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    rows = [row for row in results["runs"] if row["cache"] == "dual" and row["drafts"] == 1]
-    for kind in dict.fromkeys(name.split()[0] for name in RULES):
-        group = [row for row in rows if row["rule"].split()[0] == kind]
-        group.sort(key=lambda row: row["tokens_per_forward"])
-        left.plot(
-            [row["tokens_per_forward"] for row in group],
-            [100 * row["exact"] for row in group],
-            marker="o",
-            markersize=4,
-            label=kind,
-        )
-    left.set(xlabel="tokens per forward", ylabel="exact answers, %", title="dual cache, blocks of 32")
-    left.legend(fontsize=8)
-    bins = results["calibration"]
-    right.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-    right.plot([b["confidence"] for b in bins], [b["correct"] for b in bins], marker="o", markersize=4)
-    right.set(xlabel="confidence", ylabel="share of correct proposals", title="calibration of the embedded model")
-    figure.tight_layout()
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"quality.{suffix}", dpi=150, metadata={"Date": None} if suffix == "svg" else None)
-
-
 def table(runs: list[dict[str, Any]]) -> str:
     lines = [
         "| rule | cache | drafts | exact answers, % (95% interval) | NFE | tokens per forward | same as one per step "
@@ -284,7 +257,7 @@ def main() -> None:
         row["same_as_undrafted"] = sum(map(list.__eq__, row["responses"], undrafted[row["rule"], row["cache"]]))
     for row in results["runs"]:
         del row["responses"]
-    plot(results, arguments.out.parent)
+    quality_plot.draw(results, arguments.out.parent)
     arguments.out.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
     partial.unlink()
     print(table(results["runs"]))
