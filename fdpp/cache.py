@@ -120,8 +120,7 @@ class BlockCache:
         own_v = v.view(b, self.branches, kv_heads, n, hd).transpose(1, 2)
 
         shared = (grouped.flatten(2, 3) @ keys.transpose(2, 3)).view(b, kv_heads, self.branches, queries, L)
-        hidden = torch.zeros(1, 1, 1, 1, L, dtype=torch.bool, device=q.device)
-        hidden[..., columns_from(start, n)] = True
+        hidden = marked(torch.zeros(1, 1, 1, 1, L, dtype=torch.bool, device=q.device), columns_from(start, n))
         if mask is not None:
             hidden = hidden | ~mask.view(b, self.branches, 1, 1, L).transpose(1, 2)
         scores = torch.cat((shared.masked_fill(hidden, -torch.inf), grouped @ own_k.transpose(3, 4)), dim=-1)
@@ -161,6 +160,18 @@ def columns_from(start: int | Tensor, n: int) -> slice | Tensor:
     return slice(start, start + n) if isinstance(start, int) else start
 
 
+def marked(mask: Tensor, columns: slice | Tensor, value: bool = True) -> Tensor:
+    """`mask` `[..., L]` with `value` at `columns`, in place.
+
+    Not by `mask[..., columns] = value`: with a tensor of columns PyTorch copies the value to the device and waits for
+    it, which a capture refuses.
+    """
+    if isinstance(columns, slice):
+        mask[..., columns] = value
+        return mask
+    return mask.index_fill_(-1, columns, value)
+
+
 def tree_mask(length: int, fed: slice | Tensor, n: int, branches: int, device: torch.device) -> Tensor:
     """What branches in tree layout may see: bool `[branches * n, length + (branches - 1) * n]`, n the columns of `fed`.
 
@@ -168,7 +179,7 @@ def tree_mask(length: int, fed: slice | Tensor, n: int, branches: int, device: t
     """
     sees = torch.zeros(branches, length + (branches - 1) * n, dtype=torch.bool, device=device)
     sees[:, :length] = True
-    sees[1:, fed] = False
+    marked(sees[1:], fed, False)
     for branch in range(1, branches):
         first = length + (branch - 1) * n
         sees[branch, first : first + n] = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -29,14 +31,27 @@ def ticket_for(device: torch.device, B: int) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         return ticket_of_graph(device, B)
     if device not in spare or spare[device].numel() < TICKETS:
-        spare[device] = torch.zeros(FOR_GRAPHS, dtype=torch.int32, device=device)
+        spare[device] = kept_zeros(FOR_GRAPHS, device)
         slabs.append(spare[device])
     if B > TICKETS:
         return torch.zeros(B, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     if key not in tickets:
-        tickets[key] = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+        tickets[key] = kept_zeros(TICKETS, device)
     return tickets[key]
+
+
+def kept_zeros(n: int, device: torch.device) -> Tensor:
+    """Counters `[n]` for good, allocated by another thread: what the calling one allocates may go to the pool of a
+    graph of `torch.compile`, which warms up there and then fails over anything in it that outlives the call."""
+    stream = torch.cuda.current_stream(device)
+
+    def make() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.zeros(n, dtype=torch.int32, device=device)
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(make).result()
 
 
 def ticket_of_graph(device: torch.device, B: int) -> Tensor:
@@ -45,7 +60,8 @@ def ticket_of_graph(device: torch.device, B: int) -> Tensor:
     left = spare.get(device)
     if left is None or left.numel() < B:
         return torch.zeros(B, dtype=torch.int32, device=device)
-    spare[device] = left[B:]
+    # Multiples of 16 bytes: for another alignment Triton would compile the kernel anew, in the midst of the capture.
+    spare[device] = left[-(-B // 4) * 4 :]
     return left[:B]
 
 

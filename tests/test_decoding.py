@@ -95,6 +95,9 @@ class Scripted(DiffusionGenerationMixin):
         self.logits[torch.arange(len(c)), torch.tensor([0] * prompt + tokens)] = c.log().squeeze(1)
         self.fed: list[Tensor] = []
 
+    def parameters(self) -> list[Tensor]:
+        return [self.logits]
+
     def model(self, input_ids: Tensor, *, start: int, wanted: slice | None, **_: Any) -> Tensor:
         self.fed.append(input_ids.clone())
         logits = self.logits[start : start + input_ids.shape[1]].expand(len(input_ids), -1, -1)
@@ -690,6 +693,15 @@ def test_stopping_criteria_end_sequences_after_a_block(llada: LLaDAModelLM) -> N
     assert criterion.calls[0].shape[0] == 3
 
 
+def test_a_row_of_the_stopping_criteria_is_the_same_sequence_after_others_have_ended(llada: LLaDAModelLM) -> None:
+    settings = {"max_new_tokens": 20, "block_length": 4, "stop_at_eos": False}
+    free = llada.generate(prompts(3, 5), **settings).sequences
+    stop = [lambda ids, scores, **_: torch.tensor([True, False, False])]
+    out = llada.generate(prompts(3, 5), stopping_criteria=stop, **settings).sequences
+    assert out[0].tolist() == free[0, :9].tolist() + [PAD] * 16
+    assert torch.equal(out[1:], free[1:])
+
+
 def test_padding_after_a_stop_is_not_a_token() -> None:
     model = Scripted([*range(20, 36)], [0.9] * 16)
     settings = {"max_new_tokens": 16, "block_length": 4, "rule": Quota(1)}
@@ -786,7 +798,7 @@ def test_sampling_needs_a_seed() -> None:
         DiffusionGenerationConfig(temperature=0.5)
 
 
-@pytest.mark.parametrize("seed", [1.5, "one"])
+@pytest.mark.parametrize("seed", [1.5, "one", 2**63])
 def test_a_seed_is_an_int(seed: Any) -> None:
     with pytest.raises(ValueError, match=f"seed.*{seed}"):
         DiffusionGenerationConfig(temperature=0.5, seed=seed)

@@ -13,6 +13,7 @@ from small import prompts, small_model
 from torch import nn
 
 from fdpp import LLaDAModelLM
+from fdpp.models import layers
 from fdpp.models import llada as module
 
 SIZES = {"n_kv_heads": 2}
@@ -189,3 +190,14 @@ def test_compiled_layers_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -
     assert sorted(calls) == ["attention_inputs", "block_output"]
     llada.compile_layers(False)
     assert torch.equal(llada.generate(IDS, **settings).sequences, expected)
+
+
+def test_more_shapes_than_may_be_compiled_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(module, "compiled", functools.cache(layers.compiled.__wrapped__))
+    torch._dynamo.reset()
+    llada, settings = small_model(**SIZES), {"max_new_tokens": 16, "block_length": 8}
+    expected = llada.generate(IDS, **settings).sequences
+    llada.compile_layers()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert torch.equal(llada.generate(IDS, **settings).sequences, expected)

@@ -11,10 +11,12 @@ import pytest
 import torch
 from small import EOS, left_pad, prompts, small_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdpp
-from fdpp import LLaDAModelLM
+from fdpp import LLaDAModelLM, cpu, project
 from fdpp.decoding import static
+from fdpp.decoding.forwards import Forwards
 
 RULES = [
     fdpp.Quota(),
@@ -77,6 +79,69 @@ def test_same_decode_with_other_settings(llada: LLaDAModelLM, settings: dict[str
     settings = {"rule": fdpp.Frechet(0.1)} | settings
     eager, captured = both(llada, ids, mask, max_new_tokens=32, block_length=8, **settings)
     assert_same(eager, captured)
+
+
+class Capturable(TorchDispatchMode):
+    """Refuses what on a GPU would wait for the device, or copy from the host, in the midst of a capture."""
+
+    WAITING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2")
+    looking = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if self.looking:
+            assert name not in self.WAITING, f"{name} waits for the device"
+            if name.startswith("index"):
+                indices = args[1] if isinstance(args[1], (list, tuple)) else []
+                assert not any(i is not None and i.dtype == torch.bool for i in indices), f"{name} counts a mask"
+            assert name != "lift_fresh" or not args[0].dim(), "a list is copied from the host"
+            assert name not in ("index_put", "index_put_") or args[2].dim(), f"{name} copies its value from the host"
+        return func(*args, **(kwargs or {}))
+
+    def unseen(self, function: Any) -> Any:
+        """`function`, the CPU's stand-in for a kernel, which may do as it likes."""
+
+        def call(*args: Any) -> Any:
+            self.looking = False
+            try:
+                return function(*args)
+            finally:
+                self.looking = True
+
+        return call
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"rule": rule, "drafts": drafts} for rule in RULES for drafts in (1, 3)),
+        {"branches": "tree", "drafts": 3},
+        {"branches": "tree", "drafts": "auto", "cache": "prefix"},
+        {"branches": "tree", "drafts": 3, "cache": "none"},
+        {"temperature": 0.7, "seed": 3, "cache": "prefix"},
+        {"rule": fdpp.Quota(), "steps": 9, "remasking": "random", "seed": 3},
+        {"cfg_scale": 0.5, "drafts": 2},
+        {"logits_eos_inf": True, "confidence_eos_eot_inf": True, "rule": fdpp.Quota(2)},
+        {"head": "fused", "rule": fdpp.LocalLeap(0.6, 0.3)},
+    ],
+    ids=str,
+)
+def test_a_step_holds_nothing_that_a_capture_refuses(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    mode, run, taken = Capturable(), static.Step.run, []
+    monkeypatch.setattr(cpu, "select", mode.unseen(cpu.select))
+    monkeypatch.setattr(project, "project_cpu", mode.unseen(project.project_cpu))
+    monkeypatch.setattr(Forwards, "only_masked", property(lambda self: False, lambda self, value: None), raising=False)
+
+    def watched(step: static.Step) -> None:
+        with mode:
+            run(step)
+        taken.append(step)
+
+    monkeypatch.setattr(static.Step, "run", watched)
+    llada = small_model(eot_token_id=60)
+    sizes = {"max_new_tokens": 20, "block_length": 8, "engine": "static", "cache": "dual"}
+    llada.generate(*ragged(llada, 3), **{**sizes, **settings})
+    assert len(set(taken)) > 1
 
 
 def steps_of(llada: LLaDAModelLM) -> list[static.Step]:
@@ -219,6 +284,14 @@ def test_dawn_is_refused_by_name() -> None:
         small_model().generate(prompts(1, 8), engine="static", rule=fdpp.Dawn(), max_new_tokens=8)
 
 
+def test_weights_on_several_devices_are_not_captured() -> None:
+    llada = small_model()
+    assert static.why_not_static(llada, fdpp.DiffusionGenerationConfig()) is None
+    llada.model.transformer["ln_f"].to("meta")  # as where accelerate offloads it
+    with pytest.raises(ValueError, match="engine='static': weights on several devices"):
+        llada.generate(prompts(1, 8), engine="static", max_new_tokens=8)
+
+
 def test_an_unknown_engine() -> None:
     with pytest.raises(ValueError, match="engine: expected one of auto, eager, static, got 'fast'"):
         small_model().generate(prompts(1, 8), engine="fast", max_new_tokens=8)
@@ -230,7 +303,8 @@ def test_graphs_are_captured_and_announced(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level("INFO", logger="fdpp.decoding.static"):
         out = llada.generate(prompts(1, 16).cuda(), max_new_tokens=16, block_length=8, rule=fdpp.Quota())
     assert out.sequences.is_cuda and all(step.graph is not None for step in steps_of(llada))
-    assert sum("capturing" in record.message for record in caplog.records) == len(steps_of(llada)) == 2
+    levels = [record.levelname for record in caplog.records if "capturing" in record.message]
+    assert levels == ["WARNING", "INFO", "INFO"] and len(steps_of(llada)) == 2
 
 
 @pytest.mark.parametrize(

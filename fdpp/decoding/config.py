@@ -110,8 +110,8 @@ class DiffusionGenerationConfig(SavedSettings):
         if self.head not in HEADS:
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {self.head!r}")
         check_temperature(self.temperature)
-        if self.seed is not None and not is_int(self.seed):
-            raise ValueError(f"seed: expected an int, got {self.seed!r}")
+        if self.seed is not None and not (is_int(self.seed) and -(2**63) <= self.seed < 2**63):
+            raise ValueError(f"seed: expected an int of 64 bits with its sign, got {self.seed!r}")
         if self.temperature > 0.0 and self.seed is None:
             raise ValueError(f"temperature={self.temperature} samples: expected a seed")
         self.check_llada_options()

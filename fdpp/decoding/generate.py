@@ -50,12 +50,13 @@ class DiffusionGenerationMixin:
             streamer: receives `put(prompt)`, `put_draft(block)` after every forward where it has it, `put(block)` for
                 every finished block and `end()`, as `transformers.TextDiffusionStreamer` does. A draft is the block's
                 tokens so far `[B, T]`, masks included; one that asks for logits instead is refused.
-            stopping_criteria: called after every block as `criterion(sequences so far, None, new_token_length=T)`, T
-                the block's length, as in transformers' text diffusion; True ends a sequence.
+            stopping_criteria: called after every block as `criterion(sequences so far, None, new_token_length=T)`, with
+                all B sequences, ended ones too, and T the block's length, as in transformers' text diffusion; True ends
+                a sequence.
             logits_processor: changes the logits of every forward's block, as in transformers' text diffusion: called
                 with `input_ids` `[N, S]`, the tokens before the block, and `scores` `[N, T, V]`, the block's logits;
-                N counts sequences and drafts. A `LogitsProcessor` with a third parameter, `cur_step`, gets the masks
-                left, `[N, 1, 1]`.
+                N counts the sequences whose block is not done, and drafts. A `LogitsProcessor` with a third parameter,
+                `cur_step`, gets the masks left, `[N, 1, 1]`.
             custom_generate: decodes in the place of the block loop and returns what it likes. Called, as transformers
                 calls it, with the model and `input_ids`, then by name `attention_mask` `[B, P]` int64,
                 `generation_config` (settings with all token ids), `logits_processor` and `stopping_criteria` (lists,

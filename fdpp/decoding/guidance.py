@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fdpp.cache import marked
 from fdpp.decoding.state import BlockState, Window
 
 
@@ -13,8 +14,7 @@ def with_unconditional(state: BlockState, tokens: Tensor, window: Window, mask_i
 
     The prompt is what no step has committed. The returned state has the positions and masks of these rows.
     """
-    decoded = state.commit_step[:, window.fed] >= 0
-    decoded[:, window.inner] = True
+    decoded = marked(state.commit_step[:, window.fed] >= 0, window.inner)
     unconditional = torch.where(decoded[:, None], tokens, mask_id)
     mask = state.attention_mask
     twice = state._replace(

@@ -190,12 +190,15 @@ class BlockLoop:
         self.live = self.live[~torch.isin(self.live, rows)]
 
     def stop(self, criteria: StoppingCriteriaList, block: int) -> None:
-        """End the live sequences for which `criteria` holds after `block`; what follows the block becomes padding."""
+        """End the sequences for which `criteria` holds after `block`; what follows the block becomes padding.
+
+        The criteria see all B sequences while one is live, so that a row of theirs is always the same sequence.
+        """
         if self.finished():
             return
         columns = self.block_columns(block)
         stop, new = columns.stop, columns.stop - columns.start
-        done = criteria(self.whole.sequences[self.live, self.extra : stop], None, new_token_length=new)
+        done = criteria(self.sequences[:, : stop - self.extra].clone(), None, new_token_length=new)[self.live]
         self.whole.sequences[self.live[done], stop:] = self.pad_id
         self.live = self.live[~done]
 

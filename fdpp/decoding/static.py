@@ -8,10 +8,13 @@ same steps run on the same tensors without a capture, so that tests there see al
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,6 +44,24 @@ def graph_size(b: int) -> int:
         power = size & (size - 1) == 0
         size = 2 if size == 1 else size * 3 // 2 if power else size * 4 // 3
     return size
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One per device: PyTorch's own for all captures stays on the device that was current at the first of them."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Steps that were let go hold graphs and pinned memory in cycles, which must not be freed amid another capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Step:
@@ -88,13 +109,13 @@ class Step:
         self.summary.copy_(self.outcome.summary, non_blocking=True)
 
     def capture(self) -> None:
-        b, L = self.arena.state.sequences.shape
+        (b, L), device = self.arena.state.sequences.shape, self.arena.state.sequences.device
         if not self.arena.steps:
             logger.warning(
                 "capturing the steps of %d sequences of %d columns; `model.warmup` does it ahead of time", b, L
             )
         logger.info(
-            "fdpp: capturing a step: %d sequences of %d columns, %d fed, %d drafts",
+            "capturing a step: %d sequences of %d columns, %d fed, %d drafts",
             b,
             L,
             self.window.width(),
@@ -105,10 +126,10 @@ class Step:
         after, _ = self.advance()
         self.arena.hold(after)
         del after
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=self.arena.pool):
-            self.run()
+        with torch.cuda.device(device), garbage_kept():
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=self.arena.pool, stream=capture_stream(device)):
+                self.run()
 
     def replay(self) -> list[int]:
         """Take the step; returns the outcome's summary."""
@@ -116,7 +137,7 @@ class Step:
             self.run()
         else:
             self.graph.replay()
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream(self.arena.state.sequences.device).synchronize()
         return self.summary.tolist()
 
 
@@ -214,6 +235,8 @@ def why_not_static(model: Any, config: DiffusionGenerationConfig) -> str | None:
         return "rule=Dawn(...) reads attention at columns that its kernels take as numbers"
     if slice_held(model) is not None:
         return "the steps of a sharded model are exchanges between processes, which are not captured"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "weights on several devices, or offloaded, are brought together by hooks, which are not captured"
     return None
 
 

@@ -68,5 +68,9 @@ def block_output(
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` by `torch.compile`, one for the whole process; new shapes compile anew, then for any size."""
-    return torch.compile(function, fullgraph=True)
+    """`function` by `torch.compile`, one for the whole process; new shapes compile anew, then for any size.
+
+    Not `fullgraph=True`, with which a decode would fail on the ninth form of its inputs (PyTorch's `recompile_limit`):
+    forms beyond it run as they are.
+    """
+    return torch.compile(function)

@@ -23,9 +23,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if (
         not fits
         or ONEDNN is None
-        or x.numel() * weight.shape[0] < SMALL
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
+        or x.numel() * weight.shape[0] < SMALL
     ):
         return F.linear(x, weight)
     return ONEDNN(x, weight, None, "none", [], "")
