@@ -22,7 +22,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      selection and decodes on this machine: tables, plot, JSON under $(OUT)"
 	@echo "make gate       fails if this device has become slower against its baseline in bench/baselines"
-	@echo "make quality    every rule, cache and draft depth on 500 held-out problems: table, plot, JSON"
+	@echo "make quality    every rule and cache, with and without drafts, on held-out problems: table, plot, JSON"
 	@echo "make picture    the README's picture, from a decode of the embedded model"
 	@echo "make eval-check, make sglang-check  the tests beside lm-evaluation-harness, and beside SGLang"
 	@echo "make gpu-check  on a CUDA device: GPU tests, stress, memcheck, racecheck, benchmarks, gate; a summary last"

@@ -311,9 +311,10 @@ def main(arguments: list[str] | None = None) -> None:
             if cache != "none" and name != "tiny":
                 cached_forward(rows, 1e3 * weights / bandwidth)
             results["rows"] += rows
+            written = measure.write(options.out, "decode", results)  # after each: who runs out of time keeps the rest
         release(model)
         del model
-    print(f"written to {measure.write(options.out, 'decode', results)}")
+    print(f"written to {written}")
 
 
 if __name__ == "__main__":

@@ -46,10 +46,11 @@ SWEEP: dict[str, fdpp.Rule] = {
     **{f"frechet {margin}": fdpp.Frechet(margin) for margin in (0.0, 0.1, 0.5, 0.75, 0.9)},
 }
 RULES = MAIN | SWEEP
+FOUR = tuple((rule, 4) for rule in MAIN if rule != ONE)
 DRAFTED: dict[str, tuple[tuple[str, int | str], ...]] = {
-    "dual": ((ONE, 8), (ONE, "auto"), ("threshold 0.9", 8), ("frechet 0.25", 4), ("frechet 0.25", 8)),
-    "prefix": ((ONE, 8), ("frechet 0.25", 4)),
-    "none": ((ONE, 8), ("frechet 0.25", 4)),
+    "dual": ((ONE, 8), (ONE, "auto"), *FOUR, ("frechet 0.25", 8)),
+    "prefix": ((ONE, 8), *FOUR),
+    "none": ((ONE, 8), *FOUR),
 }
 SETTINGS: list[tuple[str, str, int | str]] = [
     *((rule, cache, 1) for rule in MAIN for cache in CACHES),
@@ -67,10 +68,10 @@ IN_BFLOAT16: list[tuple[str, str, int | str]] = [
 
 
 def share_of(rule: str, cache: str, drafts: int | str, count: int) -> int:
-    """How many of `count` problems a run takes: many states of a hundred forwards are dear, most so of full ones."""
-    if rule != ONE or drafts == 1 or (cache, drafts) == ("dual", 8):
+    """How many of `count` problems a run takes: drafts are dear without the dual cache, a hundred forwards more so."""
+    if drafts == 1 or (cache == "dual" and drafts != "auto"):
         return count
-    return max(count // (5 if cache == "dual" else 10), 1)
+    return max(count // (10 if rule == ONE and cache != "dual" else 5), 1)
 
 
 def interval(successes: int, trials: int) -> tuple[float, float]:
@@ -169,9 +170,14 @@ def calibration(count: int) -> list[dict[str, float]]:
                 corrects += (step.proposal[0, counted] == wanted[counted]).tolist()
                 tokens[:, block] = step.tokens
     confidence, correct = torch.tensor(confidences), torch.tensor(corrects).double()
-    bins = []
-    for low in torch.arange(0, 1, 0.05).tolist():
-        chosen = (confidence >= low) & (confidence < low + 0.05 + 1e-9 * (low > 0.94))
+    return binned(confidence, correct)
+
+
+def binned(confidence: torch.Tensor, correct: torch.Tensor) -> list[dict[str, float]]:
+    """Mean confidence, share of correct ones and count of `[n]` proposals, in bins of 0.05; the last one holds 1."""
+    bins, place = [], (confidence.double() * 20).long().clamp(max=19)
+    for i_bin in range(20):
+        chosen = place == i_bin
         if chosen.any():
             bins.append(
                 {
@@ -210,6 +216,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256((tiny.CHECKPOINT / "model.safetensors").read_bytes()).hexdigest()[:12]
     fresh: dict[str, Any] = {
+        "environment": environment(),
         "checkpoint": digest,
         "problems": arguments.problems,
         "runs": [],
@@ -218,8 +225,9 @@ def main() -> None:
     }
     partial = arguments.out.with_suffix(".partial.json")
     results = json.loads(partial.read_text()) if partial.exists() else fresh
-    if (results["checkpoint"], results["problems"]) != (digest, arguments.problems):
-        results = fresh
+    # What another version has measured, of another model or on fewer problems, is not gone on with.
+    same = [(r["environment"]["commit"], r["checkpoint"], r["problems"]) for r in (results, fresh)]
+    results = results if same[0] == same[1] else fresh
     wanted = [s for s in SETTINGS if s[1] in arguments.caches and not (arguments.no_sweep and s[0] in SWEEP)]
     compared = [s for s in IN_BFLOAT16 if s[1] in arguments.caches]
 
@@ -244,7 +252,10 @@ def main() -> None:
         for future in tqdm(as_completed(futures), total=len(futures), unit="setting"):
             kind = futures[future]
             results[kind] = future.result() if kind == "calibration" else [*results[kind], future.result()]
-            partial.write_text(json.dumps(results))
+            # Whole or not at all, so that a run killed here can go on too.
+            unfinished = partial.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(results))
+            unfinished.replace(partial)
 
     results["runs"] = sorted(
         (row for row in results["runs"] if key(row) in wanted), key=lambda row: wanted.index(key(row))
@@ -258,7 +269,7 @@ def main() -> None:
     for row in results["runs"]:
         del row["responses"]
     quality_plot.draw(results, arguments.out.parent)
-    arguments.out.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     partial.unlink()
     print(table(results["runs"]))
     for row in results["bfloat16"]:

@@ -222,7 +222,7 @@ def test_gpu_check_sums_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         python("good", "print('all well')"),
         python("bad", "raise SystemExit(3)"),
         python("slow", "import time; time.sleep(60)", 0.5),
-        python("missing", "raise SystemExit(1)", needs=lambda: "no such tool"),
+        python("missing", "raise SystemExit(1)", 0.0, needs=lambda: "no such tool"),
     ]
     monkeypatch.setattr(gpu_check, "stages", lambda out: found)
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
@@ -230,6 +230,15 @@ def test_gpu_check_sums_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert [line.split()[1] for line in summary] == ["passed", "FAILED", "OUT", "left"]
     assert "all well" in summary[0] and "no such tool" in summary[3]
     assert gpu_check.main(["--out", str(tmp_path), "--only", "good", "missing"]) == 0
+    # The time of a stage that is left out is there for the others, once.
+    found[2:] = [
+        python("first", "import time; time.sleep(1.5)", 0.0),
+        python("second", "import time; time.sleep(60)", 0.0),
+        python("missing", "", 4.0, needs=lambda: "no such tool"),
+    ]
+    assert gpu_check.main(["--out", str(tmp_path), "--only", "first", "second", "missing"]) == 1
+    summary = (tmp_path / "summary.txt").read_text().splitlines()
+    assert [line.split()[1] for line in summary] == ["passed", "OUT", "left"]
     capsys.readouterr()
 
 

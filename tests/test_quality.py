@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import quality
 import quality_plot
+import torch
 
 from fdpp import tiny
 
@@ -31,6 +32,13 @@ def test_every_wording_is_a_right_response() -> None:
         assert len(set(texts)) == 3 and all(tiny.is_exact(text, problem) for text in texts)
 
 
+def test_every_proposal_is_in_a_bin() -> None:
+    confidence = torch.tensor([0.0, 0.04, 0.05, 0.93, 0.97, 1.0])
+    bins = quality.binned(confidence, torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0]).double())
+    assert [b["count"] for b in bins] == [2, 1, 1, 2]
+    assert [b["correct"] for b in bins] == [0.0, 1.0, 1.0, 0.5]
+
+
 def test_a_batch_holds_prompts_of_one_length() -> None:
     problems = tiny.generate("held-out", 300)
     batches = quality.batches(problems)
@@ -46,6 +54,7 @@ def test_a_stopped_run_goes_on(
     digest = hashlib.sha256((tiny.CHECKPOINT / "model.safetensors").read_bytes()).hexdigest()[:12]
     drafted = [setting for setting in quality.IN_BFLOAT16 if setting[1] == "dual"]
     done: dict[str, Any] = {
+        "environment": quality.environment(),
         "checkpoint": digest,
         "problems": 2,
         # Not what a decode gives: it must be kept, not made again.
@@ -67,7 +76,8 @@ def test_a_stopped_run_goes_on(
     runs = {(run["rule"], run["drafts"]): run for run in results["runs"]}
     assert set(runs) == {(rule, 1) for rule in quality.MAIN} | set(quality.DRAFTED["dual"])
     assert runs["klass", 1]["seconds"] == -1.0 and runs["klass", 1]["agreement"] == 0
-    assert all(run["same_as_undrafted"] == run["problems"] for run in results["runs"])
+    for run in results["runs"]:
+        assert run["same_as_undrafted"] == (0 if (run["rule"], run["drafts"]) == ("klass", 4) else run["problems"])
     assert runs[quality.ONE, 8]["nfe"] < runs[quality.ONE, 1]["nfe"]
     assert results["calibration"] == done["calibration"] and drawn == [tmp_path]
     assert not out.with_suffix(".partial.json").exists() and "responses" not in json.dumps(results)
