@@ -70,21 +70,27 @@ class Chat:
         self.turns: list[dict[str, str]] = []
         self.asked = 0
 
-    def encode(self, question: str) -> list[int]:
+    def encode(self, question: str, dropped: int) -> list[int]:
+        """Ids of the question after the turns but for the first `dropped` questions and their answers."""
         if not self.remembers:
             return self.tokenizer(question)["input_ids"]
-        turns = [*self.turns, {"role": "user", "content": question}]
+        turns = [*self.turns[2 * dropped :], {"role": "user", "content": question}]
         text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prepare(self, question: str) -> Prompt:
-        """The prompt that asks `question`; forgets the oldest turns where they leave no room for an answer."""
+        """The prompt that asks `question`; forgets the oldest turns where they leave no room for an answer.
+
+        A question that has no room even by itself makes none forgotten; `answer` refuses it.
+        """
         room = self.model.config.max_sequence_length - self.config.max_new_tokens
-        ids, dropped = self.encode(question), 0
-        while len(ids) > room and self.turns:
-            del self.turns[:2]
+        ids, dropped = self.encode(question, 0), 0
+        while len(ids) > room and 2 * dropped < len(self.turns):
             dropped += 1
-            ids = self.encode(question)
+            ids = self.encode(question, dropped)
+        if len(ids) > room:
+            dropped = 0
+        del self.turns[: 2 * dropped]
         unknown = self.tokenizer.unk_token_id
         return Prompt(
             question=question,

@@ -105,7 +105,8 @@ def select_packed(
         raise ValueError(f"logits: expected a CPU or CUDA tensor, got {logits.device}")
     implementation = cpu.select if logits.device.type == "cpu" else gpu.select
     run = select_op if torch.compiler.is_compiling() else implementation
-    selection = Selection(*run(logits, tokens, active, params, rule.key(), mask_id, temperature, seeds))
+    # A choice has no gradient, and logits of a model that is not run under no_grad record one.
+    selection = Selection(*run(logits.detach(), tokens, active, params, rule.key(), mask_id, temperature, seeds))
     return extended(selection, tokens, active, rule, mask_id)
 
 
@@ -119,7 +120,7 @@ def select_rows(
 
 def extended(selection: Selection, tokens: Tensor, active: Tensor | None, rule: Rule, mask_id: int) -> Selection:
     """`selection` with what the rule's `extend` adds."""
-    if type(rule).extend is Rule.extend:
+    if type(rule).extend is Rule.extend or not tokens.shape[1]:
         return selection
     candidate = tokens == mask_id if active is None else (tokens == mask_id) & active
     committed = rule.extend(selection.confidence, candidate, selection.committed)

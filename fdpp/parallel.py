@@ -134,6 +134,7 @@ def select_packed(
     group: dist.ProcessGroup | None = None,
 ) -> Selection:
     """`select` with the rule's numbers already packed, as `fdpp.ops.select_packed`."""
+    logits = logits.detach()
     if logits.shape[-1] == 0:
         logits = F.pad(logits, (0, 1), value=-torch.inf)
     ops.check(logits, tokens, active, seeds)

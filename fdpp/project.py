@@ -215,7 +215,8 @@ def project_select_packed(
         raise ValueError(f"hidden: expected a CPU or CUDA tensor, got {hidden.device}")
     implementation = project_cpu if hidden.device.type == "cpu" else project_gpu
     run = project_op if torch.compiler.is_compiling() else implementation
-    outputs = run(hidden, weight, tokens, active, params, rule.key(), mask_id, temperature, seeds)
+    # A head is a parameter, and a choice has no gradient.
+    outputs = run(hidden.detach(), weight.detach(), tokens, active, params, rule.key(), mask_id, temperature, seeds)
     return ops.extended(Selection(*outputs), tokens, active, rule, mask_id)
 
 

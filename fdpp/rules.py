@@ -192,7 +192,8 @@ class LocalLeap(Rule):
         return float(self.threshold), 0.0
 
     def extend(self, confidence: Tensor, candidate: Tensor, committed: Tensor) -> Tensor:
-        anchor = candidate & (confidence.double() >= self.threshold)
-        width = 2 * self.radius + 1
-        near = F.max_pool1d(anchor[:, None].float(), width, stride=1, padding=self.radius)[:, 0] > 0
-        return committed | (candidate & near & (confidence.double() >= self.relaxed))
+        usable = candidate & (confidence > 0.0)
+        anchor = usable & (confidence.double() >= self.threshold)
+        radius = min(self.radius, confidence.shape[1])
+        near = F.max_pool1d(anchor[:, None].float(), 2 * radius + 1, stride=1, padding=radius)[:, 0] > 0
+        return committed | (usable & near & (confidence.double() >= self.relaxed))

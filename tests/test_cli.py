@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -55,8 +56,8 @@ def test_help_of_generate_explains_every_option(capsys):
     for option, default in (
         ("--model", "tiny"), ("--rule", "frechet"), ("--margin", "0.25"), ("--calibration", "0"), ("--tau", "0.9"),
         ("--factor", "0.75"), ("--gamma", "0.1"), ("--k", "1"), ("--gen-length", "128"), ("--block-length", "32"),
-        ("--cache", "dual"), ("--drafts", "1"), ("--temperature", "0"), ("--seed", "0"), ("--dtype", "auto"),
-        ("--device", "auto"), ("--remasking", "low_confidence"), ("--cfg-scale", "0"),
+        ("--cache", "dual"), ("--drafts", "1"), ("--branches", "batch"), ("--temperature", "0"), ("--seed", "0"),
+        ("--dtype", "auto"), ("--device", "auto"), ("--remasking", "low_confidence"), ("--cfg-scale", "0"),
     ):  # fmt: skip
         explained = text[text.index("options:") :].split(f" {option} ", 1)[1]
         assert f"(default: {default}" in explained.split(" --")[0], option
@@ -76,6 +77,17 @@ def test_generate_prints_the_answer_and_its_figures(capsys):
     assert f"{nfe} forwards (NFE)" in err and "tokens per forward" in err and "tok/s" in err
 
 
+def test_generate_prints_what_drafts_cost_and_bring(capsys):
+    assert cli.main(["generate", "--prompt", PROMPT, *SHORT, "--rule", "quota", "--drafts", "3"]) == 0
+    said = re.search(r"(\d+) positions evaluated; drafts accepted, by depth: (\d+)%, (\d+)%", capsys.readouterr().err)
+    model, tokenizer = tiny.load()
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    out = model.generate(ids, rule=fdpp.Quota(), drafts=3, max_new_tokens=32)
+    assert [int(group) for group in said.groups()] == [
+        out.query_tokens.item(), *(round(100 * share) for share in out.acceptance.tolist())
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
@@ -89,7 +101,7 @@ def test_generate_prints_the_answer_and_its_figures(capsys):
         ("--rule klass --confidence 0.5 --kl 0.1 --window 1", {"rule": fdpp.Klass(0.5, 0.1, 1)}),
         ("--rule dawn --tau-sink 0.02 --layers 2", {"rule": fdpp.Dawn(tau_sink=0.02, layers=2)}),
         ("--rule quota --drafts 4", {"rule": fdpp.Quota(), "drafts": 4}),
-        ("--drafts auto", {"drafts": "auto"}),
+        ("--drafts auto --branches tree", {"drafts": "auto", "branches": "tree"}),
         ("--temperature 0.7 --seed 3", {"temperature": 0.7, "seed": 3}),
         ("--rule quota --remasking random --seed 4", {"rule": fdpp.Quota(), "remasking": "random", "seed": 4}),
         ("--rule quota --k 4 --cfg-scale 2", {"rule": fdpp.Quota(4), "cfg_scale": 2.0}),

@@ -127,6 +127,12 @@ class TestResponses:
         assert [response.tokens for response in got] == [len(response.text.split()) for response in got]
         assert max(response.tokens for response in got) < 128
 
+    def test_an_eos_of_the_checkpoints_settings_ends_a_response(self, tokenizer):
+        model, [ids] = exact_model(max_sequence_length=64), ragged([5])
+        seen = respond(model, tokenizer, [ids], CONFIG)[0].text.split()
+        model.generation_config = DiffusionGenerationConfig(eos_token_id=[EOS, int(seen[3].removeprefix("w"))])
+        assert respond(model, tokenizer, [ids], CONFIG)[0].text.split() == seen[: seen.index(seen[3])]
+
     def test_without_stopping_every_block_is_decoded_and_the_text_is_the_same(self):
         model, tokenizer = tiny.load()
         batch = [tokenizer(problem.prompt)["input_ids"] for problem in tiny.generate("held-out", 2)]
@@ -247,6 +253,13 @@ class TestEvaluator:
         other = exact_model(seed=1, max_sequence_length=64)
         assert Evaluator(other, tokenizer, CONFIG, resume=tmp_path).responses(requests([3])) != [text]
 
+    def test_resume_does_not_take_the_responses_of_another_eos(self, tokenizer, tmp_path):
+        model, asked = exact_model(max_sequence_length=64), requests([5])
+        [before] = Evaluator(model, tokenizer, CONFIG, resume=tmp_path).responses(asked)
+        model.generation_config = DiffusionGenerationConfig(eos_token_id=[EOS, int(before.split()[3][1:])])
+        [after] = Evaluator(model, tokenizer, CONFIG, resume=tmp_path).responses(asked)
+        assert after == Evaluator(model, tokenizer, CONFIG).responses(asked)[0] != before
+
     def test_bos_is_not_added_twice(self, model):
         evaluator = Evaluator(model, word_tokenizer(bos_token="w7"))
         assert evaluator.encode("w1 w2") == evaluator.encode("w7 w1 w2") == [7, 1, 2]
@@ -277,6 +290,13 @@ class TestLikelihood:
                 logits = model(ids[None]).logits
             log_p = logits[0, len(pair.context) :].log_softmax(-1).gather(1, target[:, None])[:, 0]
             assert value == pytest.approx(4 / int(mask.sum()) * float(log_p[mask.bool()].sum()), abs=1e-4)
+
+    def test_token_ids_may_be_those_of_the_checkpoints_settings(self, model):
+        pairs = [Pair(*ragged([6, 3])), Pair(*ragged([2, 1], seed=9))]
+        rows = [(pair, torch.ones(len(pair.target), dtype=torch.bool)) for pair in pairs]
+        other = exact_model(max_sequence_length=64, mask_token_id=None, pad_token_id=None)
+        other.generation_config = DiffusionGenerationConfig(mask_token_id=MASK)
+        assert score(other, rows) == score(model, rows)
 
     def test_the_estimate_is_the_mean_over_all_masks(self, model):
         pair = Pair(*ragged([6, 3]))
@@ -409,6 +429,12 @@ class TestCommand:
     def test_tasks_are_asked_for(self, capsys):
         assert cli.main(["eval"]) == 2
         assert "--tasks or --preset" in capsys.readouterr().err
+
+    def test_where_results_cannot_be_written_nothing_is_decoded(self, tmp_path, capsys):
+        (tmp_path / "file").touch()
+        for output in (tmp_path, tmp_path / "file" / "results.json"):
+            assert cli.main(["eval", "--tasks", "tiny_sums", "--output", str(output)]) == 2
+            assert capsys.readouterr().err.startswith("fdpp: error: --output: ")
 
     def test_costs_are_a_table(self):
         cost = {"responses": 2, "tokens": 90, "nfe": 30, "tokens_per_second": 1.26}

@@ -1,7 +1,11 @@
-"""No import runs upward: each layer knows only those below it."""
+"""No import runs upward: each layer knows only those below it. One that is missing is named."""
 
 import ast
+import sys
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
@@ -53,3 +57,11 @@ def test_every_import_goes_down_or_stays_in_its_layer() -> None:
             continue
         upward += [f"{module} -> {name}" for name in imports(path) if layer_of(name) > layer_of(module)]
     assert upward == []
+
+
+def test_sglang_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("sglang", "sglang.srt.dllm.algorithm"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "fdpp.integrations.sglang", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fdpp\[sglang\]'"):
+        import_module("fdpp.integrations.sglang")

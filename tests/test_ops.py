@@ -72,6 +72,22 @@ def test_select_is_the_implementation(rule: Rule) -> None:
     assert_equal(Selection(*ops.select_op(*operator_arguments(problem, "cpu"))), out)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_recorded_gradients_end_at_the_choice(rule: Rule, compiled: bool) -> None:
+    """Logits are those of a model that is called as it is, without no_grad."""
+    torch._dynamo.reset()
+    problem = random_problem(3, 2, 8, 30, rule)
+    scale = torch.ones((), requires_grad=True)
+
+    def choose() -> Selection:
+        return fdpp.select(problem.logits * scale, problem.tokens, rule=rule, mask_id=problem.mask_id)
+
+    out = torch.compile(choose, fullgraph=True, backend="aot_eager")() if compiled else choose()
+    assert_equal(out, run("cpu", problem))
+    assert not out.confidence.requires_grad
+
+
 def test_a_seed_is_one_stream_per_sequence() -> None:
     problem = random_problem(3, 3, 8, 30, Frechet(0.25), temperature=1.0)
 

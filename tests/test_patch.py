@@ -774,6 +774,7 @@ def test_an_unknown_module_is_told_what_there_is() -> None:
             fdpp.patch(target)
         for name in (*NAMES, "LLaDAModelLM", "transformer.wte", "rule and mask_id", "DenoisingStep"):
             assert name in str(error.value)
+        assert ("needs no patch" in str(error.value)) == isinstance(target, fdpp.LLaDAModelLM)
 
 
 def test_a_patched_model_is_freed_at_once() -> None:

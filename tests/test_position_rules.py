@@ -61,6 +61,24 @@ def test_localleap_decodes_as_published(trajectory: Trajectory) -> None:
         assert out.nfe.item() == trajectory.run["nfe"]
 
 
+@pytest.mark.parametrize("rule", [fdpp.LocalLeap(0.9, 0.0), fdpp.LocalLeap(0.0, 0.0, 0)], ids=str)
+def test_localleap_leaves_unusable_positions_masked(rule: fdpp.LocalLeap) -> None:
+    logits, tokens = torch.zeros(1, 4, 10), torch.full((1, 4), 9)
+    logits[0, 1, 3], logits[0, 2] = 20.0, torch.nan
+    assert fdpp.select(logits, tokens, rule=rule, mask_id=9).committed.tolist() == [[True, True, False, True]]
+
+
+def test_localleap_of_no_positions() -> None:
+    tokens = torch.empty(1, 0, dtype=torch.int64)
+    assert fdpp.select(torch.randn(1, 0, 10), tokens, rule=fdpp.LocalLeap(), mask_id=9).committed.shape == (1, 0)
+
+
+def test_localleap_takes_any_radius() -> None:
+    logits, tokens = 4 * torch.randn(2, 16, 50), torch.full((2, 16), 49)
+    wide = fdpp.select(logits, tokens, rule=fdpp.LocalLeap(0.5, 0.3, 2**40), mask_id=49)
+    assert wide.committed.equal(reference.select(logits, tokens, fdpp.LocalLeap(0.5, 0.3, 16), 49).committed)
+
+
 def test_localleap_compiles_without_a_graph_break() -> None:
     logits, tokens = 4 * torch.randn(2, 16, 50), torch.full((2, 16), 49)
     step = fdpp.DenoisingStep(fdpp.LocalLeap(0.5, 0.3, 2), mask_id=49)

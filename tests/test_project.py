@@ -416,6 +416,19 @@ class Calls:
     tokens = torch.tensor([[39, 1, 39, 39, 2, 39], [3, 39, 39, 4, 39, 39]])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_head_that_is_a_parameter(compiled: bool) -> None:
+    torch._dynamo.reset()
+    call, weight = Calls(), torch.nn.Parameter(Calls.weight)
+    expected = project.project_select(call.hidden, call.weight, call.tokens, rule=Frechet(0.1), mask_id=39)
+
+    def choose() -> Selection:
+        return project.project_select(call.hidden, weight, call.tokens, rule=Frechet(0.1), mask_id=39)
+
+    out = torch.compile(choose, fullgraph=True, backend="aot_eager")() if compiled else choose()
+    assert all(a.equal(b) for a, b in zip(out, expected, strict=True)) and not out.confidence.requires_grad
+
+
 def test_as_select() -> None:
     call = Calls()
     for rule in (Frechet(0.1), LocalLeap(threshold=0.2, relaxed=0.05, radius=2)):

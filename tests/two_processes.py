@@ -124,7 +124,8 @@ def select_all() -> dict[str, Any]:
         results[name] = selection, list(numbers), unchanged
     logits, tokens = torch.randn(2, 5, V, generator=torch.Generator().manual_seed(0)), torch.full((2, 5), MASK)
     arguments = {"rule": Frechet(0.2), "mask_id": MASK, "temperature": 0.9, "seed": 11}
-    slices = logits[..., : V // 2], logits[..., V // 2 :]
+    recorded = logits.clone().requires_grad_()  # of a model that is called as it is, without no_grad
+    slices = recorded[..., : V // 2], recorded[..., V // 2 :]
     results["public"] = (
         parallel.select(slices[rank], tokens, first_id=rank * (V // 2), **arguments),
         fdpp.select(logits, tokens, **arguments),

@@ -146,6 +146,11 @@ def run(args: argparse.Namespace) -> int:
     resolve(args)
     if args.tasks is None:
         raise CommandError("expected --tasks or --preset (see fdpp eval --help)")
+    if args.output is not None:
+        # Before hours of decoding, not after them.
+        with reported(OSError, about="--output: "):
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.open("a").close()
     with reported(ModuleNotFoundError):
         from fdpp.integrations.lm_eval import FdppLM, processes
     from lm_eval import simple_evaluate
@@ -187,16 +192,18 @@ def run(args: argparse.Namespace) -> int:
     costs = model_of_harness.report()
     if results is None:
         return 0
-    settings = {"model": args.model, "decoding": dataclasses.asdict(config) | {"rule": repr(config.rule)}}
-    results["fdpp"] = {**settings, "gen_length": gen_length, "preset": args.preset, "costs": costs}
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1, default=handle_non_serializable) + "\n")
+    # No length is what every task asks for.
+    decoding = dataclasses.asdict(config) | {"rule": repr(config.rule), "max_new_tokens": gen_length}
+    settings = {"model": args.model, "decoding": decoding, "gen_length": gen_length, "preset": args.preset}
+    results["fdpp"] = {**settings, "costs": costs}
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
     if costs:
         print(cost_table(costs))
+    if args.output is not None:
+        with reported(OSError, about="--output: "):
+            args.output.write_text(json.dumps(results, indent=1, default=handle_non_serializable) + "\n")
     return 0
 
 

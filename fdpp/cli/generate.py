@@ -78,4 +78,10 @@ def run(args: argparse.Namespace) -> int:
     tokens = round(float(out.tokens_per_forward) * nfe)
     figures = f"{tokens} tokens, {nfe} forwards (NFE), {tokens / nfe:.2f} tokens per forward"
     print(f"{figures}, {tokens / seconds:.0f} tok/s", file=sys.stderr)
+    if out.acceptance is not None:
+        shares = ", ".join(f"{share:.0%}" for share in out.acceptance.tolist() if share == share)
+        print(
+            f"{int(out.query_tokens)} positions evaluated; drafts accepted, by depth: {shares or 'none offered'}",
+            file=sys.stderr,
+        )
     return 0

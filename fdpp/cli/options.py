@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 import fdpp
 from fdpp import tiny
-from fdpp.decoding.config import CACHES, HEADS, REMASKINGS, DiffusionGenerationConfig
+from fdpp.decoding.config import BRANCHES, CACHES, HEADS, REMASKINGS, DiffusionGenerationConfig
 
 RULES: dict[str, tuple[type[fdpp.Rule], dict[str, str]]] = {
     "quota": (fdpp.Quota, {"k": "k"}),
@@ -121,6 +121,8 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     add("--cache", choices=CACHES, default="dual", help=text)
     text = "states a forward evaluates: 1: no drafts; more, or auto: same answer in fewer forwards (default: 1)"
     add("--drafts", type=drafts, default=1, metavar="N", help=text)
+    text = "batch: a row for each of these states; tree: one row under a mask (default: %(default)s)"
+    add("--branches", choices=BRANCHES, default="batch", help=text)
     text = "fused: keep no logits, which saves memory and may be slower (default: %(default)s)"
     add("--head", choices=HEADS, default="library", help=text)
     text = "0: the most likely tokens; above 0: sampled, the wilder the higher (default: 0)"
@@ -166,6 +168,7 @@ def config_of(args: argparse.Namespace) -> DiffusionGenerationConfig:
             cache=args.cache,
             stop_at_eos=not args.no_stop_at_eos,
             drafts=args.drafts,
+            branches=args.branches,
             head=args.head,
             temperature=args.temperature,
             seed=args.seed,

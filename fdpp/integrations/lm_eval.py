@@ -94,7 +94,11 @@ class FdppLM(LM):
         if "max_new_tokens" in given:
             given["gen_length"] = given.pop("max_new_tokens")
         if "batch_size" in given:
+            if not str(given["batch_size"]).isdecimal():
+                raise ValueError(f"batch_size: expected an int of at least 1, got {given['batch_size']!r}")
             given["batch_size"] = int(given["batch_size"])
+        if given.get("cache", "dual") is None:
+            given["cache"] = "none"  # what the harness reads as None in a string of arguments
         pretrained, dtype, device = (given.pop(name, None) for name in ("pretrained", "dtype", "device"))
         name = given.pop("rule", "frechet")
         if name not in RULES:
@@ -173,7 +177,9 @@ def taken(given: dict[str, Any], kind: type) -> dict[str, Any]:
 def load(pretrained: str, dtype: str, device: str | None) -> tuple[fdpp.LLaDAModelLM, Any]:
     """Model and tokenizer; `dtype` "auto" is bfloat16 on a GPU, float32 elsewhere."""
     at = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = getattr(torch, ("bfloat16" if at.type == "cuda" else "float32") if dtype == "auto" else dtype)
+    kind = getattr(torch, ("bfloat16" if at.type == "cuda" else "float32") if dtype == "auto" else dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f'dtype: expected "auto" or the name of a dtype of torch, got {dtype!r}')
     if pretrained == "tiny":
         model, tokenizer = tiny.load()
         return model.to(at, kind), tokenizer

@@ -11,14 +11,20 @@ import logging
 from typing import Any, ClassVar
 
 import torch
-from sglang.srt.dllm.algorithm import algo_name_to_cls
-from sglang.srt.dllm.algorithm.base import DllmAlgorithm
-from sglang.srt.dllm.config import DllmConfig
-from sglang.srt.environ import envs
 from torch import Tensor
 
 from fdpp.rules import EntropyBound, Factor, Frechet, LocalLeap, Quota, Rule, Threshold
 from fdpp.step import DenoisingStep
+
+try:
+    from sglang.srt.dllm.algorithm import algo_name_to_cls
+    from sglang.srt.dllm.algorithm.base import DllmAlgorithm
+    from sglang.srt.dllm.config import DllmConfig
+    from sglang.srt.environ import envs
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"this needs SGLang (module {error.name}), which is not installed: pip install 'fdpp[sglang]'"
+    ) from error
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fdpp.decoding.generate import DiffusionGenerationMixin
 from fdpp.patching import models, scripts, steps
 
 RECORD = "_fdpp_patch"
@@ -88,7 +89,8 @@ def replacements(owner: Any) -> list[tuple[str, str, Any]]:
     try:
         return kind.replacements(owner)
     except ValueError as error:
-        raise ValueError(f"fdpp.patch: {described(owner)}: {error}. {SUPPORTED}") from error
+        own = " (fdpp's own, which needs no patch)" if isinstance(owner, DiffusionGenerationMixin) else ""
+        raise ValueError(f"fdpp.patch: {described(owner)}{own}: {error}. {SUPPORTED}") from error
 
 
 def unwrapped(target: Any) -> Any:

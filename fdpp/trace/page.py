@@ -106,8 +106,9 @@ def render(data: dict[str, Any]) -> str:
     for mark, content in (
         ("/*style*/", (FOLDER / "page.css").read_text(encoding="utf-8")),
         ("/*script*/", (FOLDER / "page.js").read_text(encoding="utf-8")),
-        ("<!--response-->", escape(text)),
         ("/*data*/", embed(data)),
+        # Last: a response may hold any of the marks, the data no "<".
+        ("<!--response-->", escape(text)),
     ):
         page = page.replace(mark, content, 1)
     return page

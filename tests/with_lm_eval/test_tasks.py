@@ -40,7 +40,7 @@ def run_command(tmp_path, *argv):
     return json.loads(output.read_text(encoding="utf-8"))
 
 
-def test_accuracy_and_costs_are_those_of_make_quality(tmp_path, monkeypatch, capsys):
+def test_accuracy_and_costs_are_those_of_make_quality(tmp_path, monkeypatch, capsys, loaded):
     monkeypatch.syspath_prepend(ROOT / "bench")
     threads = torch.get_num_threads()
     try:
@@ -52,8 +52,10 @@ def test_accuracy_and_costs_are_those_of_make_quality(tmp_path, monkeypatch, cap
     cost = got["fdpp"]["costs"]["tiny_sums"]
     assert (cost["responses"], cost["nfe_per_response"]) == (24, expected["nfe"])
     assert cost["tokens_per_forward"] == expected["tokens_per_forward"]
+    assert got["fdpp"]["decoding"]["max_new_tokens"] is None, "the task's own length"
     texts = [sample["resps"][0][0].strip() for sample in got["samples"]["tiny_sums"]]
-    assert sorted(texts) == sorted(expected["responses"])
+    _, tokenizer = loaded
+    assert sorted(texts) == sorted(tokenizer.decode(ids, skip_special_tokens=True) for ids in expected["responses"])
     out = capsys.readouterr().out
     assert "exact_match" in out and f"|{expected['tokens_per_forward']:.2f}|" in out
 
@@ -151,7 +153,13 @@ def test_the_name_is_registered_and_takes_flat_arguments():
         "prefix",
     )
     assert (evaluator.gen_length, evaluator.mc_num, evaluator.batch_size) == (64, 2, 3)
-    for arguments, message in (("rule=best", "expected one of quota"), ("margin=0.2,tau=0.8", r"unknown \['tau'\]")):
+    assert FdppLM.create_from_arg_string("cache=none").evaluator.config.cache == "none"
+    for arguments, message in (
+        ("rule=best", "expected one of quota"),
+        ("margin=0.2,tau=0.8", r"unknown \['tau'\]"),
+        ("batch_size=auto", "batch_size: expected an int"),
+        ("dtype=float99", "dtype: expected"),
+    ):
         with pytest.raises(ValueError, match=message):
             FdppLM.create_from_arg_string(arguments)
 

@@ -177,7 +177,8 @@ class Evaluator:
         return Work(key_of(self.model_key, repr(self.config_of(group)), stops, ids), group, ids)
 
     def config_of(self, group: Group) -> DiffusionGenerationConfig:
-        return replace(self.config, max_new_tokens=group.length, temperature=group.temperature, seed=self.seed)
+        settings = replace(self.config, max_new_tokens=group.length, temperature=group.temperature, seed=self.seed)
+        return self.model.settled(settings, {})
 
     def decode(self, group: Group, members: dict[str, list[int]], bar: Any) -> None:
         """Decode what the journal lacks of a group.

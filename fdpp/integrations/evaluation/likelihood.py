@@ -45,7 +45,7 @@ def generator_for(pair: Pair, seed: int) -> torch.Generator:
 @torch.no_grad()
 def score(model: Any, rows: Sequence[tuple[Pair, Tensor]]) -> list[float]:
     """L / l times the log-probability of the masked tokens, for every pair with its mask `[L]`."""
-    device, config = model.device, model.config
+    device, config = model.device, model.settled(None, {})
     mask_id = config.mask_token_id
     ids, attention_mask = left_pad([[*pair.context, *pair.target] for pair, _ in rows], config.pad_token_id, device)
     masked = torch.zeros_like(ids, dtype=torch.bool)

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fdpp.decoding.config import DiffusionGenerationConfig
-from fdpp.decoding.generate import with_token_ids
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def respond(
     With `config.stop_at_eos` a sequence also ends with the block that completes one of `stops`: its text is the same,
     the blocks after it are not decoded. Without it every block is decoded, as in the published loops.
     """
-    config = with_token_ids(config, model.config)
+    config = model.settled(config, {})
     eos, pad = config.eos_token_id, config.pad_token_id
     assert isinstance(eos, list) and pad is not None
     stops = [stop for stop in stops if stop]
