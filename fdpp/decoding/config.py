@@ -210,7 +210,8 @@ class DiffusionGenerationOutput(ModelOutput):
         commit_step: `[B, max_new_tokens]` int64, the step (from 0) of its sequence that committed a position, -1 where
             none did.
         query_tokens: `[B]` int64, positions fed to the model over all forwards, drafts and both passes of a guided step
-            included.
+            included. A row is fed as many drafts as those beside it, which static steps round up: unlike tokens and
+            steps, it depends on the batch and the engine, and with drafts="auto" so does `nfe`.
         acceptance: `[drafts - 1]` float64, the share of offered drafts that were accepted, by depth (NaN where none was
             offered); None without drafts.
     """
