@@ -435,6 +435,8 @@ class TestCommand:
         for output in (tmp_path, tmp_path / "file" / "results.json"):
             assert cli.main(["eval", "--tasks", "tiny_sums", "--output", str(output)]) == 2
             assert capsys.readouterr().err.startswith("fdpp: error: --output: ")
+        assert cli.main(["eval", "--tasks", "tiny_sums", "--output", str(tmp_path / "new"), "--model", "/none"]) == 2
+        assert not (tmp_path / "new").exists(), "a run that failed leaves no empty results"
 
     def test_costs_are_a_table(self):
         cost = {"responses": 2, "tokens": 90, "nfe": 30, "tokens_per_second": 1.26}

@@ -150,7 +150,10 @@ def run(args: argparse.Namespace) -> int:
         # Before hours of decoding, not after them.
         with reported(OSError, about="--output: "):
             args.output.parent.mkdir(parents=True, exist_ok=True)
+            existed = args.output.exists()
             args.output.open("a").close()
+            if not existed:
+                args.output.unlink()
     with reported(ModuleNotFoundError):
         from fdpp.integrations.lm_eval import FdppLM, processes
     from lm_eval import simple_evaluate

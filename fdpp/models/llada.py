@@ -190,6 +190,15 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module | None:
         return None if self.config.weight_tying else self.model.transformer["ff_out"]
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.transformer["ff_out"] = value
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As everywhere in transformers; `config.embedding_size`, the rows that a checkpoint has, goes along."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.config.embedding_size = embedding.weight.shape[0]
+        return embedding
+
     @torch.no_grad()
     def join_weights(self) -> None:
         """Lay the weights that read the same input side by side in memory, see `fdpp.models.joined`.
