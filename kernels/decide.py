@@ -15,6 +15,38 @@ def load_partial(partial, plane, i_b, o_t, o_s, m_ts, other, B, T, SPLITS: tl.co
 
 
 @triton.jit
+def store_partial(
+    partial,
+    partial_token,
+    o_bt,
+    i_s,
+    m_bt,
+    top,
+    rest,
+    score,
+    logit,
+    token,
+    slope,
+    B,
+    T,
+    SAMPLED: tl.constexpr,
+    BY_ENTROPY: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Write the summaries of split `i_s` where `load_partial` looks; `o_bt`: the positions, flat, one or a tile."""
+    plane = B.to(tl.int64) * T * SPLITS
+    offset = o_bt * SPLITS + i_s
+    tl.store(partial + offset, top, mask=m_bt)
+    tl.store(partial + plane + offset, rest, mask=m_bt)
+    if SAMPLED:
+        tl.store(partial + 2 * plane + offset, score, mask=m_bt)
+        tl.store(partial + 3 * plane + offset, logit, mask=m_bt)
+    if BY_ENTROPY:
+        tl.store(partial + 4 * plane + offset, slope, mask=m_bt)
+    tl.store(partial_token + offset, token, mask=m_bt)
+
+
+@triton.jit
 def merge_splits(
     partial, token, i_b, o_t, m_t, B, T, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr, SPLITS: tl.constexpr
 ):

@@ -8,7 +8,7 @@ all beyond it ends at once, so the grid does not depend on data.
 import triton
 import triton.language as tl
 
-from fdpp.kernels.decide import decide
+from fdpp.kernels.decide import decide, store_partial
 from fdpp.kernels.noise import gumbel
 from fdpp.kernels.vocab import merge
 
@@ -110,16 +110,24 @@ def project_kernel(
             top, rest, score, logit, token, slope = merge(
                 top, rest, score, logit, token, slope, tile[0], tile[1], tile[2], tile[3], tile[4], tile[5]
             )
-        plane = B.to(tl.int64) * T * SPLITS
-        offset = o_bt * SPLITS + i_s
-        tl.store(partial + offset, top, mask=m_r)
-        tl.store(partial + plane + offset, rest, mask=m_r)
-        if SAMPLED:
-            tl.store(partial + 2 * plane + offset, score, mask=m_r)
-            tl.store(partial + 3 * plane + offset, logit, mask=m_r)
-        if BY_ENTROPY:
-            tl.store(partial + 4 * plane + offset, slope, mask=m_r)
-        tl.store(partial_token + offset, token, mask=m_r)
+        store_partial(
+            partial,
+            partial_token,
+            o_bt,
+            i_s,
+            m_r,
+            top,
+            rest,
+            score,
+            logit,
+            token,
+            slope,
+            B,
+            T,
+            SAMPLED,
+            BY_ENTROPY,
+            SPLITS,
+        )
 
 
 @triton.jit(do_not_specialize=["B", "T", "V", "stride_pb", "mask_id"])

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fdpp.kernels.decide import decide
+from fdpp.kernels.decide import decide, store_partial
 from fdpp.kernels.vocab import summarize_row
 
 
@@ -61,16 +61,25 @@ def select_kernel(
         top, rest, score, logit, token, slope = summarize_row(
             row, start, stop, mask_id, seed, i_t, temperature, SAMPLED, BY_ENTROPY, BLOCK_V
         )
-        plane = B.to(tl.int64) * T * SPLITS
-        offset = (i_b.to(tl.int64) * T + i_t) * SPLITS + i_s
-        tl.store(partial + offset, top)
-        tl.store(partial + plane + offset, rest)
-        if SAMPLED:
-            tl.store(partial + 2 * plane + offset, score)
-            tl.store(partial + 3 * plane + offset, logit)
-        if BY_ENTROPY:
-            tl.store(partial + 4 * plane + offset, slope)
-        tl.store(partial_token + offset, token)
+        i_bt = i_b.to(tl.int64) * T + i_t
+        store_partial(
+            partial,
+            partial_token,
+            i_bt,
+            i_s,
+            None,
+            top,
+            rest,
+            score,
+            logit,
+            token,
+            slope,
+            B,
+            T,
+            SAMPLED,
+            BY_ENTROPY,
+            SPLITS,
+        )
 
     # Without this barrier nothing orders the other warps' stores before the ticket of the warp that takes it.
     tl.debug_barrier()
