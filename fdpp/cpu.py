@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -92,18 +94,41 @@ def select(
 
     `logits` may also be the rows of the candidates alone, `[m, V]` in their order.
     """
-    by_entropy = Rule.registry[rule].order == "entropy"
-    (B, T), V = tokens.shape, logits.shape[-1]
     tokens = tokens.contiguous()
-    candidate = tokens == mask_id if active is None else (tokens == mask_id) & active
-    where_b, where_t = candidate.nonzero(as_tuple=True)
-    proposals, residuals, rank_by = tokens.clone(), *torch.full((2, B, T), torch.inf)
-    rows_at_once = max(CHUNK // V, 1)
-    for start in range(0, where_b.shape[0], rows_at_once):
-        chunk = slice(start, start + rows_at_once)
-        b, t = where_b[chunk], where_t[chunk]
-        # A copy, since it is overwritten: indexing makes one, and so does a cast.
-        rows = logits[b, t].float() if logits.dim() == 3 else logits[chunk].to(torch.float32, copy=True)
+    candidate = candidates(tokens, mask_id, active)
+    at_once = max(CHUNK // logits.shape[-1], 1)
+    b, t = (where.split(at_once) for where in candidate.nonzero(as_tuple=True))
+    # Copies, since they are overwritten: indexing makes one, and so does a cast.
+    if logits.dim() == 3:
+        rows = (logits[at].float() for at in zip(b, t, strict=True))
+    else:
+        rows = (part.to(torch.float32, copy=True) for part in logits.split(at_once))
+    parts = zip(b, t, rows, strict=True)
+    return select_parts(parts, tokens, candidate, params, rule, mask_id, temperature, seeds)
+
+
+def candidates(tokens: Tensor, mask_id: int, active: Tensor | None) -> Tensor:
+    """The positions that may commit, bool `[B, T]`."""
+    return tokens == mask_id if active is None else (tokens == mask_id) & active
+
+
+def select_parts(
+    parts: Iterable[tuple[Tensor, Tensor, Tensor]],
+    tokens: Tensor,
+    candidate: Tensor,
+    params: Tensor,
+    rule: str,
+    mask_id: int,
+    temperature: float,
+    seeds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`select`, given in parts the sequences and positions `[n]` of the candidates and their logits `[n, V]` float32.
+
+    The logits are overwritten.
+    """
+    by_entropy = Rule.registry[rule].order == "entropy"
+    proposals, residuals, rank_by = tokens.clone(), *torch.full((2, *tokens.shape), torch.inf)
+    for b, t, rows in parts:
         summary = summarize(rows, mask_id, temperature, None if seeds is None else seeds[b], t, by_entropy)
         proposals[b, t], residuals[b, t], rank_by[b, t] = summary
     return decide(proposals, residuals, rank_by, tokens, candidate, params, rule)

@@ -17,6 +17,8 @@ TICKETS = 4096
 FOR_GRAPHS = 16 * TICKETS
 """Tickets made at a time for captured launches, each of which keeps its own: 256 kB."""
 
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
 tickets: dict[tuple[torch.device, int], Tensor] = {}
 slabs: list[Tensor] = []
 spare: dict[torch.device, Tensor] = {}
@@ -72,6 +74,19 @@ def reset_tickets() -> None:
         slab.zero_()
 
 
+def empty_outputs(tokens: Tensor) -> Outputs:
+    """Room for the fields of `fdpp.reference.Selection`, of a step from `tokens` `[B, T]`."""
+    B, T = tokens.shape
+    return (
+        tokens.new_empty((B, T)),
+        tokens.new_empty((B, T)),
+        tokens.new_empty((B, T), dtype=torch.float32),
+        tokens.new_empty((B, T), dtype=torch.bool),
+        tokens.new_empty((B,), dtype=torch.int32),
+        tokens.new_empty((B,), dtype=torch.int32),
+    )
+
+
 def select(
     logits: Tensor,
     tokens: Tensor,
@@ -81,20 +96,18 @@ def select(
     mask_id: int,
     temperature: float,
     seeds: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     """See `fdpp.ops.select_op`; one launch, no host synchronisation, no allocation that depends on data."""
     kind = Rule.registry[rule]
     B, T, V = logits.shape
     if logits.stride(2) != 1:
         logits = logits.contiguous()
     tokens = tokens.contiguous()
-    out_tokens, out_proposal = torch.empty_like(tokens), torch.empty_like(tokens)
-    confidence = torch.empty(B, T, dtype=torch.float32, device=tokens.device)
-    committed = torch.empty(B, T, dtype=torch.bool, device=tokens.device)
-    remaining = torch.empty(B, dtype=torch.int32, device=tokens.device)
-    nonfinite = torch.empty_like(remaining)
+    outputs = empty_outputs(tokens)
     if B == 0 or T == 0:
-        return out_tokens, out_proposal, confidence, committed, remaining.zero_(), nonfinite.zero_()
+        for count in outputs[4:]:
+            count.zero_()
+        return outputs
     config = select_launch(B, T, V)
     partial = torch.empty(5, B, T, config.splits, dtype=torch.float32, device=tokens.device)
     partial_token = torch.empty(B, T, config.splits, dtype=torch.int32, device=tokens.device)
@@ -105,12 +118,7 @@ def select(
             tokens if active is None else active.contiguous(),
             params,
             tokens if seeds is None else seeds.contiguous(),
-            out_tokens,
-            out_proposal,
-            confidence,
-            committed,
-            remaining,
-            nonfinite,
+            *outputs,
             partial,
             partial_token,
             ticket_for(tokens.device, B),
@@ -134,4 +142,4 @@ def select(
             num_warps=config.num_warps,
             enable_fp_fusion=True,
         )
-    return out_tokens, out_proposal, confidence, committed, remaining, nonfinite
+    return outputs

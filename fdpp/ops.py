@@ -76,15 +76,7 @@ def _(logits, tokens, active, params, rule, mask_id, temperature, seeds):  # typ
 
 @select_op.register_fake
 def _(logits, tokens, active, params, rule, mask_id, temperature, seeds):  # type: ignore[no-untyped-def]
-    B, T, _V = logits.shape
-    return (
-        tokens.new_empty((B, T)),
-        tokens.new_empty((B, T)),
-        logits.new_empty((B, T), dtype=torch.float32),
-        tokens.new_empty((B, T), dtype=torch.bool),
-        tokens.new_empty((B,), dtype=torch.int32),
-        tokens.new_empty((B,), dtype=torch.int32),
-    )
+    return gpu.empty_outputs(tokens)
 
 
 def select_packed(
@@ -122,7 +114,7 @@ def extended(selection: Selection, tokens: Tensor, active: Tensor | None, rule: 
     """`selection` with what the rule's `extend` adds."""
     if type(rule).extend is Rule.extend or not tokens.shape[1]:
         return selection
-    candidate = tokens == mask_id if active is None else (tokens == mask_id) & active
+    candidate = cpu.candidates(tokens, mask_id, active)
     committed = rule.extend(selection.confidence, candidate, selection.committed)
     return recommit(selection, tokens, committed, mask_id, active)
 
@@ -131,7 +123,7 @@ def recommit(
     selection: Selection, tokens: Tensor, committed: Tensor, mask_id: int, active: Tensor | None = None
 ) -> Selection:
     """`selection` of the step from `tokens`, with another commit mask `[B, T]`."""
-    candidate = tokens == mask_id if active is None else (tokens == mask_id) & active
+    candidate = cpu.candidates(tokens, mask_id, active)
     return selection._replace(
         tokens=torch.where(committed, selection.proposal, tokens),
         committed=committed,
@@ -173,6 +165,12 @@ def select(
     Raises:
         ValueError: a shape, dtype or device that does not fit, or a negative temperature.
     """
+    params, seeds = packed(rule, temperature, seed, logits)
+    return select_packed(logits, tokens, active, params, rule, mask_id, temperature, seeds)
+
+
+def packed(rule: Rule, temperature: float, seed: int | Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`pack(rule)` and the noise streams for `rows` `[B, ...]` on their device; raises what `select` does."""
     if not isinstance(rule, Rule):
         raise ValueError(f"rule: expected a fdpp.Rule such as fdpp.Frechet(0.25), got {rule!r}")
     check_temperature(temperature)
@@ -180,9 +178,8 @@ def select(
         raise ValueError(f"temperature={temperature} samples: expected a seed")
     seeds = None
     if temperature > 0.0:
-        seeds = seed if isinstance(seed, Tensor) else streams(seed or 0, logits.shape[0], logits.device)
-    params = pack(rule, logits.device)
-    return select_packed(logits, tokens, active, params, rule, mask_id, temperature, seeds)
+        seeds = seed if isinstance(seed, Tensor) else streams(seed or 0, rows.shape[0], rows.device)
+    return pack(rule, rows.device), seeds
 
 
 def streams(seed: int, B: int, device: torch.device) -> Tensor:

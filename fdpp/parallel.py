@@ -108,13 +108,7 @@ def select(
     Raises:
         ValueError: as `fdpp.select` does, before anything is exchanged.
     """
-    if not isinstance(rule, Rule):
-        raise ValueError(f"rule: expected a fdpp.Rule such as fdpp.Frechet(0.25), got {rule!r}")
-    ops.check_temperature(temperature)
-    seeds = None
-    if temperature > 0.0 and seed is not None:
-        seeds = seed if isinstance(seed, Tensor) else ops.streams(seed, logits.shape[0], logits.device)
-    params = ops.pack(rule, logits.device)
+    params, seeds = ops.packed(rule, temperature, seed, logits)
     return select_packed(
         logits, tokens, active, params, rule, mask_id, temperature, seeds, first_id=first_id, group=group
     )
@@ -140,7 +134,7 @@ def select_packed(
     ops.check(logits, tokens, active, seeds)
     if temperature > 0.0 and seeds is None:
         raise ValueError(f"temperature={temperature} samples: expected a seed")
-    candidate = tokens == mask_id if active is None else (tokens == mask_id) & active
+    candidate = cpu.candidates(tokens, mask_id, active)
     where_b, where_t = candidate.nonzero(as_tuple=True)
     by_entropy = rule.order == "entropy"
     rows_at_once = max(cpu.CHUNK // logits.shape[2], 1)

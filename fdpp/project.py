@@ -6,12 +6,14 @@ keeps a tile of them in registers and writes a summary of some 20 bytes. Which w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from fdpp import cpu, ops
+from fdpp import cpu, gpu, ops
 from fdpp.kernels.launch import project_launch
 from fdpp.kernels.project import decide_kernel, project_kernel
 from fdpp.reference import Selection
@@ -19,8 +21,6 @@ from fdpp.rules import Rule
 
 ROWS = 64
 """Rows that the CPU multiplies at a time: 32 MB of float32 logits at LLaDA's vocabulary for a pass over the weight."""
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def check(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor | None, seeds: Tensor | None) -> None:
@@ -52,20 +52,20 @@ def project_cpu(
     mask_id: int,
     temperature: float,
     seeds: Tensor | None,
-) -> Outputs:
+) -> gpu.Outputs:
     """`fdpp::project_select` in PyTorch, `ROWS` masked positions at a time; logits are rounded to its dtype."""
-    by_entropy = Rule.registry[rule].order == "entropy"
     tokens = tokens.contiguous()
-    candidate = tokens == mask_id if active is None else (tokens == mask_id) & active
-    proposals, residuals, rank_by = tokens.clone(), *torch.full((2, *tokens.shape), torch.inf)
+    candidate = cpu.candidates(tokens, mask_id, active)
     at_once = max(cpu.CHUNK // weight.shape[0], 1)
-    for rows in candidate.nonzero().split(ROWS):
-        logits = F.linear(hidden[rows[:, 0], rows[:, 1]], weight)
-        for part, (b, t) in zip(logits.split(at_once), (r.unbind(1) for r in rows.split(at_once)), strict=True):
-            streams = None if seeds is None else seeds[b]
-            summary = cpu.summarize(part.float(), mask_id, temperature, streams, t, by_entropy)
-            proposals[b, t], residuals[b, t], rank_by[b, t] = summary
-    return cpu.decide(proposals, residuals, rank_by, tokens, candidate, params, rule)
+
+    def parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for where in candidate.nonzero().split(ROWS):
+            b, t = where.unbind(1)
+            logits = F.linear(hidden[b, t], weight)
+            rows = (part.float() for part in logits.split(at_once))
+            yield from zip(b.split(at_once), t.split(at_once), rows, strict=True)
+
+    return cpu.select_parts(parts(), tokens, candidate, params, rule, mask_id, temperature, seeds)
 
 
 def project_gpu(
@@ -78,7 +78,7 @@ def project_gpu(
     mask_id: int,
     temperature: float,
     seeds: Tensor | None,
-) -> Outputs:
+) -> gpu.Outputs:
     """`fdpp::project_select` in two launches (see `fdpp.kernels.project`), after PyTorch listed the masked rows.
 
     No host synchronisation, no allocation that depends on data.
@@ -88,14 +88,12 @@ def project_gpu(
     hidden = hidden if hidden.stride(2) == 1 else hidden.contiguous()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     tokens = tokens.contiguous()
-    out_tokens, out_proposal = torch.empty_like(tokens), torch.empty_like(tokens)
-    confidence = torch.empty(B, T, dtype=torch.float32, device=device)
-    committed = torch.empty(B, T, dtype=torch.bool, device=device)
-    remaining = torch.empty(B, dtype=torch.int32, device=device)
-    nonfinite = torch.empty_like(remaining)
+    outputs = gpu.empty_outputs(tokens)
     if B == 0 or T == 0:
-        return out_tokens, out_proposal, confidence, committed, remaining.zero_(), nonfinite.zero_()
-    candidate = (tokens == mask_id if active is None else (tokens == mask_id) & active).flatten()
+        for count in outputs[4:]:
+            count.zero_()
+        return outputs
+    candidate = cpu.candidates(tokens, mask_id, active).flatten()
     order, count = torch.argsort(~candidate, stable=True), candidate.sum()
     exact = hidden.dtype == torch.float32
     config = project_launch(B, T, V, exact, temperature > 0.0)
@@ -137,12 +135,7 @@ def project_gpu(
             tokens,
             tokens if active is None else active.contiguous(),
             params,
-            out_tokens,
-            out_proposal,
-            confidence,
-            committed,
-            remaining,
-            nonfinite,
+            *outputs,
             partial,
             partial_token,
             mask_logit,
@@ -159,7 +152,7 @@ def project_gpu(
             num_warps=config.decide_warps,
             enable_fp_fusion=True,
         )
-    return out_tokens, out_proposal, confidence, committed, remaining, nonfinite
+    return outputs
 
 
 @torch.library.custom_op("fdpp::project_select", mutates_args=(), device_types="cpu")
@@ -185,15 +178,7 @@ def _(hidden, weight, tokens, active, params, rule, mask_id, temperature, seeds)
 
 @project_op.register_fake
 def _(hidden, weight, tokens, active, params, rule, mask_id, temperature, seeds):  # type: ignore[no-untyped-def]
-    B, T = tokens.shape
-    return (
-        tokens.new_empty((B, T)),
-        tokens.new_empty((B, T)),
-        hidden.new_empty((B, T), dtype=torch.float32),
-        tokens.new_empty((B, T), dtype=torch.bool),
-        tokens.new_empty((B,), dtype=torch.int32),
-        tokens.new_empty((B,), dtype=torch.int32),
-    )
+    return gpu.empty_outputs(tokens)
 
 
 def project_select_packed(
@@ -247,13 +232,5 @@ def project_select(
     Raises:
         ValueError: a shape, dtype or device that does not fit, or a negative temperature.
     """
-    if not isinstance(rule, Rule):
-        raise ValueError(f"rule: expected a fdpp.Rule such as fdpp.Frechet(0.25), got {rule!r}")
-    ops.check_temperature(temperature)
-    if temperature > 0.0 and seed is None:
-        raise ValueError(f"temperature={temperature} samples: expected a seed")
-    seeds = None
-    if temperature > 0.0:
-        seeds = seed if isinstance(seed, Tensor) else ops.streams(seed or 0, hidden.shape[0], hidden.device)
-    params = ops.pack(rule, hidden.device)
+    params, seeds = ops.packed(rule, temperature, seed, hidden)
     return project_select_packed(hidden, weight, tokens, active, params, rule, mask_id, temperature, seeds)
