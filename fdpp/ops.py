@@ -34,18 +34,20 @@ def check(logits: Tensor, tokens: Tensor, active: Tensor | None, seeds: Tensor |
     B, T, V = logits.shape
     if T > MAX_POSITIONS or V == 0:
         raise ValueError(f"logits: expected at most {MAX_POSITIONS} positions and a vocabulary, got T={T}, V={V}")
-    for name, value, shape, dtype in (
-        ("tokens", tokens, (B, T), torch.int64),
-        ("active", active, (B, T), torch.bool),
-        ("seeds", seeds, (B,), torch.int64),
-    ):
-        if value is None:
-            continue
-        if tuple(value.shape) != shape or value.dtype != dtype or value.device != logits.device:
-            raise ValueError(
-                f"{name}: expected {list(shape)} {dtype} on {logits.device}, "
-                f"got {list(value.shape)} {value.dtype} on {value.device}"
-            )
+    expect("tokens", tokens, (B, T), torch.int64, logits.device)
+    if active is not None:
+        expect("active", active, (B, T), torch.bool, logits.device)
+    if seeds is not None:
+        expect("seeds", seeds, (B,), torch.int64, logits.device)
+
+
+def expect(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise `ValueError` unless the argument `name` has this shape, dtype and device."""
+    if tuple(value.shape) != shape or value.dtype != dtype or value.device != device:
+        raise ValueError(
+            f"{name}: expected {list(shape)} {dtype} on {device}, "
+            f"got {list(value.shape)} {value.dtype} on {value.device}"
+        )
 
 
 def check_temperature(temperature: float) -> None:

@@ -99,6 +99,32 @@ class Compiled:
         return compile_only
 
 
+def watched(modules: dict[str, Any]) -> dict[str, Compiled]:
+    """The kernels by name, each replaced by its stand-in in the module that launches it."""
+    kernels = {name: Compiled(getattr(module, name)) for name, module in modules.items()}
+    for name, module in modules.items():
+        setattr(module, name, kernels[name])
+    return kernels
+
+
+def like(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def assembly(kernel: Compiled) -> str:
+    """The last launch's PTX or AMD assembly."""
+    asm = kernel.last.asm
+    return asm["amdgcn"] if "amdgcn" in asm else asm["ptx"]
+
+
+def facts(kernel: Compiled) -> dict[str, Any]:
+    """Registers, stack and local memory of the last launch, and its memory operations."""
+    asm = kernel.last.asm
+    used = resources_amd(asm["amdgcn"]) if "amdgcn" in asm else resources(asm["cubin"])
+    return {**used, "memory": memory_operations(assembly(kernel))}
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers and bytes of stack and local memory per thread: spills are stack."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -137,10 +163,6 @@ def memory_operations(assembly: str) -> list[str]:
 def compiled(variant: Variant, kernel: Compiled) -> dict[str, Any]:
     triton.runtime.driver.set_active(TargetDriver(variant.target))
     B, T = variant.B, variant.T
-
-    def like(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     gpu.select(
         like(getattr(torch, variant.dtype), B, T, variant.V),
         like(torch.int64, B, T),
@@ -151,19 +173,16 @@ def compiled(variant: Variant, kernel: Compiled) -> dict[str, Any]:
         1.0 if variant.sampled else 0.0,
         like(torch.int64, B) if variant.sampled else None,
     )
-    asm = kernel.last.asm
-    amd = "amdgcn" in asm
     return {
         "name": variant.name,
         **{key: value for key, value in asdict(variant).items() if key != "rule"},
         "by_entropy": variant.rule.order == "entropy",
         "threads": kernel.last.metadata.num_warps * TARGETS[variant.target].warp_size,
         "fp_fusion": kernel.last.metadata.enable_fp_fusion,
-        **(resources_amd(asm["amdgcn"]) if amd else resources(asm["cubin"])),
-        "memory": memory_operations(asm["amdgcn" if amd else "ptx"]),
+        **facts(kernel),
     }
 
 
 if __name__ == "__main__":
-    gpu.select_kernel = kernel = Compiled(gpu.select_kernel)
+    kernel = watched({"select_kernel": gpu})["select_kernel"]
     json.dump([compiled(variant, kernel) for variant in variants()], sys.stdout)

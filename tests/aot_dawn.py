@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import triton
-from aot import TARGETS, Compiled, TargetDriver, memory_operations, resources, resources_amd
+from aot import TARGETS, Compiled, TargetDriver, facts, like, watched
 
 from fdpp.dawn import decide, edges
 
@@ -47,9 +47,6 @@ def compiled(variant: Variant, kernels: dict[str, Compiled]) -> list[dict[str, A
     T, S, first = variant.T, variant.S, variant.S // 2
     start, n = (first, T) if variant.shared else (0, S)
 
-    def like(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     def per_layer(rows: int, heads: int, columns: int) -> list[torch.Tensor]:
         dtype = getattr(torch, variant.dtype)
         return [like(dtype, rows, columns, heads, variant.hd).transpose(1, 2) for _ in range(variant.layers)]
@@ -63,23 +60,9 @@ def compiled(variant: Variant, kernels: dict[str, Compiled]) -> list[dict[str, A
     )
     confidence, candidate = like(torch.float32, 2, T), like(torch.bool, 2, T)
     decide.commit_gpu(confidence, candidate, like(torch.float32, 2, S), bits, first, 0.9, 0.7, 0.75)
-    found = []
-    for name, kernel in kernels.items():
-        asm = kernel.last.asm
-        amd = "amdgcn" in asm
-        found.append(
-            {
-                "kernel": name,
-                **asdict(variant),
-                **(resources_amd(asm["amdgcn"]) if amd else resources(asm["cubin"])),
-                "memory": memory_operations(asm["amdgcn" if amd else "ptx"]),
-            }
-        )
-    return found
+    return [{"kernel": name, **asdict(variant), **facts(kernel)} for name, kernel in kernels.items()]
 
 
 if __name__ == "__main__":
-    kernels = {name: Compiled(getattr(module, name)) for name, module in KERNELS.items()}
-    for name, module in KERNELS.items():
-        setattr(module, name, kernels[name])
+    kernels = watched(KERNELS)
     json.dump([facts for variant in variants() for facts in compiled(variant, kernels)], sys.stdout)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import triton
-from aot import TARGETS, Compiled, TargetDriver, memory_operations, resources, resources_amd
+from aot import TARGETS, Compiled, TargetDriver, assembly, facts, like, watched
 
 import fdpp
 from fdpp import attention, ops, project
@@ -46,9 +46,6 @@ class Head:
         return self.B * self.T
 
     def launch(self) -> None:
-        def like(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
         dtype = getattr(torch, self.dtype)
         project.project_gpu(
             like(dtype, self.B, self.T, self.D),
@@ -103,13 +100,12 @@ class Block:
         return min(rows, 32) if self.dtype == "float32" else rows
 
     def launch(self) -> None:
-        def like(heads: int, columns: int) -> torch.Tensor:
-            dtype = getattr(torch, self.dtype)
-            return torch.empty(self.B, columns, heads, self.d, dtype=dtype, device="meta").transpose(1, 2)
+        def states(number: int, columns: int) -> torch.Tensor:
+            return like(getattr(torch, self.dtype), self.B, columns, number, self.d).transpose(1, 2)
 
-        first = torch.empty(self.B, dtype=torch.int64, device="meta") if self.padded else None
-        k, v = like(self.kv_heads, self.S), like(self.kv_heads, self.S)
-        attention.attention_gpu(like(self.heads, self.n), k, v, first, self.d**-0.5)
+        first = like(torch.int64, self.B) if self.padded else None
+        k, v = states(self.kv_heads, self.S), states(self.kv_heads, self.S)
+        attention.attention_gpu(states(self.heads, self.n), k, v, first, self.d**-0.5)
 
 
 def blocks() -> list[Block]:
@@ -132,20 +128,17 @@ def compiled(variant: Head | Block, kernels: dict[str, Compiled]) -> list[dict[s
     for name, kernel in kernels.items():
         if kernel.last is None:
             continue
-        asm = kernel.last.asm
-        amd = "amdgcn" in asm
-        assembly = asm["amdgcn" if amd else "ptx"]
+        written = assembly(kernel)
         found.append(
             {
                 "name": f"{name}-{variant.name}",
                 "kernel": name,
                 "target": variant.target,
                 "rows": variant.rows,
-                **(resources_amd(assembly) if amd else resources(asm["cubin"])),
+                **facts(kernel),
                 "shared": kernel.last.metadata.shared,
-                "memory": memory_operations(assembly),
-                "copies": sorted(set(re.findall(r"cp\.async\.c\w\S* \[.*?\], \[.*?\], (0x\w+)", assembly))),
-                "matrix": [instruction for instruction in MATRIX if instruction in assembly],
+                "copies": sorted(set(re.findall(r"cp\.async\.c\w\S* \[.*?\], \[.*?\], (0x\w+)", written))),
+                "matrix": [instruction for instruction in MATRIX if instruction in written],
             }
         )
         kernel.last = None
@@ -159,7 +152,5 @@ if __name__ == "__main__":
         "attend_kernel": attention,
         "combine_kernel": attention,
     }
-    kernels = {name: Compiled(getattr(module, name)) for name, module in modules.items()}
-    for name, module in modules.items():
-        setattr(module, name, kernels[name])
+    kernels = watched(modules)
     json.dump([facts for variant in (*heads(), *blocks()) for facts in compiled(variant, kernels)], sys.stdout)

@@ -7,9 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fdpp
 from fdpp import LLaDAConfig, LLaDAModelLM
 
 V, PAD, MASK, EOS = 64, 61, 62, 63
+RULES = (
+    fdpp.Quota(),
+    fdpp.Quota(2),
+    fdpp.Threshold(0.6),
+    fdpp.Factor(1.0),
+    fdpp.Frechet(0.1),
+    fdpp.EntropyBound(0.5),
+    fdpp.LocalLeap(0.6, 0.3),
+    fdpp.Klass(0.3, 0.5, 1),
+    fdpp.Dawn(tau_sink=0.1, tau_edge=0.05, tau_low=0.3, tau_high=0.6, tau_induce=0.4),
+)
+"""One of each kind at least, with numbers that make these models commit some positions of a block and not others."""
 
 
 def small_model(seed: int = 0, **config: Any) -> LLaDAModelLM:

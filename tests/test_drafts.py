@@ -4,21 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import EOS, exact_model, left_pad, prompts
+from small import EOS, RULES, exact_model, left_pad, prompts
 
 import fdpp
-
-RULES = [
-    fdpp.Quota(),
-    fdpp.Quota(2),
-    fdpp.Threshold(0.6),
-    fdpp.Factor(1.0),
-    fdpp.Frechet(0.1),
-    fdpp.EntropyBound(0.5),
-    fdpp.LocalLeap(0.6, 0.3),
-    fdpp.Klass(0.3, 0.5, 1),
-    fdpp.Dawn(tau_sink=0.1, tau_edge=0.05, tau_low=0.3, tau_high=0.6, tau_induce=0.4),
-]
 
 
 def same_decode(out: fdpp.DiffusionGenerationOutput, base: fdpp.DiffusionGenerationOutput) -> bool:

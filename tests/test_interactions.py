@@ -8,21 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import CACHES, LLADA_OPTIONS, Boost, model_with_ends, ragged
+from small import RULES
 
 import fdpp
-from fdpp import DiffusionGenerationConfig, Quota
+from fdpp import DiffusionGenerationConfig
 
 MODEL = model_with_ends()
-RULES = (
-    Quota(),
-    Quota(2),
-    fdpp.Threshold(0.6),
-    fdpp.Frechet(0.1),
-    fdpp.EntropyBound(0.5),
-    fdpp.LocalLeap(0.6, 0.3),
-    fdpp.Klass(0.3, 0.5, 1),
-    fdpp.Dawn(tau_sink=0.1, tau_edge=0.05, tau_low=0.3, tau_high=0.6, tau_induce=0.4),
-)
 
 
 @given(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from inputs import Problem, random_problem
+from inputs import RULES, Problem, random_problem
 from small import left_pad, prompts, small_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -55,17 +55,8 @@ def peculiar(rule: fdpp.Rule, cut: int, temperature: float) -> Problem:
 
 def problems() -> dict[str, tuple[Problem, int]]:
     """Problems by name, and how many of their vocabulary's ids the first process holds."""
-    rules = (
-        Quota(3),
-        Threshold(0.5),
-        Factor(1.2),
-        Frechet(0.25),
-        Frechet(0.0, calibration=0.05),
-        EntropyBound(0.5),
-        LocalLeap(0.9, 0.4, 2),
-    )
     cases = {}
-    for rule in rules:
+    for rule in (*RULES, LocalLeap(0.9, 0.4, 2)):
         for cut in (1, 17, V - 1):
             for temperature in (0.0, 0.7):
                 problem = random_problem(

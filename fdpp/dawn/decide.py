@@ -45,11 +45,7 @@ def commit(
         ("committed_confidence", committed_confidence, (b, S), torch.float32),
         ("edges", edges, (b, T, -(-S // WORD)), torch.int32),
     ):
-        if tuple(value.shape) != shape or value.dtype != dtype or value.device != confidence.device:
-            raise ValueError(
-                f"{name}: expected {list(shape)} {dtype} on {confidence.device}, "
-                f"got {list(value.shape)} {value.dtype} on {value.device}"
-            )
+        ops.expect(name, value, shape, dtype, confidence.device)
     if not 0 <= first <= first + T <= S or T > ops.MAX_POSITIONS:
         raise ValueError(f"first: expected a block of at most {ops.MAX_POSITIONS} of {S} columns, got {T} at {first}")
     high, induce, low = at_least(rule.tau_high), at_least(rule.tau_induce), at_least(rule.tau_low)
