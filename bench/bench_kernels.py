@@ -2,8 +2,9 @@
 
 `python bench/bench_kernels.py --out FOLDER` writes `kernels-<device>.json`. Head: the library's product and `select`
 against `project_select`, by masked rows. Attention of a padded block over a cache: `scaled_dot_product_attention` with
-a mask against `block_attention`, and without a mask and so without padding as the bound. On a GPU everything runs in
-CUDA graphs; on a CPU both ways are PyTorch's own operators, and what the head saves there is memory.
+a mask against `block_attention`, and without a mask and so without padding as the bound. Branches, drafts of one block
+over one cache: the cache's own operators (`BlockCache.attend_shared`) against `block_attention`. On a GPU everything
+runs in CUDA graphs; on a CPU both ways are PyTorch's own operators, and what the head saves there is memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 import fdpp
 from fdpp.attention import block_attention
+from fdpp.cache import BlockCache
 from fdpp.models.linear import linear
 from fdpp.project import project_select
 
@@ -86,6 +88,31 @@ def attention(B: int, n: int, S: int, heads: int, head_size: int, budget: float)
     return {"sequences": B, "queries": n, "columns": S, "kv_mb": 2 * k.nbytes / 1e6, **timed(ways, budget)}
 
 
+def branch_ways(B: int, drafts: int, n: int, S: int, heads: int, head_size: int) -> dict[str, Callable[[], Tensor]]:
+    """`drafts` contents each of a block of `n` columns at the end of `S`, of which the first b % 32 are padding."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def random(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, heads, columns, head_size, device=DEVICE, dtype=DTYPE, generator=generator)
+
+    cache = BlockCache()
+    keys, values = cache.write(0, random(B, S), random(B, S), 0)
+    cache.branches = drafts
+    q, own_k, own_v = (random(B * drafts, n) for _ in range(3))
+    first, columns = torch.arange(B, device=DEVICE) % 32, torch.arange(S - n, S, device=DEVICE)
+    mask = (torch.arange(S, device=DEVICE) >= first[:, None])[:, None, None].repeat_interleave(drafts, dim=0)
+    return {
+        "attend_shared": partial(cache.attend_shared, 0, q, own_k, own_v, mask, columns),
+        "block_attention": partial(block_attention, q, keys, values, first, own=(own_k, own_v), column=columns),
+    }
+
+
+@torch.no_grad()
+def branches(B: int, drafts: int, n: int, S: int, heads: int, head_size: int, budget: float) -> dict[str, Any]:
+    size = {"sequences": B, "branches": drafts, "queries": n, "columns": S}
+    return {**size, **timed(branch_ways(B, drafts, n, S, heads, head_size), budget)}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small shapes, to see that it runs")
@@ -94,9 +121,11 @@ def main(arguments: list[str] | None = None) -> None:
     V, D, budget = (126464, 4096 if ON_GPU else 320, 0.5) if not options.smoke else (1000, 32, 0.02)
     sizes = [(1, 32, 1), (1, 32, 8), (1, 32, 32), (8, 32, 32), (32, 32, 32)] if ON_GPU else [(1, 32, 32), (8, 32, 32)]
     heads, head_size = (32, 128) if ON_GPU else (4, 32)
+    batches = (1, 8, 32) if ON_GPU else (1, 8)
     results = {
         "head": [head(*size, V, D, budget) for size in sizes],
-        "attention": [attention(B, 32, 1056, heads, head_size, budget) for B in ((1, 8, 32) if ON_GPU else (1, 8))],
+        "attention": [attention(B, 32, 1056, heads, head_size, budget) for B in batches],
+        "branches": [branches(B, 4, 32, 1056, heads, head_size, budget) for B in batches],
     }
     print(f"written to {measure.write(options.out, 'kernels', results)}")
 

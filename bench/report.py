@@ -99,6 +99,12 @@ def kernels_table(result: Result) -> str:
         size = f"attention, {row['sequences']} x {row['queries']} queries over {row['columns']} columns"
         ways = ("sdpa, mask", "sdpa, no mask", "block_attention")
         rows += [[size, way, number(row[way]["us"]), number(row[way]["peak_mb"])] for way in ways]
+    # Results from before there were branches have none.
+    for row in result.get("branches", []):
+        size = f"{row['sequences']} x {row['queries']} queries over {row['columns']} columns"
+        ways = ("attend_shared", "block_attention")
+        size = f"attention, {row['branches']} branches, {size}"
+        rows += [[size, way, number(row[way]["us"]), number(row[way]["peak_mb"])] for way in ways]
     return markdown(["kernel", "way", "us", "extra MB"], rows)
 
 

@@ -4,10 +4,16 @@ Rows of a tile are the queries of all heads that share one head of keys and valu
 split of the keys and keeps the running maximum m, the sum l of 2^(s - m) and the weighted values; `combine_kernel`
 joins the splits. A sequence's keys start at `first`: what is to the left of it is padding. Scores are in units of
 log 2, which turns the exponential into the hardware's own.
+
+Branches of a sequence read one cache, but each has a block of its own in the place of the same columns: every column
+has one source, so there is one loop with one softmax, and the splits are those of the columns. Branches do not share a
+tile, which would read the cached keys once for all: a value of one that is not finite would reach the others, even with
+the weight zero.
 """
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 
 @triton.jit
@@ -16,18 +22,42 @@ def normalized(b_acc, total):
     return b_acc / tl.where(total == 0.0, 1.0, total)
 
 
-@triton.jit(do_not_specialize=["S", "n"])
+@triton.jit
+def load_columns(cached, own, o_s, o_d, m_sd, column, n_own, stride, stride_own, HAS_OWN: tl.constexpr):
+    """Channels `o_d` of keys or values of columns `o_s`: of the block's own from `column` on, else of the cache.
+
+    Pointers chosen by a mask keep it one copy to shared memory, sixteen bytes at a time. Triton's compiler for AMD does
+    not take such pointers (3.7), so there are two loads, each of the columns that the other leaves out.
+    """
+    p_s = cached + o_s.to(tl.int64) * stride + o_d
+    if HAS_OWN:
+        o_own = o_s - column
+        m_own = (o_own >= 0) & (o_own < n_own)
+        p_own = own + o_own.to(tl.int64) * stride_own + o_d
+        if is_hip():
+            b_own = tl.load(p_own, mask=m_sd & m_own, other=0.0)
+            return tl.load(p_s, mask=m_sd & ~m_own, other=b_own)
+        else:
+            p_s = tl.where(m_own, p_own, p_s)
+    return tl.load(p_s, mask=m_sd, other=0.0)
+
+
+@triton.jit(do_not_specialize=["S", "n", "n_own"])
 def attend_kernel(
     q,
     k,
     v,
+    own_k,
+    own_v,
     first,
+    column,
     out,
     part,
     part_max,
     part_sum,
     S,
     n,
+    n_own,
     scale,
     stride_qb,
     stride_qh,
@@ -38,35 +68,57 @@ def attend_kernel(
     stride_vb,
     stride_vh,
     stride_vs,
+    stride_okb,
+    stride_okh,
+    stride_oks,
+    stride_ovb,
+    stride_ovh,
+    stride_ovs,
     split_len,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HAS_FIRST: tl.constexpr,
+    HAS_OWN: tl.constexpr,
+    BRANCHES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (B * kv_heads * row tiles, SPLITS): tiles of one head share its keys in L2. One split writes `out`, several
-    the parts; both lie as `[B, n, heads, ...]`."""
+    """Grid (B * kv_heads * BRANCHES * row tiles, SPLITS): what reads the same keys lies together, to share them in L2.
+    One split writes `out`, several the parts; both lie as `[B * BRANCHES, n, heads, ...]`."""
     tiles = tl.cdiv(GROUP * n, BLOCK_M)
     i_m, i_bk, i_s = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
+    i_branch, i_bk = i_bk % BRANCHES, i_bk // BRANCHES
     i_b, i_k = i_bk // (HEADS // GROUP), i_bk % (HEADS // GROUP)
     i_b = i_b.to(tl.int64)
+    i_row = i_b * BRANCHES + i_branch
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < GROUP * n
     o_h, o_n = i_k * GROUP + o_m // n, o_m % n
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_SIZE
-    o_q = i_b * stride_qb + o_h.to(tl.int64) * stride_qh + o_n.to(tl.int64) * stride_qn
+    o_q = i_row * stride_qb + o_h.to(tl.int64) * stride_qh + o_n.to(tl.int64) * stride_qn
     b_q = tl.load(q + o_q[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
 
     start = i_s * split_len
     stop = tl.minimum(start + split_len, S)
+    b_column = 0
+    if HAS_OWN:
+        b_column = tl.load(column).to(tl.int32)
+        own_k += i_row * stride_okb + i_k.to(tl.int64) * stride_okh
+        own_v += i_row * stride_ovb + i_k.to(tl.int64) * stride_ovh
     if HAS_FIRST:
-        start = tl.maximum(start, tl.load(first + i_b).to(tl.int32))
+        b_first = tl.load(first + i_b).to(tl.int32)
+        if HAS_OWN:
+            # Keys have no order, so a block amid padding may stand at its end: no tile is then without a key, whose
+            # maximum would be -inf.
+            b_first = tl.minimum(b_first, S)
+            b_column = tl.maximum(b_column, b_first - n_own)
+            b_first = tl.minimum(b_first, b_column)
+        start = tl.maximum(start, b_first)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -75,19 +127,19 @@ def attend_kernel(
     for i_c in range(start, stop, BLOCK_S):
         o_s = i_c + tl.arange(0, BLOCK_S)
         m_s = o_s < stop
-        o_s = o_s.to(tl.int64)
-        b_k = tl.load(k + o_s[None, :] * stride_ks + o_d[:, None], mask=m_s[None, :] & m_d[:, None], other=0.0)
+        m_k, m_v = m_s[None, :] & m_d[:, None], m_s[:, None] & m_d[None, :]
+        b_k = load_columns(k, own_k, o_s[None, :], o_d[:, None], m_k, b_column, n_own, stride_ks, stride_oks, HAS_OWN)
         b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
         b_score = tl.where(m_s[None, :], b_score, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_score, 1))
         b_weight = tl.exp2(b_score - b_new[:, None])
         b_decay = tl.exp2(b_max - b_new)
-        b_v = tl.load(v + o_s[:, None] * stride_vs + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
+        b_v = load_columns(v, own_v, o_s[:, None], o_d[None, :], m_v, b_column, n_own, stride_vs, stride_ovs, HAS_OWN)
         b_acc = tl.dot(b_weight.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
         b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
         b_max = b_new
 
-    o_row = (i_b * n + o_n) * HEADS + o_h
+    o_row = (i_row * n + o_n) * HEADS + o_h
     m_md = m_m[:, None] & m_d[None, :]
     if SPLITS == 1:
         tl.store(out + o_row[:, None] * HEAD_SIZE + o_d[None, :], normalized(b_acc, b_sum[:, None]), mask=m_md)

@@ -76,7 +76,7 @@ def heads() -> list[Head]:
 
 @dataclass(frozen=True)
 class Block:
-    """Attention of `n` columns of `B` sequences over `S`."""
+    """Attention of `n` columns of `B` sequences over `S`; with branches, of as many contents of them each."""
 
     target: str
     B: int = 1
@@ -87,11 +87,13 @@ class Block:
     d: int = 128
     dtype: str = "bfloat16"
     padded: bool = True
+    branches: int = 0
 
     @property
     def name(self) -> str:
         facts = [self.target, f"{self.B}x{self.n}", f"{self.S}x{self.kv_heads}x{self.d}", self.dtype]
-        return "-".join(facts + ["unpadded"] * (not self.padded))
+        branches = [f"{self.branches}branches"] * bool(self.branches)
+        return "-".join(facts + ["unpadded"] * (not self.padded) + branches)
 
     @property
     def rows(self) -> int:
@@ -100,12 +102,15 @@ class Block:
         return min(rows, 32) if self.dtype == "float32" else rows
 
     def launch(self) -> None:
-        def states(number: int, columns: int) -> torch.Tensor:
-            return like(getattr(torch, self.dtype), self.B, columns, number, self.d).transpose(1, 2)
+        def states(rows: int, number: int, columns: int) -> torch.Tensor:
+            return like(getattr(torch, self.dtype), rows, columns, number, self.d).transpose(1, 2)
 
+        rows = self.B * max(self.branches, 1)
         first = like(torch.int64, self.B) if self.padded else None
-        k, v = states(self.kv_heads, self.S), states(self.kv_heads, self.S)
-        attention.attention_gpu(states(self.heads, self.n), k, v, first, self.d**-0.5)
+        k, v = (states(self.B, self.kv_heads, self.S) for _ in range(2))
+        own = [states(rows, self.kv_heads, self.n) for _ in range(2)] if self.branches else [None, None]
+        column = like(torch.int64, self.n) if self.branches else None
+        attention.attention_gpu(states(rows, self.heads, self.n), k, v, first, self.d**-0.5, *own, column)
 
 
 def blocks() -> list[Block]:
@@ -113,7 +118,12 @@ def blocks() -> list[Block]:
     for target in TARGETS:
         # One split and several, of a block, of few queries and of all heads of a group.
         found += [Block(target), Block(target, B=16), Block(target, n=5), Block(target, heads=28, kv_heads=4)]
+        # Branches alike, their splits several and one.
+        found += [Block(target, branches=4), Block(target, heads=28, kv_heads=4, branches=4)]
+        found += [Block(target, n=5, branches=4), Block(target, B=4, branches=4)]
     found += [
+        Block("sm_90", dtype="float32", heads=28, kv_heads=4, branches=4),
+        Block("sm_90", padded=False, branches=4),
         Block("sm_90", dtype="float32", heads=28, kv_heads=4),
         Block("sm_90", padded=False),
         Block("sm_90", S=65536, kv_heads=1),

@@ -1,7 +1,8 @@
-"""Attention of a block over padded keys: against float64, however the keys are split, and in a decode."""
+"""Attention of a block over padded keys: against float64, however the keys are split, in branches, and in a decode."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fdpp import Frechet, attention, cache
 from fdpp.attention import block_attention
-from fdpp.kernels import launch
+from fdpp.kernels import attend, launch
 from fdpp.kernels.launch import ATTEND_KEYS, ATTEND_SPLITS, attend_launch
 
 # The interpreter computes with NumPy, which warns of the infinities and NaN that `tl.where` then leaves out.
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|All-NaN 
 
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 NAN = float("nan")
+Own = tuple[Tensor, Tensor]
 
 
 def random_inputs(
@@ -51,19 +53,29 @@ def library(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None, scale:
 
 
 def run(
-    implementation: str, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None, scale: float | None = None
+    implementation: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None = None,
+    scale: float | None = None,
+    own: Own | None = None,
+    column: Tensor | int | None = None,
 ) -> Tensor:
     """What an implementation makes of it, on the CPU."""
     device = "cuda" if implementation == "cuda" else "cpu"
-    q, k, v, first = (None if x is None else to_device(x, device) for x in (q, k, v, first))  # type: ignore[assignment]
-    attention.check(q, k, v, first)
+    column = torch.tensor([column]) if isinstance(column, int) else column
+    given = (q, k, v, first, *(own or (None, None)), column)
+    q, k, v, first, own_k, own_v, column = (None if x is None else to_device(x, device) for x in given)
+    attention.check(q, k, v, first, own and (own_k, own_v), column)
     take = attention.attention_cpu if implementation == "cpu" else attention.attention_gpu
-    return take(q, k, v, first, q.shape[3] ** -0.5 if scale is None else scale).transpose(1, 2).cpu()
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return take(q, k, v, first, scale, own_k, own_v, column).transpose(1, 2).cpu()
 
 
-def assert_as_good(out: Tensor, *inputs: Any) -> None:
-    """As far from float64 as PyTorch in the same dtype, give or take a rounding."""
-    want, theirs = truth(*inputs), library(*inputs)
+def assert_as_good(out: Tensor, *inputs: Any, of: Callable[..., Tensor] | None = None) -> None:
+    """As far from float64 as PyTorch in the same dtype, give or take a rounding; `of`: what both make of a row."""
+    want, theirs = (of(way, *inputs) if of else way(*inputs) for way in (truth, library))
     assert out.shape == want.shape and out.dtype == inputs[0].dtype
     assert (out - want).abs().amax() <= (theirs - want).abs().amax() * 1.5 + 2e-6
 
@@ -204,6 +216,8 @@ def test_offsets_beyond_int32(implementation: str, apart: str) -> None:
         far.copy_(inputs[i])
         inputs[i] = far
     assert run(implementation, *inputs).equal(near)
+    q, k, v = inputs
+    assert run(implementation, q, *torch.zeros(2, *k.shape).half(), own=(k, v), column=0).equal(near)
 
 
 @each_implementation
@@ -213,6 +227,192 @@ def test_rows_do_not_depend_on_each_other(implementation: str) -> None:
     together = run(implementation, q, k, v, first)
     alone = run(implementation, q[1:2], k[1:2], v[1:2], first[1:2])
     torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-6)
+
+
+# Branches
+
+
+def random_branches(
+    seed: int,
+    B: int,
+    branches: int,
+    H: int,
+    kv_heads: int,
+    m: int,
+    n: int,
+    S: int,
+    d: int,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Own]:
+    """`m` queries of every branch, a cache, and the keys and values of `n` columns for every branch."""
+    q, own_k, own_v = random_inputs(seed, B * branches, H, kv_heads, m, n, d, dtype)
+    _, k, v = random_inputs(seed + 1, B, H, kv_heads, m, S, d, dtype)
+    return q, k, v, (own_k, own_v)
+
+
+def by_row(
+    way: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, own: Own, column: int
+) -> Tensor:
+    """Every row over its own keys and those of its sequence's that are neither padding nor in the block's columns."""
+    found = []
+    for row in range(len(q)):
+        b = row // (len(q) // len(k))
+        start, n = 0 if first is None else int(first[b]), own[0].shape[2]
+        seen = [c for c in range(start, k.shape[2]) if not column <= c < column + n]
+        keys, values = (torch.cat((x[b, :, seen], new[row]), dim=1)[None] for x, new in zip((k, v), own, strict=True))
+        found.append(way(q[row : row + 1], keys, values))
+    return torch.cat(found)
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    ("shape", "column"),
+    [
+        ((1, 1, 1, 1, 1, 1, 1, 1), 0),
+        ((2, 2, 2, 2, 5, 5, 31, 32), 0),
+        ((1, 3, 4, 2, 6, 6, 40, 80), 34),
+        # Over the border of two splits, 160 columns each, and of tiles.
+        ((2, 3, 4, 2, 7, 20, 300, 20), 147),
+        ((1, 2, 2, 1, 3, 1, 33, 16), 17),
+        # More keys than a tile has; fewer than queries; nothing of the cache.
+        ((1, 2, 4, 2, 4, 50, 129, 32), 30),
+        ((1, 2, 2, 2, 40, 3, 65, 16), 15),
+        ((2, 2, 2, 1, 5, 64, 64, 16), 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_branches_against_float64(implementation: str, shape: tuple[int, ...], column: int, padded: bool) -> None:
+    q, k, v, own = random_branches(column, *shape)
+    first = torch.randint(0, column + 1, (len(k),), generator=generator(column)) if padded else None
+    out = run(implementation, q, k, v, first, own=own, column=column)
+    assert_as_good(out, q, k, v, first, own, column, of=by_row)
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_branches_in_half_precision(implementation: str, dtype: torch.dtype) -> None:
+    if implementation == "interpreter" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies bfloat16 matrices by their bit patterns")
+    q, k, v, own = random_branches(3, 2, 2, 4, 2, 20, 20, 400, 64, dtype)
+    first = torch.tensor([0, 70])
+    out = run(implementation, q, k, v, first, own=own, column=190)
+    assert_as_good(out, q, k, v, first, own, 190, of=by_row)
+
+
+def test_branches_by_two_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As AMD's compiler gets it."""
+    if not INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1")
+    q, k, v, own = random_branches(3, 2, 2, 4, 2, 5, 20, 300, 20)
+    first = torch.tensor([0, 70])
+    want = run("interpreter", q, k, v, first, own=own, column=147)
+    asked = []
+    monkeypatch.setattr(attend, "is_hip", lambda: asked.append(1) or True)
+    assert run("interpreter", q, k, v, first, own=own, column=147).equal(want) and asked
+
+
+@each_implementation
+@pytest.mark.parametrize("column", [0, 1, 9, 16, 120, 128, 140, 248])
+def test_what_a_branch_replaces_is_not_read(implementation: str, column: int) -> None:
+    """Nor what is around the block's own keys, nor padding."""
+    S, n = 256, 8
+    q, k, v, own = random_branches(1, 2, 2, 2, 1, 3, n, S, 16)
+    first = torch.tensor([0, column])
+    assert attend_launch(4, 6, S, True).splits == 2
+    want = by_row(truth, q, k, v, first, own, column)
+    hidden = torch.zeros(2, 1, S, 1, dtype=torch.bool)
+    hidden[:, :, column : column + n] = True
+    if implementation != "cpu":
+        hidden[1, :, :column] = True
+    k, v = k.masked_fill(hidden, NAN), v.masked_fill(hidden, NAN)
+    own = tuple(torch.full((4, 1, n + 40, 16), NAN)[:, :, 20 : 20 + n].copy_(x) for x in own)  # type: ignore[assignment]
+    out = run(implementation, q, k, v, first, own=own, column=column)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@each_implementation
+@pytest.mark.parametrize("column", [0, 50, 124, 130, 248])
+def test_a_block_amid_padding_is_seen(implementation: str, column: int) -> None:
+    """Own keys are no padding; what is cached left of `first` stays so, on both sides of the block."""
+    S, n = 256, 8
+    first = torch.tensor([column, column + 1, column + n, column + n + 1, 200, 255, 256, 300])
+    q, k, v, own = random_branches(2, len(first), 1, 2, 1, 3, n, S, 16)
+    want = by_row(truth, q, k, v, first, own, column)
+    if implementation != "cpu":
+        padding = (torch.arange(S) < first[:, None])[:, None, :, None]
+        k, v = k.masked_fill(padding, NAN), v.masked_fill(padding, NAN)
+    out = run(implementation, q, k, v, first, own=own, column=column)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@each_implementation
+def test_a_block_may_be_empty(implementation: str) -> None:
+    q, k, v, own = random_branches(2, 2, 2, 2, 1, 3, 0, 40, 16)
+    first = torch.tensor([0, 40])
+    want = run(implementation, q, *(x.repeat_interleave(2, dim=0) for x in (k, v)), first.repeat_interleave(2))
+    out = run(implementation, q, k, v, first, own=own, column=7)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+    q, k, v, own = random_branches(2, 0, 2, 2, 1, 3, 4, 40, 16)
+    assert run(implementation, q, k, v, own=own, column=7).shape == (0, 2, 3, 16)
+
+
+@each_implementation
+def test_the_column_is_the_first_of_a_tensor(implementation: str) -> None:
+    q, k, v, own = random_branches(2, 1, 2, 2, 1, 3, 6, 40, 16)
+    want = run(implementation, q, k, v, own=own, column=7)
+    for column in (torch.arange(7, 13), torch.arange(20)[7:9], torch.tensor(7), torch.tensor([[7], [0]])):
+        assert run(implementation, q, k, v, own=own, column=column).equal(want)
+
+
+@each_implementation
+@pytest.mark.parametrize("column", [-(10**6), -3, 37, 40, 10**6])
+def test_no_column_leads_out_of_the_tensors(implementation: str, column: int) -> None:
+    q, k, v, own = random_branches(2, 2, 1, 2, 1, 3, 6, 40, 16)
+    first = torch.tensor([0, 37])
+    if implementation == "cpu":
+        with pytest.raises(IndexError):
+            run(implementation, q, k, v, first, own=own, column=column)
+        return
+
+    def fenced(x: Tensor) -> Tensor:
+        return torch.full((*x.shape[:2], x.shape[2] + 80, 16), NAN)[:, :, 40:-40].copy_(x)
+
+    own = fenced(own[0]), fenced(own[1])
+    assert run(implementation, q, fenced(k), fenced(v), first, own=own, column=column).isfinite().all()
+
+
+@each_implementation
+def test_branches_in_strides(implementation: str) -> None:
+    """A cache's front columns, own keys and values beside queries in one matrix, channels that are not innermost."""
+    q, k, v, own = random_branches(2, 2, 2, 4, 2, 5, 5, 60, 16)
+    contiguous = run(implementation, q, k, v, own=own, column=40)
+    spare = torch.full((3, 2, 90, 16), NAN)
+    k, v = (spare.clone()[:2, :, :60].copy_(x) for x in (k, v))
+    fused = torch.full((4, 5, 9, 16), NAN)
+    q, *beside = (fused[:, :, i:j].transpose(1, 2).copy_(x) for i, j, x in ((0, 4, q), (4, 6, own[0]), (6, 8, own[1])))
+    apart = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in own]
+    for one in (beside, apart, [beside[0], own[1]]):
+        assert not one[0].is_contiguous()
+        out = run(implementation, q, k, v, own=tuple(one), column=40)
+        torch.testing.assert_close(out, contiguous, rtol=1e-5, atol=1e-6)
+
+
+@each_implementation
+def test_branches_do_not_depend_on_each_other(implementation: str) -> None:
+    """Not even on what is no number in another branch of the sequence; what the cache holds reaches all of them."""
+    q, k, v, own = random_branches(2, 2, 3, 2, 1, 4, 6, 60, 16)
+    first = torch.tensor([0, 40])
+    want = run(implementation, q, k, v, first, own=own, column=44)
+    alone = run(implementation, q[4:5], k[1:], v[1:], first[1:], own=(own[0][4:5], own[1][4:5]), column=44)
+    torch.testing.assert_close(want[4:5], alone, rtol=1e-5, atol=1e-6)
+    for spoiled in (q, *own):
+        spoiled[4] = NAN
+        out = run(implementation, q, k, v, first, own=own, column=44)
+        assert out[4].isnan().all()
+        torch.testing.assert_close(out[[0, 1, 2, 3, 5]], want[[0, 1, 2, 3, 5]], rtol=1e-5, atol=1e-6)
+    v[0, 0, 55] = NAN
+    assert run(implementation, q, k, v, first, own=own, column=44)[:3].isnan().all()
 
 
 @settings(deadline=None, max_examples=300, derandomize=True)
@@ -253,12 +453,54 @@ def test_errors(changes: dict[str, Any], words: str) -> None:
         block_attention(**{**arguments, **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"own": None}, "own and column: expected both or neither, got column alone"),
+        ({"column": None}, "own and column: expected both or neither, got own alone"),
+        ({"own": (torch.zeros(6, 2, 5, 8),)}, "own: expected keys and values, got 1 tensors"),
+        ({"own": (torch.zeros(2, 2, 5, 8),) * 2}, r"own\[0\]: expected \[6, 2, at most 9, 8\].*got \[2, 2, 5, 8\]"),
+        ({"own": (torch.zeros(6, 4, 5, 8),) * 2}, r"own\[0\]: .*got \[6, 4, 5, 8\]"),
+        ({"own": (torch.zeros(6, 2, 10, 8),) * 2}, r"own\[0\]: .*at most 9.*got \[6, 2, 10, 8\]"),
+        ({"own": (torch.zeros(6, 2, 5),) * 2}, r"own\[0\]: .*got \[6, 2, 5\]"),
+        ({"own": (torch.zeros(6, 2, 5, 8), torch.zeros(6, 2, 4, 8))}, r"own\[1\]: .*both alike.*got \[6, 2, 4, 8\]"),
+        ({"own": (torch.zeros(6, 2, 5, 8), torch.zeros(6, 2, 5, 8).half())}, r"own\[1\]: .*float32.*got .*float16"),
+        ({"column": torch.tensor([3], dtype=torch.int32)}, "column: expected int64.*got .*int32"),
+        ({"column": torch.tensor([], dtype=torch.int64)}, r"column: expected .*at least one element.*got \[0\]"),
+        ({"column": torch.zeros(1, dtype=torch.int64, device="meta")}, "column: expected .* on cpu, got .* on meta"),
+        ({"k": torch.zeros(4, 2, 9, 8)}, r"k: expected \[a divisor of 6, .*got \[4, 2, 9, 8\]"),
+        ({"k": torch.zeros(0, 2, 9, 8)}, r"k: expected \[a divisor of 6, .*got \[0, 2, 9, 8\]"),
+        ({"first": torch.zeros(6, dtype=torch.int64)}, r"first: expected \[2\].*got \[6\]"),
+    ],
+)
+def test_errors_of_branches(changes: dict[str, Any], words: str) -> None:
+    arguments = {"q": torch.zeros(6, 4, 3, 8), "k": torch.zeros(2, 2, 9, 8), "v": torch.zeros(2, 2, 9, 8)}
+    branches = {"own": (torch.zeros(6, 2, 5, 8),) * 2, "column": torch.tensor([4])}
+    block_attention(**arguments, **branches)
+    with pytest.raises(ValueError, match=words):
+        block_attention(**{**arguments, **branches, **changes})
+
+
+@pytest.mark.parametrize("implementation", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_call_takes_branches(implementation: str) -> None:
+    q, k, v, own = random_branches(0, 2, 2, 4, 2, 3, 2, 9, 8)
+    q, k, v, own_k, own_v = (x.to(implementation) for x in (q, k, v, *own))
+    first, column = torch.tensor([0, 4], device=q.device), torch.tensor([5], device=q.device)
+    out = block_attention(q, k, v, first, 0.3, own=(own_k, own_v), column=column)
+    want = run(implementation, q, k, v, first, 0.3, own=(own_k, own_v), column=column)
+    assert out.cpu().equal(want) and out.shape == q.shape
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_opcheck(padded: bool, device: str) -> None:
     first = torch.tensor([0, 4], device=device) if padded else None
     q, k, v = (x.to(device) for x in random_inputs(0, 2, 4, 2, 3, 9, 8))
     torch.library.opcheck(attention.attention_op, (q, k, v, first, 0.3))
+    q, k, v, own = random_branches(0, 2, 3, 4, 2, 3, 2, 9, 8)
+    q, k, v, own_k, own_v = (x.to(device) for x in (q, k, v, *own))
+    column = torch.arange(5, 7, device=device)
+    torch.library.opcheck(attention.attention_op, (q, k, v, first, 0.3, own_k, own_v, column))
 
 
 @pytest.mark.slow
@@ -267,6 +509,10 @@ def test_compiled_without_a_graph_break(dynamic: bool) -> None:
     inputs, first = random_inputs(0, 2, 4, 2, 3, 9, 8), torch.tensor([0, 4])
     compiled = torch.compile(block_attention, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     assert compiled(*inputs, first).equal(block_attention(*inputs, first))
+    for branches, column in ((2, 5), (3, 4)):
+        q, k, v, own = random_branches(0, 2, branches, 4, 2, 3, 2, 9, 8)
+        given: dict[str, Any] = {"own": own, "column": torch.tensor([column])}
+        assert compiled(q, k, v, first, **given).equal(block_attention(q, k, v, first, **given))
 
 
 # In a decode
@@ -279,10 +525,10 @@ def split(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         pytest.skip("needs TRITON_INTERPRET=1")
     seen: list[tuple[int, ...]] = []
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float) -> Tensor:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, *own: Tensor) -> Tensor:
         assert first is not None and k.shape[0] == first.shape[0]
         seen.append(tuple(q.shape))
-        return attention.attention_gpu(q, k, v, first, scale)
+        return attention.attention_gpu(q, k, v, first, scale, *own)
 
     monkeypatch.setattr(attention, "attention_cpu", kernel)
     monkeypatch.setattr(cache, "splits_keys", lambda q, k: q.shape[1] // k.shape[1] * q.shape[2] <= cache.SHORT)

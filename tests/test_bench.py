@@ -120,17 +120,20 @@ def test_results_say_what_was_measured_and_on_what(results: Path) -> None:
 
 def test_kernels_are_compared_on_the_same_problem(results: Path) -> None:
     [result] = report.load(results, "kernels")
-    for row in result["head"] + result["attention"]:
+    for row in result["head"] + result["attention"] + result["branches"]:
         assert all(way["us"] > 0 and way["peak_mb"] >= 0 for way in row.values() if isinstance(way, dict))
     problem = torch.randn(1, 8, 16), torch.randn(50, 16), torch.full((1, 8), 49)
     assert bench_kernels.library_head(*problem, 49).equal(bench_kernels.fused_head(*problem, 49))
+    shared, ours = (way() for way in bench_kernels.branch_ways(3, 2, 5, 40, 2, 16).values())
+    torch.testing.assert_close(ours, shared, rtol=1e-2, atol=1e-2)
 
 
 def test_tables_and_plot(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     report.main([str(results), "--plot"])
     text = capsys.readouterr().out
-    for size in ("8 x 32 positions, all masked", "smoke, dual, 2", "256 masked rows of 8 x 32", "over 1056 columns"):
+    sizes = ("8 x 32 positions, all masked", "smoke, dual, 2", "256 masked rows of 8 x 32", "over 1056 columns")
+    for size in (*sizes, "4 branches, 8 x 32"):
         assert size in text
     device = report.load(results, "decode")[0]["environment"]["device"]
     name = "cpu" if device.startswith("CPU") else measure.slug(device)

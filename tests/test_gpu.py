@@ -320,6 +320,27 @@ def test_attention_in_a_graph(padded: bool) -> None:
     replayed(lambda q, k, v: block_attention(q, k, v, first), q, k, v)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_branches_in_a_graph(padded: bool) -> None:
+    """A replay takes the block's column as it is then."""
+    q, k, v = (torch.randn(B, 8, T, 128, device=DEVICE).bfloat16() for B, T in ((6, 32), (2, 1056), (2, 1056)))
+    own = torch.randn_like(q), torch.randn_like(q)
+    first = torch.tensor([0, 300], device=DEVICE) if padded else None
+    column = torch.arange(400, 432, device=DEVICE)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, column: Tensor) -> Tensor:
+        return block_attention(q, k, v, first, own=own, column=column)
+
+    replayed(attend, q, k, v, column)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(q, k, v, column)
+    for start in (500, 1024):
+        column.copy_(torch.arange(start, start + 32))
+        graph.replay()
+        assert out.equal(attend(q, k, v, column))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("B", "T"), [(1, 32), (8, 32), (1, 1024)])
 def test_fused_head_of_llada(B: int, T: int) -> None:
