@@ -519,22 +519,26 @@ def test_compiled_without_a_graph_break(dynamic: bool) -> None:
 
 
 @pytest.fixture
-def split(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Padded sequences take the kernel in the interpreter, as short blocks do on a GPU; lists the queries' shapes."""
+def split(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
+    """Short blocks take the kernel in the interpreter, as on a GPU; lists their sequences, branches and paddedness."""
     if not INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")
-    seen: list[tuple[int, ...]] = []
+    seen: list[tuple[int, int, bool]] = []
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, *own: Tensor) -> Tensor:
-        assert first is not None and k.shape[0] == first.shape[0]
-        seen.append(tuple(q.shape))
+        assert first is None or k.shape[0] == first.shape[0]
+        seen.append((k.shape[0], q.shape[0] // k.shape[0], first is not None))
         return attention.attention_gpu(q, k, v, first, scale, *own)
 
+    def short(q: Tensor, k: Tensor, branches: int = 1) -> bool:
+        return q.shape[1] // k.shape[1] * q.shape[2] // branches <= cache.SHORT
+
     monkeypatch.setattr(attention, "attention_cpu", kernel)
-    monkeypatch.setattr(cache, "splits_keys", lambda q, k: q.shape[1] // k.shape[1] * q.shape[2] <= cache.SHORT)
+    monkeypatch.setattr(cache, "splits_keys", short)
     return seen
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -543,32 +547,34 @@ def split(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         {"cache": "dual", "engine": "static"},
         {"cache": "dual", "cfg_scale": 1.0},
         {"cache": "dual", "drafts": 3, "branches": "batch"},
+        {"cache": "prefix", "drafts": 3, "branches": "batch", "engine": "static"},
         {"cache": "dual", "drafts": 3, "branches": "tree"},
+        {"cache": "prefix", "drafts": 3, "branches": "tree", "engine": "static"},
+        {"cache": "dual", "drafts": 2, "branches": "tree", "cfg_scale": 1.0},
         {"cache": "none"},
     ],
     ids=str,
 )
-def test_a_padded_decode_is_the_same(split: list[tuple[int, ...]], settings: dict[str, Any]) -> None:
-    """As with PyTorch's masked attention, whether its forwards are short, of one branch and cached or not."""
+def test_a_decode_is_the_same(split: list[tuple[int, int, bool]], settings: dict[str, Any], padded: bool) -> None:
+    """As with PyTorch's attention: every block over a cache, padded or not, with one state or several drafts."""
     model = small_model(n_kv_heads=2)
-    input_ids, attention_mask = left_pad([prompts(1, 14)[0], prompts(1, 5, seed=1)[0], prompts(1, 9, seed=2)[0]])
+    rows = [prompts(1, 14)[0], prompts(1, 5 if padded else 14, seed=1)[0], prompts(1, 9 if padded else 14, seed=2)[0]]
+    input_ids, attention_mask = left_pad(rows)
     settings = {"max_new_tokens": 12, "block_length": 6, "rule": Frechet(0.2), "stop_at_eos": False, **settings}
     with pytest.MonkeyPatch.context() as unsplit:
-        unsplit.setattr(cache, "splits_keys", lambda q, k: False)
+        unsplit.setattr(cache, "splits_keys", lambda q, k, branches=1: False)
         want = model.generate(input_ids, attention_mask, **settings)
     assert not split
     out = model.generate(input_ids, attention_mask, **settings)
     assert out.sequences.equal(want.sequences) and out.nfe.equal(want.nfe)
     assert bool(split) == (settings["cache"] != "none")
-
-
-def test_without_padding_nothing_changes(split: list[tuple[int, ...]]) -> None:
-    small_model().generate(prompts(2, 9), max_new_tokens=6, block_length=6, rule=Frechet(0.2), engine="eager")
-    assert not split
+    assert "drafts" not in settings or max(branches for _, branches, _ in split) == settings["drafts"]
+    # In static steps the padding of a length bucket, of which a block's columns do not know.
+    assert not split or any(paddedness for *_, paddedness in split) == (padded or "engine" in settings)
 
 
 def test_what_goes_to_the_kernel() -> None:
-    """Short blocks of half precision, on a GPU."""
+    """Short blocks, on a GPU."""
 
     class OnGPU:
         is_cuda = True
@@ -576,11 +582,12 @@ def test_what_goes_to_the_kernel() -> None:
         def __init__(self, dtype: torch.dtype, *shape: int) -> None:
             self.dtype, self.shape = dtype, shape
 
-    def goes(q: Any) -> bool:
-        return cache.splits_keys(q, torch.empty(1, 8, 1056, q.shape[3], device="meta"))
+    def goes(q: Any, branches: int = 1) -> bool:
+        return cache.splits_keys(q, torch.empty(1, 8, 1056, q.shape[3], device="meta"), branches)
 
     assert goes(OnGPU(torch.bfloat16, 1, 8, 32, 128)) and goes(OnGPU(torch.float16, 1, 32, 64, 64))
     assert not goes(OnGPU(torch.bfloat16, 1, 32, 65, 128)), "260 queries for each head of keys"
-    assert not goes(OnGPU(torch.float32, 1, 8, 32, 128)) and not goes(OnGPU(torch.float64, 1, 8, 32, 128))
+    assert goes(OnGPU(torch.bfloat16, 1, 32, 256, 128), branches=4)
+    assert goes(OnGPU(torch.float32, 1, 8, 32, 128)) and not goes(OnGPU(torch.float64, 1, 8, 32, 128))
     assert not goes(OnGPU(torch.bfloat16, 1, 8, 32, 256))
     assert not goes(torch.empty(1, 8, 32, 128, dtype=torch.bfloat16, device="cpu"))

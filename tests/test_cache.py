@@ -75,15 +75,68 @@ def test_columns_beyond_the_end(start: int, T: int) -> None:
     assert torch.equal(cache.keys[0], before)
 
 
-@pytest.mark.parametrize("rows", [[0, 2], [1], [0, 1, 2], [2, 0]])
-def test_keep(rows: list[int]) -> None:
-    cache, before = filled(), filled()
-    cache.keep(torch.tensor(rows))
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("sequences", [[0, 2], [1], [0, 1, 2], [2, 0], [1, 2]])
+def test_sequences_in_front_keep_their_keys_and_so_do_the_others(sequences: list[int], passes: int) -> None:
+    cache, before = BlockCache(passes=passes), filled(3 * passes)
     for layer in range(2):
-        assert torch.equal(cache.keys[layer], before.keys[layer][rows])
-        assert torch.equal(cache.values[layer], before.values[layer][rows])
-    k, v = keys_and_values(len(rows), 3, seed=9)
+        cache.write(layer, *keys_and_values(3 * passes, 10, seed=layer), 0)
+
+    def rows(order: list[int]) -> list[int]:
+        return [sequence * passes + i for sequence in order for i in range(passes)]
+
+    order = cache.seat(sequences)
+    assert sorted(order) == sorted(sequences) and cache.size == len(sequences)
+    for layer, (k, v) in enumerate(cache.allocated):
+        assert torch.equal(cache.keys[layer], before.keys[layer][rows(order)])
+        assert torch.equal(k, before.keys[layer][rows(cache.order)])
+        assert torch.equal(v, before.values[layer][rows(cache.order)])
+    k, v = keys_and_values(len(sequences) * passes, 3, seed=9)
     assert torch.equal(cache.write(0, k, v, 5)[0][:, :, 5:8], k)
+
+
+def test_only_sequences_that_stand_too_far_back_are_moved() -> None:
+    cache = filled(5)
+    assert cache.seat([4, 0, 2]) == [0, 4, 2] and cache.order == [0, 4, 2, 3, 1]
+    assert cache.seat([0, 1, 2, 3, 4]) == [0, 4, 2, 3, 1]
+    assert cache.seat([3]) == [3]
+
+
+def test_nothing_is_written_for_fillers() -> None:
+    cache, before = filled(), filled()
+    cache.pad(0, fillers=torch.tensor([False, True, False]))
+    for start in (5, torch.tensor([5, 6, 7])):
+        k, v = keys_and_values(3, 3, seed=9)
+        seen_k, seen_v = cache.write(1, k, v, start)
+        assert torch.equal(seen_k[[0, 2], :, 5:8], k[[0, 2]]) and torch.equal(seen_k[1], before.keys[1][1])
+        assert torch.equal(seen_v[[0, 2], :, 5:8], v[[0, 2]]) and torch.equal(seen_v[1], before.values[1][1])
+
+
+def test_padding_that_the_host_knows_is_neither_fed_nor_seen() -> None:
+    cache, (k, v) = BlockCache(spare=4), keys_and_values(2, 10)
+    cache.pad(3)
+    for _ in range(2):  # empty and allocated
+        seen_k, seen_v = cache.write(0, k[:, :, 3:], v[:, :, 3:], 3)
+        assert torch.equal(seen_k, k[:, :, 3:]) and torch.equal(seen_v, v[:, :, 3:])
+    assert cache.length == 10 and not cache.keys[0][:, :, :3].any()
+    cache.pad(2)
+    assert torch.equal(cache.write(0, k[:, :, 2:], v[:, :, 2:], 2)[0], k[:, :, 2:])
+    with pytest.raises(ValueError, match=r"full forward first.*from 4"):
+        BlockCache().write(0, *keys_and_values(1, 3), 4)
+
+
+def test_what_was_never_written_holds_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask takes a column's weight away, but 0 times NaN is NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)  # which fills what is empty with NaN
+    try:
+        assert torch.empty(1).isnan()
+        cache = BlockCache(spare=4)
+        cache.pad(3)
+        cache.write(0, *keys_and_values(2, 7), 3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(tensor.isfinite().all() for pair in cache.allocated for tensor in pair)
 
 
 # Forwards with it
@@ -157,8 +210,7 @@ def test_a_second_full_forward_forgets_the_first(llada: LLaDAModelLM) -> None:
 def test_kept_rows_go_on_as_if_alone(llada: LLaDAModelLM) -> None:
     x, cache = prompts(4, 14), BlockCache()
     forward(llada, x, cache, 0, 14)
-    rows = torch.tensor([3, 1])
-    cache.keep(rows)
+    rows = torch.tensor(cache.seat([3, 1]))
     changed = x[rows].clone()
     changed[:, 6] = MASK
     logits = forward(llada, changed, cache, 5, 9)
@@ -205,7 +257,7 @@ def test_branches_in_tree_layout_are_forwards_of_their_own(
     cache, alone = BlockCache("tree", spare=(branches - 1) * n), BlockCache()
     assert torch.equal(forward(llada, x, cache, 0, 14), forward(llada, x, alone, 0, 14))
     cache.branches = branches
-    mask = tree_mask(14, slice(start, stop), n, branches, x.device)[None, None]
+    mask = tree_mask(14, slice(start, stop), n, branches, x.device)
     positions = torch.arange(start, stop).repeat(branches)[None]
     with torch.no_grad():
         fed = contents[:, :, start:stop].flatten(1)

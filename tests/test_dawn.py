@@ -527,11 +527,8 @@ class TestProbe:
             probe = Probe(self.LAYERS, branched, branches=D, layout=layout)
             p = positions[:, fed].repeat_interleave(D, dim=0).view(2, -1)
             if layout == "tree":
-                sees = (
-                    tree_mask(20, fed, fed.stop - fed.start, D, x.device)
-                    & torch.cat((mask, mask[:, fed].repeat(1, D - 1)), 1)[:, None]
-                )
-                llada(states.flatten(1), sees[:, None], p, cache=probe, start=fed.start)
+                sees = tree_mask(20, fed, n, D, x.device, mask.bool())
+                llada(states.flatten(1), sees, p, cache=probe, start=fed.start)
             else:
                 p = p.view(2 * D, n)
                 llada(states.flatten(0, 1), mask.repeat_interleave(D, 0), p, cache=probe, start=fed.start)
@@ -545,7 +542,7 @@ class TestProbe:
         rule, everything = Dawn(tau_sink=0.1, tau_edge=0.06), slice(0, 20)
         probe = Probe(self.LAYERS, branches=D, layout="tree")
         positions = torch.arange(20).repeat(2, D)
-        sees = tree_mask(20, everything, 20, D, x.device).expand(2, 1, -1, -1)
+        sees = tree_mask(20, everything, 20, D, x.device).expand(2, -1, -1, -1)
         with torch.no_grad():
             llada(states.flatten(1), sees, positions, cache=probe)
             together = probe.edges(rule, 0, 8, 6).unflatten(0, (2, D))

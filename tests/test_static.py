@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import fdpp
 from fdpp import LLaDAModelLM, cpu, project
 from fdpp.decoding import static
 from fdpp.decoding.forwards import Forwards
+from fdpp.decoding.static import steps_of
 
 RULES = [
     fdpp.Quota(),
@@ -132,9 +134,9 @@ def test_a_step_holds_nothing_that_a_capture_refuses(settings: dict[str, Any], m
     monkeypatch.setattr(project, "project_cpu", mode.unseen(project.project_cpu))
     monkeypatch.setattr(Forwards, "only_masked", property(lambda self: False, lambda self, value: None), raising=False)
 
-    def watched(step: static.Step) -> None:
+    def watched(step: static.Step, *arguments: Any) -> None:
         with mode:
-            run(step)
+            run(step, *arguments)
         taken.append(step)
 
     monkeypatch.setattr(static.Step, "run", watched)
@@ -144,31 +146,57 @@ def test_a_step_holds_nothing_that_a_capture_refuses(settings: dict[str, Any], m
     assert len(set(taken)) > 1
 
 
-def steps_of(llada: LLaDAModelLM) -> list[static.Step]:
-    buckets = llada.__dict__["_static_steps"].buckets.values()
-    return [step for bucket in buckets for arena in bucket.arenas.values() for step in arena.steps.values()]
-
-
 def test_a_decode_makes_one_step_for_full_forwards_and_one_for_blocks() -> None:
     llada = small_model()
     settings: dict[str, Any] = {"rule": fdpp.Quota(2), "stop_at_eos": False, "max_new_tokens": 32, "block_length": 8}
     first = llada.generate(prompts(1, 20), engine="static", **settings)
-    assert {(step.window.full, step.window.width()) for step in steps_of(llada)} == {(True, 64), (False, 8)}
+    assert {(step.window.full, step.window.width()) for step in steps_of(llada)} == {(True, 52), (False, 8)}
     made = steps_of(llada)
-    # Another length of the same bucket, and the same one again.
+    # Another length of the same bucket makes a full forward of its own, and the same one again makes nothing.
     llada.generate(prompts(1, 27), engine="static", **settings)
+    assert [step.window.width() for step in steps_of(llada) if step not in made] == [59]
     assert torch.equal(llada.generate(prompts(1, 20), engine="static", **settings).sequences, first.sequences)
-    assert steps_of(llada) == made
+    assert len(steps_of(llada)) == len(made) + 1
 
 
-def test_a_window_without_padding_needs_no_mask() -> None:
-    llada, seen = small_model(), []
-    forward = llada.model.forward
-    llada.model.forward = lambda *args, **kwargs: seen.append(kwargs["attention_mask"]) or forward(*args, **kwargs)
-    llada.generate(prompts(1, 16), engine="static", max_new_tokens=16, block_length=8)
-    assert seen and all(mask is None for mask in seen)
-    llada.generate(prompts(1, 15), engine="static", max_new_tokens=16, block_length=8)
-    assert seen[-1] is not None and seen[-1].shape[1] == 32
+def masks_of(llada: LLaDAModelLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
+    """Of every call of PyTorch's attention: queries, keys, and whether there is a mask."""
+    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
+        seen.append((q.shape[2], k.shape[2], attn_mask is not None))
+        return attention(q, k, v, attn_mask=attn_mask, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    return seen
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("P", [16, 15, 9])
+def test_full_forwards_of_prompts_of_one_length_need_no_mask(
+    P: int, padding: int, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their length, and also where all are padded alike: columns without a token are neither fed nor seen."""
+    llada, ids = small_model(), prompts(2, P)
+    mask = torch.ones_like(ids)
+    mask[:, :padding] = 0
+    seen = masks_of(llada, monkeypatch)
+    out = llada.generate(ids, mask, engine="static", cache=cache, rule=fdpp.Quota(), max_new_tokens=16, block_length=8)
+    full = P - padding + 16
+    assert {call for call in seen if call[0] == full} == {(full, full, False)}
+    assert cache == "dual" or all(keys == full and not masked for _, keys, masked in seen)
+    want = llada.generate(ids[:, padding:], cache=cache, rule=fdpp.Quota(), max_new_tokens=16, block_length=8)
+    assert_same(want, replace(out, sequences=out.sequences[:, padding:]))
+    assert torch.equal(out.query_tokens, want.query_tokens)
+
+
+def test_prompts_of_different_lengths_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    llada = small_model()
+    seen = masks_of(llada, monkeypatch)
+    ids, mask = left_pad([prompts(1, 16)[0], prompts(1, 15)[0]])
+    llada.generate(ids, mask, engine="static", max_new_tokens=16, block_length=8)
+    assert seen and all(keys == 32 and masked for _, keys, masked in seen)
 
 
 def test_the_keys_and_values_stay_where_they_are() -> None:

@@ -21,6 +21,11 @@ STEP_STRIDE = 0x5851F42D4C957F2D
 """Odd, so a sequence's steps draw from different noise streams (Knuth's multiplier for 64-bit generators)."""
 
 
+def stop_ids(config: DiffusionGenerationConfig, device: torch.device) -> Tensor | None:
+    """The ids that end a sequence, int64; None where nothing does."""
+    return torch.tensor(config.eos_token_id, dtype=torch.int64, device=device) if config.stop_at_eos else None
+
+
 class Advance:
     """Draft, forward, verify, commit. It holds nothing that changes: `(state, ...) -> (state, outcome)`.
 
@@ -37,9 +42,7 @@ class Advance:
         assert config.mask_token_id is not None
         self.config, self.mask_id = config, config.mask_token_id
         self.forwards = Forwards(model, config, processor)
-        self.eos = None
-        if config.stop_at_eos:
-            self.eos = torch.tensor(config.eos_token_id, dtype=torch.int64, device=device)
+        self.eos = stop_ids(config, device)
         self.carries_evidence = config.drafts != 1 or isinstance(config.rule, Klass)
 
     def __call__(
@@ -77,9 +80,11 @@ class Advance:
 
         ended = ends(chain.tokens, self.mask_id, self.eos)
         remaining = chain.remaining.masked_fill(ended, 0)
-        summary = torch.stack(
-            (chain.nonfinite.sum(), ended.sum(), (remaining == 0).sum(), remaining.max(), chain.accepted.max())
-        )
+        counts = [chain.nonfinite, ended, remaining == 0, remaining, chain.accepted]
+        if state.fillers is not None:
+            counts = [count.masked_fill(state.fillers, 0) for count in counts]
+        unusable, over, closed, left, accepted = counts
+        summary = torch.stack((unusable.sum(), over.sum(), closed.sum(), left.max(), accepted.max()))
         return after, Outcome(state.row, states, chosen, chain.accepted, remaining, ended, chain.nonfinite, summary)
 
     def draft(self, state: BlockState, window: Window, schedule: Tensor, drafts: int) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdpp.decoding.config import MAX_DRAFTS
+from fdpp.decoding.config import MAX_DRAFTS, DiffusionGenerationConfig
 from fdpp.decoding.state import ends
 from fdpp.reference import Selection
 
@@ -69,6 +69,14 @@ class Chain:
 def most_drafts(drafts: int | str) -> int:
     """The most states that a forward may evaluate under the setting `drafts`."""
     return MAX_DRAFTS if drafts == "auto" else int(drafts)
+
+
+def spare_columns(config: DiffusionGenerationConfig) -> int:
+    """Columns that the cache holds for drafts in tree layout."""
+    if config.drafts == 1 or config.branches == "batch" or config.cache == "none":
+        return 0
+    widest = config.max_new_tokens if config.cache == "prefix" else config.block_length
+    return (most_drafts(config.drafts) - 1) * min(widest, config.max_new_tokens)
 
 
 def depth_after(accepted: int, drafts: int | str) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdpp import dawn, klass
-from fdpp.cache import BlockCache, tree_mask
+from fdpp.cache import BlockCache, tree_mask, visible
 from fdpp.dawn import Dawn
 from fdpp.decoding.config import DiffusionGenerationConfig
 from fdpp.decoding.evidence import Evidence
@@ -61,19 +61,21 @@ class Forwards:
         tokens[:, :, window.inner] = states
         if cache is not None:
             cache.branches = D
-            cache.pad(state.attention_mask)
+            padding = state.padding if window.padding is None else window.padding
+            cache.pad(0 if padding is None else padding, state.fillers)
         probe = None
         if isinstance(self.rule, Dawn):
             probe = dawn.Probe(self.rule.probed(self.model.config.n_layers), cache, branches=D, layout=self.layout)
         if probe is not None:
-            hidden = self.hidden(state, tokens, window, probe)
+            hidden = self.hidden(state, tokens, window, probe, self.mask(state, window, D) if cache is None else None)
             logits = self.shaped(self.project(hidden[:, :, window.inner]), state, states, window)
             evidence = Evidence(logits)
             return self.with_dependencies(evidence, probe, state, tokens, hidden, window)
         fed = state
         if self.cfg_scale > 0.0:
             fed, tokens = with_unconditional(state, tokens, window, self.mask_id)
-        hidden = self.hidden(fed, tokens, window, cache, of_block=True)
+        mask = self.mask(fed, window, D) if cache is None else None
+        hidden = self.hidden(fed, tokens, window, cache, mask, of_block=True)
         if self.only_masked and hidden.device.type == "cpu":
             return Evidence(self.project(hidden[states == self.mask_id])), state.anchors
         evidence = Evidence(self.shaped(self.project(hidden), state, states, window))
@@ -92,24 +94,32 @@ class Forwards:
             logits = processed(self.processor, logits, states, state.sequences[:, : window.first], self.mask_id)
         return without(logits, self.never) if self.never else logits
 
+    def mask(self, state: BlockState, window: Window, D: int) -> Tensor | None:
+        """What D states of every sequence may see without a cache, which would say it itself; None: everything."""
+        real = None
+        if window.padding is None and state.padding is not None:
+            real = visible(state.padding, state.sequences.shape[1])
+        if D > 1 and self.layout == "tree":
+            n, device = window.width(), state.sequences.device
+            return tree_mask(n, slice(0, n), n, D, device, real)
+        return None if real is None else real.repeat_interleave(D, dim=0)
+
     def hidden(
-        self, state: BlockState, tokens: Tensor, window: Window, cache: BlockCache | None, of_block: bool = False
+        self,
+        state: BlockState,
+        tokens: Tensor,
+        window: Window,
+        cache: BlockCache | None,
+        mask: Tensor | None,
+        of_block: bool = False,
     ) -> Tensor:
         """Hidden states `[b, D, n, d_model]` of `tokens` `[b, D, n]`, which stand in the window's fed columns.
 
-        With `of_block` only those of the block's columns, `[b, D, T, d_model]`.
+        With `of_block` only those of the block's columns, `[b, D, T, d_model]`. `mask` as the model takes it.
         """
         b, D, n = tokens.shape
         positions = state.position_ids[:, window.fed][:, None].expand(b, D, n)
-        mask = state.attention_mask
         tree = D > 1 and self.layout == "tree"
-        if tree:
-            sees = tree_mask(state.sequences.shape[1], window.fed, n, D, tokens.device)
-            if mask is not None:
-                sees = sees & torch.cat((mask, mask[:, window.fed].repeat(1, D - 1)), dim=1)[:, None, :]
-            mask = sees.expand(b, -1, -1)[:, None]
-        elif mask is not None:
-            mask = mask.repeat_interleave(D, dim=0)
         together = (1, 2) if tree else (0, 1)
         early = of_block and not tree and window.block_width() < n
         hidden = self.model.model(
@@ -134,7 +144,7 @@ class Forwards:
         """`evidence` with the dependency graph of the `probe` and how sure the model is of committed columns."""
         assert isinstance(self.rule, Dawn) and isinstance(window.fed, slice) and state.anchors is not None
         b, D, _ = tokens.shape
-        mask = state.attention_mask
+        mask = None if state.padding is None else visible(state.padding, state.sequences.shape[1])
         key_mask = mask if mask is None or probe.shared else mask.repeat_interleave(D, dim=0)
         T = evidence.logits.shape[2]
         edges = probe.edges(self.rule, window.fed.start, window.first, T, key_mask).unflatten(0, (b, D))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable
@@ -16,10 +17,22 @@ from transformers.generation.streamers import BaseStreamer
 
 from fdpp.decoding.config import DiffusionGenerationConfig
 from fdpp.decoding.loop import BlockLoop
+from fdpp.decoding.static import steps_for
 
 TOKEN_IDS = ("mask_token_id", "eos_token_id", "pad_token_id", "eot_token_id")
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 """What `from_pretrained` passes on about where a file is."""
+
+
+def without_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under `torch.no_grad` and outside of inference mode: what it keeps for later are ordinary tensors."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 class DiffusionGenerationMixin:
@@ -28,7 +41,7 @@ class DiffusionGenerationMixin:
     generation_config_class = DiffusionGenerationConfig
     config: Any
 
-    @torch.no_grad()
+    @without_gradients
     def generate(
         self,
         input_ids: Tensor,
@@ -96,27 +109,12 @@ class DiffusionGenerationMixin:
                 **({} if streamer is None else {"streamer": streamer}),
                 **own,
             )
-        loop = BlockLoop(self, input_ids, attention_mask, config, processors or None)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        for block in range(len(config.blocks())):
-            put_draft = getattr(streamer, "put_draft", None)
-            for _ in loop.steps(block, watch=put_draft is not None):
-                if put_draft is not None:
-                    put_draft(loop.block_tokens(block).cpu())
-            if criteria:
-                loop.stop(criteria, block)
-            if streamer is not None:
-                streamer.put(loop.block_tokens(block).cpu())
-            if loop.finished():
-                break
-        if streamer is not None:
-            streamer.end()
-        if not config.return_dict_in_generate:
-            return loop.sequences
-        return loop.output()
+        with steps_for(self, config, input_ids.device, processors or None) as static:
+            loop = BlockLoop(self, input_ids, attention_mask, config, processors or None, static)
+            decode(loop, streamer, criteria, input_ids)
+        return loop.output() if config.return_dict_in_generate else loop.sequences
 
-    @torch.no_grad()
+    @without_gradients
     def warmup(
         self,
         prompt_length: int,
@@ -126,7 +124,8 @@ class DiffusionGenerationMixin:
     ) -> None:
         """Capture ahead of time what `generate` with the same settings would capture on first use.
 
-        It serves all prompts that fall into the same length bucket, in batches of up to `batch_size`, padded or not.
+        It serves batches of up to `batch_size` prompts, padded or not. Prompts of another length in the same length
+        bucket find all steps but one: the full forward of prompts of equal length feeds as many columns as they have.
         Where the static engine is not used (on a CPU, unless asked for) there is nothing to do.
 
         Args:
@@ -137,13 +136,15 @@ class DiffusionGenerationMixin:
         config = self.settled(generation_config, overrides)
         weight = next(iter(self.parameters()))  # type: ignore[attr-defined]
         ids = torch.full((batch_size, prompt_length), config.pad_token_id or 0, device=weight.device)
-        padded = torch.ones_like(ids, dtype=torch.bool)
-        if prompt_length:
-            padded[:, 0] = False
-        for mask in (None, padded):
-            loop = BlockLoop(self, ids, mask, config)
-            if loop.is_static:
-                loop.warm_up()
+        masks: list[Tensor | None] = [None]
+        if batch_size > 1 and prompt_length:
+            ragged = torch.ones_like(ids, dtype=torch.bool)
+            ragged[0, 0] = False
+            masks.append(ragged)
+        with steps_for(self, config, ids.device) as static:
+            if static is not None:
+                for mask in masks:
+                    BlockLoop(self, ids, mask, config, None, static).warm_up()
 
     def settled(
         self, generation_config: DiffusionGenerationConfig | None, overrides: dict[str, Any]
@@ -173,6 +174,25 @@ class DiffusionGenerationMixin:
                 generation_config = DiffusionGenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if generation_config is not None:
             self.generation_config = check_kind(generation_config)
+
+
+def decode(loop: BlockLoop, streamer: BaseStreamer | None, criteria: StoppingCriteriaList, prompt: Tensor) -> None:
+    """Run `loop` to its end, block by block, as `generate` says."""
+    put_draft = getattr(streamer, "put_draft", None)
+    if streamer is not None:
+        streamer.put(prompt.cpu())
+    for block in range(len(loop.config.blocks())):
+        for _ in loop.steps(block, watch=put_draft is not None):
+            if put_draft is not None:
+                put_draft(loop.block_tokens(block).cpu())
+        if criteria:
+            loop.stop(criteria, block)
+        if streamer is not None:
+            streamer.put(loop.block_tokens(block).cpu())
+        if loop.finished():
+            break
+    if streamer is not None:
+        streamer.end()
 
 
 def check_kind(config: Any) -> DiffusionGenerationConfig:

@@ -12,14 +12,13 @@ from fdpp.decoding.state import BlockState, Window
 def with_unconditional(state: BlockState, tokens: Tensor, window: Window, mask_id: int) -> tuple[BlockState, Tensor]:
     """`tokens` `[b, D, n]` of the window, each sequence followed by itself with its prompt masked: `[2b, D, n]`.
 
-    The prompt is what no step has committed. The returned state has the positions and masks of these rows.
+    The prompt is what no step has committed. The returned state has the positions and the padding of these rows.
     """
     decoded = marked(state.commit_step[:, window.fed] >= 0, window.inner)
     unconditional = torch.where(decoded[:, None], tokens, mask_id)
-    mask = state.attention_mask
     twice = state._replace(
         position_ids=state.position_ids.repeat_interleave(2, dim=0),
-        attention_mask=None if mask is None else mask.repeat_interleave(2, dim=0),
+        padding=None if state.padding is None else state.padding.repeat_interleave(2, dim=0),
     )
     return twice, torch.stack((tokens, unconditional), dim=1).flatten(0, 1)
 

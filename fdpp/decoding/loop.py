@@ -14,10 +14,10 @@ from fdpp.cache import BlockCache
 from fdpp.dawn import Dawn
 from fdpp.decoding.advance import Advance
 from fdpp.decoding.config import DiffusionGenerationConfig, DiffusionGenerationOutput
-from fdpp.decoding.drafts import depth_after, most_drafts
+from fdpp.decoding.drafts import depth_after, most_drafts, spare_columns
 from fdpp.decoding.runners import EagerRunner
 from fdpp.decoding.state import BlockState, Outcome, Window
-from fdpp.decoding.static import LENGTH_BUCKET, StaticRunner, bucket_for, graph_size, why_not_static
+from fdpp.decoding.static import LENGTH_BUCKET, StaticRunner, StaticSteps, bucket_for, graph_size
 from fdpp.ops import pack, streams
 
 
@@ -39,62 +39,60 @@ class BlockLoop:
         attention_mask: Tensor | None,
         config: DiffusionGenerationConfig,
         processor: Callable[..., Tensor] | None = None,
+        static: StaticSteps | None = None,
     ) -> None:
         if config.mask_token_id is None or config.pad_token_id is None:
             raise ValueError("BlockLoop: expected a config with its mask and padding ids filled in")
+        if processor is not None and config.head == "fused":
+            raise ValueError("head='fused' keeps no logits, which logits_processor reads")
         self.mask_id, self.pad_id = config.mask_token_id, config.pad_token_id
-        self.config, self.device = config, input_ids.device
+        self.config, self.device, self.static = config, input_ids.device, static
         B, P = input_ids.shape
         self.live = torch.arange(B, device=self.device)
         self.eos = torch.tensor(config.eos_token_id, dtype=torch.int64, device=self.device)
-        obstacle = why_not_static(model, config)
-        if processor is not None:
-            if config.head == "fused":
-                raise ValueError("head='fused' keeps no logits, which logits_processor reads")
-            obstacle = "logits_processor is code of the caller's, which is not captured"
-        if config.engine == "static" and obstacle is not None:
-            raise ValueError(f"engine='static': {obstacle}")
-        self.is_static = config.engine == "static" or (
-            config.engine == "auto" and obstacle is None and self.device.type == "cuda"
-        )
-        self.extra = -(P + config.max_new_tokens) % LENGTH_BUCKET if self.is_static else 0
-        if self.extra:
-            attention_mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
-            attention_mask = F.pad(attention_mask, (self.extra, 0), value=False)
-            input_ids = F.pad(input_ids, (self.extra, 0), value=self.pad_id)
+        self.extra = 0 if static is None else -(P + config.max_new_tokens) % LENGTH_BUCKET
         self.prompt_length = P + self.extra
         self.length = self.prompt_length + config.max_new_tokens
-        self.whole = self.initial(input_ids, attention_mask)
-        if self.is_static:
-            padded = attention_mask is not None
-            self.bucket = bucket_for(model, config, self.device, B, self.length, padded, self.spare_columns())
+        padding = None if attention_mask is None else (~attention_mask).sum(1)
+        self.padding: int | None = self.extra
+        if padding is not None:
+            least, most = padding.aminmax()
+            # A row in which nothing is cut off may be fed as it comes; which columns a graph feeds is fixed.
+            self.padding = self.extra + int(least) if static is not None and bool(least == most) else None
+        if static is not None:
+            padding = torch.zeros_like(self.live) if padding is None else padding
+            padding, input_ids = padding + self.extra, F.pad(input_ids, (self.extra, 0), value=self.pad_id)
+        self.whole = self.initial(input_ids, padding)
+        self.advance = Advance(model, config, self.device, processor)
+        if static is not None:
+            self.bucket = bucket_for(static, config, self.device, B, self.length)
+            self.advance.eos, self.cache = self.bucket.eos, self.bucket.cache
         else:
-            self.advance = Advance(model, config, self.device, processor)
-            spare = self.spare_columns()
+            spare = spare_columns(config)
             self.cache = None if config.cache == "none" else BlockCache(config.branches, spare, config.passes)
-
-    def spare_columns(self) -> int:
-        """Columns that the cache holds for drafts in tree layout."""
-        if self.config.drafts == 1 or self.config.branches == "batch" or self.config.cache == "none":
-            return 0
-        widest = self.config.max_new_tokens if self.config.cache == "prefix" else self.config.block_length
-        return (most_drafts(self.config.drafts) - 1) * min(widest, self.config.max_new_tokens)
 
     def runner(self, state: BlockState, block: int) -> EagerRunner | StaticRunner:
         """Who runs the forwards of `block`."""
         schedule = torch.cat([pack(rule, self.device) for rule in self.config.block_rules()[block]])
-        if self.is_static:
+        if self.static is not None:
             start, stop = self.config.blocks()[block]
-            return StaticRunner(self.bucket, state, schedule, stop - start)
-        if self.cache is not None and self.cache.allocated:
-            self.cache.hold(state.row.shape[0])
+            return StaticRunner(self.static, self.bucket, self.advance, state, schedule, stop - start)
         return EagerRunner(self.advance, state, schedule, self.cache)
+
+    def seated(self, sequences: Tensor) -> Tensor:
+        """`sequences` `[c]`, by their numbers, in the order in which their rows stand in the cache."""
+        if self.cache is None or not sequences.shape[0]:
+            return sequences
+        return torch.tensor(self.cache.seat(sequences.tolist()), device=self.device)
 
     def windows(self, block: int) -> tuple[Window, Window]:
         """What a block's first forward feeds, and what the others do."""
-        columns, everything = self.block_columns(block), slice(0, self.length)
-        later = {"none": everything, "prefix": slice(columns.start, self.length), "dual": columns}[self.config.cache]
-        return Window.of(everything, columns, self.length), Window.of(later, columns, self.length)
+        columns = self.block_columns(block)
+        first = Window.of(slice(self.padding or 0, self.length), columns, True, self.padding)
+        if self.config.cache == "none":
+            return first, first
+        fed = columns if self.config.cache == "dual" else slice(columns.start, self.length)
+        return first, Window.of(fed, columns, False, 0 if self.whole.padding is None else None)
 
     def warm_up(self) -> None:
         """Capture every step that a decode of these sequences may take, at every size its batch may shrink to."""
@@ -110,13 +108,12 @@ class BlockLoop:
                 for drafts in (1, *depths):
                     runner.step(others, drafts)
 
-    def initial(self, input_ids: Tensor, attention_mask: Tensor | None) -> BlockState:
+    def initial(self, input_ids: Tensor, padding: Tensor | None) -> BlockState:
         B, new = input_ids.shape[0], self.config.max_new_tokens
         sequences = torch.cat((input_ids, input_ids.new_full((B, new), self.mask_id)), dim=1)
         position_ids = torch.arange(self.length, device=self.device).expand(B, -1)
-        if attention_mask is not None:
-            attention_mask = torch.cat((attention_mask, attention_mask.new_ones(B, new)), dim=1)
-            position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        if padding is not None:
+            position_ids = (position_ids - padding[:, None]).clamp(min=0)
         none = torch.zeros(B, dtype=torch.int64, device=self.device)
         state = BlockState(
             row=self.live,
@@ -127,7 +124,7 @@ class BlockLoop:
             query_tokens=none.clone(),
             first_step=none.clone(),
             position_ids=position_ids,
-            attention_mask=attention_mask,
+            padding=padding,
         )
         if self.config.draws:
             state = state._replace(streams=streams(self.config.seed or 0, B, self.device))
@@ -162,7 +159,7 @@ class BlockLoop:
         """
         columns = self.block_columns(block)
         first, others = self.windows(block)
-        state = self.whole.take(self.live)
+        state = self.whole.take(self.seated(self.live))
         runner = self.runner(state._replace(first_step=state.steps), block)
         window, drafts = first, 1
         while runner.size:
@@ -177,7 +174,7 @@ class BlockLoop:
             if any_ended:
                 self.end_after_eos(outcome.row[outcome.ended], columns.start)
             if closed:
-                runner.keep(outcome.remaining.nonzero().flatten())
+                runner.keep(self.seated(outcome.row[outcome.remaining > 0]))
             window, drafts = others, min(depth_after(most_accepted, self.config.drafts), most_remaining)
             yield outcome
 

@@ -26,8 +26,6 @@ class EagerRunner:
         # The forward's only synchronisation: all that the host must know, in one transfer.
         return outcome, outcome.summary.tolist()
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with the sequences at `rows`, int64 indices `[c]`."""
-        self.state = self.state.take(rows)
-        if self.cache is not None and rows.numel():
-            self.cache.keep(rows)
+    def keep(self, sequences: Tensor) -> None:
+        """Go on with `sequences` `[c]`, in the order of the cache's rows."""
+        self.state = self.state.take(self.state.places(sequences))

@@ -21,6 +21,8 @@ class Window(NamedTuple):
         inner: the block's place within what is fed.
         first: the block's first column, for rules that look beyond the block.
         full: whether everything is fed.
+        padding: the columns on the left that hold no token, where all sequences have as many and the host knows it: a
+            full forward feeds none of them. None: `BlockState.padding` says it, sequence by sequence.
     """
 
     fed: slice | Tensor
@@ -28,11 +30,12 @@ class Window(NamedTuple):
     inner: slice | Tensor
     first: int
     full: bool
+    padding: int | None = 0
 
     @classmethod
-    def of(cls, fed: slice, block: slice, length: int) -> Window:
+    def of(cls, fed: slice, block: slice, full: bool, padding: int | None) -> Window:
         inner = slice(block.start - fed.start, block.stop - fed.start)
-        return cls(fed, block, inner, block.start, fed.stop - fed.start == length)
+        return cls(fed, block, inner, block.start, full, padding)
 
     def start(self) -> int | Tensor:
         """What `model(start=)` takes: the first fed column, or all of them."""
@@ -61,7 +64,9 @@ class BlockState(NamedTuple):
         nfe, steps, query_tokens: `[b]` int64, forwards, steps and fed positions so far.
         first_step: `[b]` int64, `steps` at the block's start.
         position_ids: `[b, L]` int64.
-        attention_mask: `[b, L]` bool, False at padding; None without padding.
+        padding: `[b]` int64, columns on the left that hold no token; None where there are none.
+        fillers: `[b]` bool, rows that are there for the size of the batch alone, copies of the first: nothing is stored
+            for them, and no count includes them. None: there are none.
         streams: `[b]` int64, the noise streams of a decode that samples.
         offered, accepted: `[b, drafts - 1]` int64, how many drafts were offered and accepted, by depth.
         evidence: of the state before the current one, `[b, 1, ...]`, where drafts or the rule need it; None before a
@@ -77,7 +82,8 @@ class BlockState(NamedTuple):
     query_tokens: Tensor
     first_step: Tensor
     position_ids: Tensor
-    attention_mask: Tensor | None = None
+    padding: Tensor | None = None
+    fillers: Tensor | None = None
     streams: Tensor | None = None
     offered: Tensor | None = None
     accepted: Tensor | None = None
@@ -98,6 +104,10 @@ class BlockState(NamedTuple):
     def take(self, rows: Tensor) -> BlockState:
         """The sequences at `rows`, int64 indices `[c]`."""
         return self.each(lambda field: field.index_select(0, rows))
+
+    def places(self, sequences: Tensor) -> Tensor:
+        """Where `sequences` `[c]`, by their numbers in `row`, stand in the batch, int64 `[c]`."""
+        return (self.row == sequences[:, None]).long().argmax(1)
 
     def write(self, part: BlockState) -> None:
         """Write what steps change back to the rows that `part` came from."""
@@ -142,4 +152,5 @@ def ends(tokens: Tensor, mask_id: int, eos: Tensor | None) -> Tensor:
     if eos is None:
         return torch.zeros(tokens.shape[:-1], dtype=torch.bool, device=tokens.device)
     open_before = tokens.eq(mask_id).cumsum(-1) > 0
-    return (torch.isin(tokens, eos) & ~open_before).any(-1)
+    # Not `torch.isin`, which for many ids sorts and counts, and waits for the count.
+    return ((tokens[..., None] == eos).any(-1) & ~open_before).any(-1)

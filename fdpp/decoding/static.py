@@ -4,26 +4,31 @@ Everything a step reads or writes stands at a fixed address: the state of the se
 of the window and the key/value cache, allocated once per length bucket. Steps differ by batch size, by how many columns
 are fed and by how many drafts are evaluated; each combination is captured once and kept with the model. On a CPU the
 same steps run on the same tensors without a capture, so that tests there see all but the graph itself.
+
+One decode at a time uses a model's static tensors: another thread waits for its end.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fdpp.cache import BlockCache
 from fdpp.dawn import Dawn
-from fdpp.decoding.advance import Advance
+from fdpp.decoding.advance import Advance, stop_ids
 from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.decoding.drafts import spare_columns
+from fdpp.decoding.graphs import graphs_on
 from fdpp.decoding.head import slice_held
 from fdpp.decoding.state import BlockState, Outcome, Window
 
@@ -31,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 LENGTH_BUCKET = 32
 """Sequences are padded to a multiple of it, so that prompts of other lengths find their steps captured. It is the
-common block length: LLaDA's 800 + 256 columns need no padding, and a full forward grows by 31 columns at most."""
+common block length: LLaDA's 800 + 256 columns need no padding. Only the full forward depends on the padding: it feeds
+none of it, and so is captured once for every length."""
 
 KEPT = 4
 """Length buckets (and settings) whose tensors and graphs are kept; the one that was not used for longest goes first."""
@@ -46,116 +52,86 @@ def graph_size(b: int) -> int:
     return size
 
 
-@cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One per device: PyTorch's own for all captures stays on the device that was current at the first of them."""
-    return torch.cuda.Stream(device)
-
-
-@contextmanager
-def garbage_kept() -> Iterator[None]:
-    """Steps that were let go hold graphs and pinned memory in cycles, which must not be freed amid another capture."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
 class Step:
-    """One captured step of an arena: `drafts` states in a window of fixed widths.
+    """One step of an arena: `drafts` states in a window of fixed widths. It knows nothing of the arena that holds it.
 
     Attributes:
-        outcome: what the last replay left.
+        graph: what replays it, None if it runs operation by operation.
+        outcome: what came of the last time; `captured` is where a replay leaves it.
+        summary: that of the outcome, on the host.
     """
 
-    def __init__(self, arena: Arena, window: Window, drafts: int, fresh: bool) -> None:
-        self.arena, self.drafts, self.fresh = arena, drafts, fresh
-        device, T = arena.state.sequences.device, window.block_width()
-        fed: slice | Tensor = window.fed
-        inner: slice | Tensor = slice(0, T)
-        block = torch.empty(T, dtype=torch.int64, device=device)
-        if window.full:
-            inner = block
-        else:
-            fed = torch.empty(window.width(), dtype=torch.int64, device=device)
-        self.window = Window(fed, block, inner, -1, window.full)
-        self.place(window)
-        self.summary = torch.empty(5, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if device.type == "cuda":
-            self.capture()
+    outcome: Outcome
+    captured: Outcome
+
+    def __init__(self, window: Window, drafts: int, fresh: bool, device: torch.device) -> None:
+        self.drafts, self.fresh, self.device = drafts, fresh, device
+
+        def columns(count: int) -> Tensor:
+            return torch.empty(count, dtype=torch.int64, device=device)
+
+        block = columns(window.block_width())
+        fed = window.fed if window.full else columns(window.width())
+        inner = columns(window.block_width()) if window.full else slice(0, window.block_width())
+        self.window = Window(fed, block, inner, -1, window.full, window.padding)
+        self.summary = torch.empty(5, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+        self.graph: Any = None
 
     def place(self, window: Window) -> None:
         """Move to the columns of `window`."""
         if self.window.first == window.first:
             return
-        for columns, at in ((self.window.fed, window.fed), (self.window.block, window.block)):
+        for name in ("fed", "block", "inner"):
+            columns, at = getattr(self.window, name), getattr(window, name)
             if isinstance(columns, Tensor):
-                assert isinstance(at, slice)
-                torch.arange(at.start, at.stop, out=columns)
+                torch.arange(at.start, at.stop, device=columns.device, out=columns)
         self.window = self.window._replace(first=window.first)
 
-    def advance(self) -> tuple[BlockState, Outcome]:
-        arena = self.arena
+    def run(self, arena: Arena, advance: Advance) -> None:
         state = arena.state._replace(evidence=None) if self.fresh else arena.state
-        return arena.advance(state, self.window._replace(first=-1), arena.schedule, arena.cache, self.drafts)
-
-    def run(self) -> None:
-        after, self.outcome = self.advance()
-        self.arena.store(after)
+        window = self.window._replace(first=-1)
+        after, self.outcome = advance(state, window, arena.schedule, arena.cache, self.drafts)
+        arena.store(after)
         self.summary.copy_(self.outcome.summary, non_blocking=True)
 
-    def capture(self) -> None:
-        (b, L), device = self.arena.state.sequences.shape, self.arena.state.sequences.device
-        if not self.arena.steps:
-            logger.warning(
-                "capturing the steps of %d sequences of %d columns; `model.warmup` does it ahead of time", b, L
-            )
-        logger.info(
-            "capturing a step: %d sequences of %d columns, %d fed, %d drafts",
-            b,
-            L,
-            self.window.width(),
-            self.drafts,
-        )
-        # Compiles what is compiled on first use and allocates the cache and the evidence, outside of the graph's pool.
-        # A step changes nothing but the keys and values of what is fed, and writes the same ones when it is replayed.
-        after, _ = self.advance()
-        self.arena.hold(after)
-        del after
-        with torch.cuda.device(device), garbage_kept():
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.arena.pool, stream=capture_stream(device)):
-                self.run()
+    def warm_up(self, arena: Arena, advance: Advance) -> None:
+        """Run all that a capture will, on the very tensors of the capture, and leave the state as it was.
 
-    def replay(self) -> list[int]:
+        That compiles what is compiled on first use, lets libraries plan for these shapes and strides, and allocates the
+        cache and the evidence outside of the graph's pool. The keys and values of what was fed stay written; a replay
+        writes the same ones.
+        """
+        before = arena.state.each(torch.clone)
+        self.run(arena, advance)
+        arena.restore(before)
+
+    def replay(self, arena: Arena, advance: Advance) -> list[int]:
         """Take the step; returns the outcome's summary."""
-        if self.graph is None:
-            self.run()
+        if self.graph is None or not switch.on:
+            self.run(arena, advance)
         else:
             self.graph.replay()
-            torch.cuda.current_stream(self.arena.state.sequences.device).synchronize()
+            self.outcome = self.captured
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         return self.summary.tolist()
 
 
 class Arena:
-    """The static tensors of `b` sequences, and the steps captured on them."""
+    """The static tensors of `b` sequences, and the steps on them."""
 
-    def __init__(self, advance: Advance, state: BlockState, schedule: Tensor, cache: BlockCache | None, pool: Any):
-        self.advance, self.cache, self.pool = advance, cache, pool
-        self.state, self.schedule = state.each(torch.clone), schedule.clone()
-        self.steps: dict[tuple[int, ...], Step] = {}
+    def __init__(self, state: BlockState, schedule: Tensor, cache: BlockCache | None) -> None:
+        self.cache, self.state, self.schedule = cache, state.each(torch.clone), schedule.clone()
+        self.steps: dict[tuple[Any, ...], Step] = {}
 
-    def step(self, window: Window, drafts: int, fresh: bool) -> Step:
-        key = (window.width(), window.block_width(), drafts, fresh)
-        if key not in self.steps:
-            self.steps[key] = Step(self, window, drafts, fresh)
-        step = self.steps[key]
+    def step(self, window: Window, drafts: int, fresh: bool) -> tuple[Step, bool]:
+        """The step, and whether it is new."""
+        key = (window.width(), window.block_width(), window.full, window.padding, drafts, fresh)
+        new = key not in self.steps
+        step = Step(window, drafts, fresh, self.schedule.device) if new else self.steps[key]
         step.place(window)
-        return step
+        self.steps[key] = step
+        return step, new
 
     def hold(self, state: BlockState) -> None:
         """Make room for the evidence of `state`, of which there is none before a decode's first forward."""
@@ -166,6 +142,9 @@ class Arena:
 
     def store(self, state: BlockState) -> None:
         self.hold(state)
+        self.restore(state)
+
+    def restore(self, state: BlockState) -> None:
         for held, new in zip(self.state.tensors(), state.tensors(), strict=False):
             if held is not new:
                 held.copy_(new)
@@ -175,33 +154,55 @@ class Bucket:
     """Arenas of one length and setting, by batch size and block length; all stand on the front rows of one cache.
 
     The first forward, which allocates the cache, must be one of `capacity` sequences.
+
+    Attributes:
+        sound: False while the cache is allocated or a step made: what was interrupted there is not used again.
+        eos: the ids that end a sequence, at a fixed address.
     """
 
-    def __init__(self, advance: Advance, capacity: int, cache: BlockCache | None) -> None:
-        self.advance, self.capacity, self.cache = advance, capacity, cache
+    def __init__(
+        self, config: DiffusionGenerationConfig, device: torch.device, capacity: int, cache: BlockCache | None
+    ) -> None:
+        self.device, self.capacity, self.cache = device, capacity, cache
+        self.eos = stop_ids(config, device)
         self.arenas: dict[tuple[int, int], Arena] = {}
-        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self.graphs: Any = None
+        self.sound = False
 
     def arena(self, state: BlockState, schedule: Tensor) -> Arena:
         """The arena of the state's batch size, loaded with it."""
-        b, T = state.row.shape[0], schedule.shape[0]
-        if (b, T) not in self.arenas:
-            cache = self.cache
-            if cache is not None and cache.allocated:
-                cache = cache.front(b)
-            self.arenas[b, T] = Arena(self.advance, state, schedule, cache, self.pool)
-        arena = self.arenas[b, T]
+        key = (state.row.shape[0], schedule.shape[0])
+        if key not in self.arenas:
+            self.arenas[key] = Arena(state, schedule, None if self.cache is None else self.cache.front(key[0]))
+        arena = self.arenas[key]
         arena.store(state)
         arena.schedule.copy_(schedule)
         return arena
 
+    def steps(self) -> list[Step]:
+        return [step for arena in self.arenas.values() for step in arena.steps.values()]
+
+    def release(self) -> None:
+        """Let go of all graphs; the steps still run, operation by operation."""
+        for step in self.steps():
+            step.graph = None
+        self.graphs = None
+
 
 class StaticSteps:
-    """A model's buckets. A copy of the model starts without any."""
+    """A model's buckets. A copy of the model starts without any.
+
+    Attributes:
+        model: what `identity` said of the model when its steps were made: none outlives a change.
+        refused: why steps are not captured any more, None if they are.
+    """
 
     def __init__(self) -> None:
         self.buckets: OrderedDict[Any, Bucket] = OrderedDict()
-        self.weights: Any = None
+        self.model: Any = None
+        self.refused: str | None = None
+        self.lock = threading.Lock()
+        self.owner: int | None = None
 
     def __deepcopy__(self, memo: Any) -> StaticSteps:
         return StaticSteps()
@@ -209,98 +210,254 @@ class StaticSteps:
     def __reduce__(self) -> Any:
         return StaticSteps, ()
 
-    def bucket(self, key: Any, weights: Any, capacity: int, make: Callable[[int], Bucket]) -> Bucket:
-        """The bucket `key`, made by `make(capacity)` if there is none of that capacity.
+    @contextmanager
+    def claimed(self) -> Iterator[bool]:
+        """Until the end of a decode no other thread has these steps. False where this one is decoding on them already,
+        as a streamer may that generates."""
+        if self.owner == threading.get_ident():
+            yield False
+            return
+        with self.lock:
+            self.owner = threading.get_ident()
+            try:
+                yield True
+            finally:
+                self.owner = None
 
-        `weights` identifies the storage of the model's weights: graphs hold addresses, so none outlives a move.
-        """
-        if weights != self.weights:
+    def renew(self, model: nn.Module) -> None:
+        """Forget everything if `model` is not what it was."""
+        now = identity(model)
+        if now != self.model:
             self.buckets.clear()
-            self.weights = weights
-        if key not in self.buckets or self.buckets[key].capacity < capacity:
+            self.model, self.refused = now, None
+
+    def bucket(self, key: Any, capacity: int, make: Callable[[int], Bucket]) -> Bucket:
+        """The bucket `key`, made by `make(capacity)` if there is no sound one of that capacity."""
+        kept = self.buckets.get(key)
+        if kept is None or not kept.sound or kept.capacity < capacity:
+            self.buckets.pop(key, None)
             self.buckets[key] = make(capacity)
         self.buckets.move_to_end(key)
         while len(self.buckets) > KEPT:
             self.buckets.popitem(last=False)
         return self.buckets[key]
 
+    def capture(self, bucket: Bucket, arena: Arena, step: Step, advance: Advance) -> None:
+        """Capture a new `step` where there are CUDA graphs. Where it fails, the decode goes on without: same tokens."""
+        if self.refused is not None or not switch.on:
+            return
+        try:
+            bucket.graphs = bucket.graphs or graphs_on(bucket.device)
+        except RuntimeError as error:
+            self.refuse(bucket, error)
+        if bucket.graphs is None:
+            return
+        announce(arena, step)
+        step.warm_up(arena, advance)
+        try:
+            step.graph = bucket.graphs.capture(partial(step.run, arena, advance))
+            step.captured = step.outcome
+        except Exception as error:
+            self.refuse(bucket, error)
+
+    def refuse(self, bucket: Bucket, error: Exception) -> None:
+        self.refused = f"{type(error).__name__}: {error}"
+        logger.warning(
+            "no CUDA graphs, decodes go on without them until `model.forget_captures()`: capturing a step raised %s",
+            self.refused,
+        )
+        bucket.release()
+
+
+def announce(arena: Arena, step: Step) -> None:
+    b, L = arena.state.sequences.shape
+    if len(arena.steps) == 1:
+        logger.warning("capturing the steps of %d sequences of %d columns; `model.warmup` does it ahead of time", b, L)
+    width = step.window.width()
+    logger.info("capturing a step: %d sequences of %d columns, %d fed, %d drafts", b, L, width, step.drafts)
+
+
+class Switch:
+    """Whether steps are captured, and captured ones replayed."""
+
+    on = True
+
+
+switch = Switch()
+
+
+@contextmanager
+def uncaptured() -> Iterator[None]:
+    """Let static steps run operation by operation, in all threads: what a captured one is to be compared with."""
+    before, switch.on = switch.on, False
+    try:
+        yield
+    finally:
+        switch.on = before
+
+
+def steps_of(model: Any) -> list[Step]:
+    """The steps that `model` keeps."""
+    held = model.__dict__.get("_static_steps")
+    return [] if held is None else [step for bucket in held.buckets.values() for step in bucket.steps()]
+
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+INTERNAL = nn.Module().__dict__.keys() - {"training"} | {"_static_steps"}
+
+
+def settings_of(values: dict[str, Any]) -> tuple[Any, ...]:
+    """Those attributes that say how a module computes: numbers and words, also in collections, and functions."""
+
+    def setting(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(map(setting, value))
+        if isinstance(value, dict):
+            return tuple((setting(name), setting(value)) for name, value in value.items())
+        return value if isinstance(value, PLAIN) or (callable(value) and not isinstance(value, nn.Module)) else None
+
+    return tuple((name, setting(value)) for name, value in values.items() if name not in INTERNAL)
+
+
+def identity(model: nn.Module) -> tuple[Any, ...]:
+    """What captured steps rely on: the modules, their settings, and where every weight lies.
+
+    A layer that is exchanged, wrapped, switched or moved changes it; a weight that is written in place does not.
+    """
+    modules = [(weakref.ref(module), type(module), settings_of(vars(module))) for module in model.modules()]
+    tensors = [
+        (t.device, t.dtype, t.data_ptr(), t.shape, t.stride())
+        for part in (model.parameters(), model.buffers())
+        for t in part
+    ]
+    return settings_of(vars(getattr(model, "config", None) or Switch())), *modules, *tensors
+
 
 UNKEYED = ("max_new_tokens", "block_length", "steps", "seed", "engine", "return_dict_in_generate")
 """Settings that reach a step as tensors, as the width of its window, or not at all."""
 
 
-def why_not_static(model: Any, config: DiffusionGenerationConfig) -> str | None:
+def why_not_static(
+    model: Any, config: DiffusionGenerationConfig, device_type: str = "cuda", processor: Any = None
+) -> str | None:
     """What in a decode static tensors cannot serve, None if nothing."""
+    if processor is not None:
+        return "logits_processor is code of the caller's, which is not captured"
     if isinstance(config.rule, Dawn):
         return "rule=Dawn(...) reads attention at columns that its kernels take as numbers"
     if slice_held(model) is not None:
         return "the steps of a sharded model are exchanges between processes, which are not captured"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "weights on several devices, or offloaded, are brought together by hooks, which are not captured"
+    if torch.is_autocast_enabled(device_type):
+        return "autocast keeps casts of weights that it lets go of when it ends, behind a capture's back"
+    hooked = nn.modules.module
+    if hooked._global_forward_hooks or hooked._global_forward_pre_hooks:
+        return "a hook on all modules is code of the caller's, which a replay does not call"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"the hook on {name or type(module).__name__} is code of the caller's, which a replay does not call"
     return None
 
 
+@contextmanager
+def steps_for(
+    model: Any, config: DiffusionGenerationConfig, device: torch.device, processor: Any = None
+) -> Iterator[StaticSteps | None]:
+    """The static steps of `model` for one decode alone; None where it is to run every operation as it comes.
+
+    Raises:
+        ValueError: `engine="static"`, and something that static tensors cannot serve.
+    """
+    asked = config.engine == "static"
+    if not asked and (config.engine == "eager" or device.type != "cuda"):
+        yield None
+        return
+    obstacle = why_not_static(model, config, device.type, processor)
+    if obstacle is not None:
+        if asked:
+            raise ValueError(f"engine='static': {obstacle}")
+        yield None
+        return
+    held: StaticSteps = model.__dict__.setdefault("_static_steps", StaticSteps())
+    with held.claimed() as mine:
+        if mine:
+            if hasattr(model, "join_weights"):
+                model.join_weights()
+            held.renew(model)
+        yield held if mine and (asked or held.refused is None) else None
+
+
 def bucket_for(
-    model: Any, config: DiffusionGenerationConfig, device: torch.device, B: int, length: int, padded: bool, spare: int
+    held: StaticSteps, config: DiffusionGenerationConfig, device: torch.device, B: int, length: int
 ) -> Bucket:
-    """The bucket of `model` for `B` sequences of `length` columns under `config`; `padded`: with an attention mask."""
+    """The bucket for `B` sequences of `length` columns under `config`; its cache is this decode's from now on."""
     settings = (getattr(config, field.name) for field in fields(config) if field.name not in UNKEYED)
-    key = (length, padded, spare, *(tuple(value) if isinstance(value, list) else value for value in settings))
-    if hasattr(model, "join_weights"):
-        model.join_weights()
-    weights = tuple((p.device, p.dtype, p.data_ptr()) for p in model.parameters())
-    held = model.__dict__.setdefault("_static_steps", StaticSteps())
+    spare = spare_columns(config)
+    key = (length, spare, *(tuple(value) if isinstance(value, list) else value for value in settings))
 
     def make(capacity: int) -> Bucket:
         cache = None if config.cache == "none" else BlockCache(config.branches, spare, config.passes)
-        return Bucket(Advance(model, config, device), capacity, cache)
+        return Bucket(config, device, capacity, cache)
 
-    return held.bucket(key, weights, graph_size(B), make)
+    bucket = held.bucket(key, graph_size(B), make)
+    if bucket.cache is not None:
+        bucket.cache.order = []
+    return bucket
 
 
 class StaticRunner:
     """Runs a block's forwards on the arenas of a bucket; the interface of `EagerRunner`.
 
-    Batches run at a `graph_size`: the first sequence fills the rows that are left over, and what comes of those copies
-    is dropped.
+    Batches run at a `graph_size`: copies of the first sequence fill the rows that are left over (see
+    `BlockState.fillers`), and their results are discarded.
     """
 
-    def __init__(self, bucket: Bucket, state: BlockState, schedule: Tensor, T: int) -> None:
-        self.bucket, self.fresh = bucket, True
+    def __init__(
+        self, held: StaticSteps, bucket: Bucket, advance: Advance, state: BlockState, schedule: Tensor, T: int
+    ) -> None:
+        self.held, self.bucket, self.advance, self.fresh = held, bucket, advance, True
         last = torch.full((T,), schedule.shape[0] - 1, device=schedule.device)
         self.schedule = schedule[torch.minimum(torch.arange(T, device=schedule.device), last)]
-        self.load(state, torch.arange(state.row.shape[0], device=state.row.device))
+        self.load(state)
 
-    def load(self, state: BlockState, rows: Tensor) -> Tensor:
-        """Fill the arena with the sequences `rows` of `state`; returns the rows it was filled with."""
-        self.size = rows.shape[0]
-        rows = torch.cat((rows, rows[:1].expand(graph_size(self.size) - self.size)))
-        self.arena = self.bucket.arena(state.take(rows), self.schedule)
-        return rows
+    def load(self, state: BlockState) -> None:
+        """Fill an arena with the sequences of `state`."""
+        self.size = state.row.shape[0]
+        size = graph_size(self.size)
+        rows = torch.arange(size, device=state.row.device)
+        fillers = rows >= self.size
+        state = state._replace(fillers=None).take(rows.masked_fill(fillers, 0))
+        if graph_size(size - 1) == size:  # as it is for one sequence less
+            state = state._replace(fillers=fillers)
+        self.arena = self.bucket.arena(state, self.schedule)
 
     @property
     def state(self) -> BlockState:
         return self.arena.state.each(lambda field: field[: self.size])
 
-    def captured(self, window: Window, drafts: int) -> Step:
+    def prepared(self, window: Window, drafts: int) -> Step:
         """The next step. More states are evaluated where that needs no capture of its own: it changes no token."""
-        setting = self.bucket.advance.config.drafts
+        setting = self.advance.config.drafts
         if drafts > 1:
             drafts = setting if isinstance(setting, int) else 1 << (drafts - 1).bit_length()
-        return self.arena.step(window, drafts, self.fresh)
+        step, new = self.arena.step(window, drafts, self.fresh)
+        if new:
+            self.bucket.sound = False
+            self.held.capture(self.bucket, self.arena, step, self.advance)
+        return step
 
     def step(self, window: Window, drafts: int) -> tuple[Outcome, list[int]]:
         """A forward of all sequences: what came of it, and its summary on the host."""
-        step = self.captured(window, drafts)
+        step = self.prepared(window, drafts)
         self.fresh = False
-        summary = step.replay()
+        summary = step.replay(self.arena, self.advance)
+        self.bucket.sound = True
         return step.outcome.front(self.size), summary
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with the sequences at `rows`, int64 indices `[c]`."""
-        self.size = rows.shape[0]
-        if self.size:
-            cache = self.arena.cache
-            rows = self.load(self.arena.state, rows)
-            if cache is not None:
-                cache.front(cache.size).keep(rows)
+    def keep(self, sequences: Tensor) -> None:
+        """Go on with `sequences` `[c]`, in the order of the cache's rows."""
+        if sequences.shape[0]:
+            state = self.state
+            self.load(state.take(state.places(sequences)))
+        self.size = sequences.shape[0]

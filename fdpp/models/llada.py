@@ -256,8 +256,19 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
         self.forget_captures()
 
     def forget_captures(self) -> None:
-        """Let go of all captured steps: call it after a change to modules that no weight shows, such as a hook."""
+        """Let go of all captured steps, their keys and values, and of what made capturing fail.
+
+        Changes to the model are seen without it: exchanged or wrapped layers, hooks, settings, weights that moved.
+        """
         self.__dict__.pop("_static_steps", None)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """As in `nn.Module`, for `.to()` and its like: weights that move leave no memory behind."""
+        self.forget_captures()
+        for block in self.model.transformer["blocks"]:
+            block.qkv.part()
+            block.gate_up.part()
+        return super()._apply(fn, recurse)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., d_model]`, gathered from all processes where they are sharded."""

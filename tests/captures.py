@@ -1,0 +1,98 @@
+"""A stand-in for CUDA graphs on a CPU: a capture that takes down every operator, and a replay that runs them again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fdpp.decoding import static
+from fdpp.decoding.advance import Advance
+
+Log = list[tuple[Any, ...]]
+
+
+def described(argument: Any) -> Any:
+    """What a library makes its plans of."""
+    if isinstance(argument, Tensor):
+        return tuple(argument.shape), argument.stride(), argument.dtype
+    return argument if isinstance(argument, (bool, int, float, str, type(None), torch.dtype)) else type(argument)
+
+
+class Operators(TorchDispatchMode):
+    """Takes down every operator with the shapes, strides and dtypes of its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: Log = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.log.append((func, *map(described, tree_leaves((args, kwargs)))))
+        return func(*args, **(kwargs or {}))
+
+
+class Graph:
+    """Runs a step again, and leaves the outcome in the tensors of its capture. It keeps nothing alive, like CUDA's."""
+
+    def __init__(self, run: partial[None]) -> None:
+        arena, advance = run.args
+        step = run.func.__self__  # type: ignore[attr-defined]
+        self.step, self.arena, self.model = map(weakref.ref, (step, arena, advance.forwards.model))
+        self.config, self.device, self.replays = advance.config, step.device, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        step: Any = self.step()
+        step.run(self.arena(), Advance(self.model(), self.config, self.device))
+        for captured, now in zip(tree_leaves(step.captured), tree_leaves(step.outcome), strict=True):
+            captured.copy_(now)
+
+
+class Captures:
+    """What was captured, by all models, and what a capture is to come to.
+
+    Attributes:
+        logs: of every step the operators of its warm-up and those of its capture.
+        graphs: those in use, one list for every bucket.
+        fail: called in every capture, may raise.
+    """
+
+    def __init__(self) -> None:
+        self.logs: list[tuple[static.Step, Log, Log]] = []
+        self.warm: Log = []
+        self.fail: Callable[[], None] = lambda: None
+
+    def capture(self, run: partial[None]) -> Graph:
+        """`run` is a step's; unlike a CUDA graph's capture this one runs it, and so takes back what it did."""
+        arena, step = run.args[0], run.func.__self__  # type: ignore[attr-defined]
+        before = arena.state.each(torch.clone)
+        with Operators() as mode:
+            run()
+        arena.restore(before)
+        self.fail()
+        self.logs.append((step, self.warm, mode.log))
+        return Graph(run)
+
+
+@contextmanager
+def captured_on_cpu() -> Iterator[Captures]:
+    """Within it, static steps on a CPU are warmed up and captured as on a GPU."""
+    captures, warm_up, graphs_on = Captures(), static.Step.warm_up, static.graphs_on
+
+    def logged(step: static.Step, arena: static.Arena, advance: Any) -> None:
+        with Operators() as mode:
+            warm_up(step, arena, advance)
+        captures.warm = mode.log
+
+    static.Step.warm_up, static.graphs_on = logged, lambda device: captures  # type: ignore[assignment,method-assign]
+    try:
+        yield captures
+    finally:
+        static.Step.warm_up, static.graphs_on = warm_up, graphs_on  # type: ignore[method-assign]
