@@ -127,7 +127,8 @@ def select_parts(
     The logits are overwritten.
     """
     by_entropy = Rule.registry[rule].order == "entropy"
-    proposals, residuals, rank_by = tokens.clone(), *torch.full((2, *tokens.shape), torch.inf)
+    unknown = torch.full((2, *tokens.shape), torch.inf, dtype=torch.float32, device=tokens.device)
+    proposals, residuals, rank_by = tokens.clone(), *unknown
     for b, t, rows in parts:
         summary = summarize(rows, mask_id, temperature, None if seeds is None else seeds[b], t, by_entropy)
         proposals[b, t], residuals[b, t], rank_by[b, t] = summary

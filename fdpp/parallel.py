@@ -144,7 +144,8 @@ def select_packed(
         )
         for b, t in zip(where_b.split(rows_at_once), where_t.split(rows_at_once), strict=True)
     ]
-    proposals, residuals, rank_by = tokens.clone(), *torch.full((2, *tokens.shape), torch.inf, device=tokens.device)
+    unknown = torch.full((2, *tokens.shape), torch.inf, dtype=torch.float32, device=tokens.device)
+    proposals, residuals, rank_by = tokens.clone(), *unknown
     if where_b.numel():
         summaries = torch.stack(exchange(torch.cat(chunks, dim=1), group))
         merged = merge(summaries, temperature > 0.0, by_entropy)

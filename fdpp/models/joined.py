@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from fdpp.models.linear import Linear
+
+JOINING = threading.Lock()
+"""Of two threads that come first, one joins."""
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -50,23 +54,37 @@ class Joined:
             if not is_plain(layer):
                 return None
             weights.append(layer._parameters["weight"])
-        return self.weight if self.weight is not None and self.holds(weights) else self.join(weights)
+        held = self.held(weights)
+        if held is None:
+            with JOINING:
+                held = self.held(weights)
+                return self.join(weights) if held is None else held
+        return held
 
-    def holds(self, weights: list[nn.Parameter | None]) -> bool:
-        """Whether the weights are still the matrix's views: where its memory is alive, an address tells."""
-        assert self.weight is not None
-        address, row = self.weight.data_ptr(), self.weight.stride(0) * self.weight.element_size()
+    def held(self, weights: list[nn.Parameter | None]) -> Tensor | None:
+        """The matrix, if the weights are still its views: where its memory is alive, an address tells."""
+        matrix = self.weight
+        if matrix is None:
+            return None
+        address, row = matrix.data_ptr(), matrix.stride(0) * matrix.element_size()
         for weight in weights:
-            if weight is None or weight.data_ptr() != address or weight.dtype != self.weight.dtype:
-                return False
+            if weight is None or weight.data_ptr() != address or weight.dtype != matrix.dtype:
+                return None
             address += weight.shape[0] * row
-        return True
+        return matrix
+
+    def part(self) -> None:
+        """Let go of the matrix, whose memory the weights then hold alone."""
+        self.weight = None
 
     def join(self, weights: list[nn.Parameter | None]) -> Tensor | None:
         plain = [w for w in weights if type(w) is nn.Parameter and not w.is_meta]
         if len(plain) < len(weights) or any(hasattr(self.modules[name], "_hf_hook") for name in self.names):
             return None
-        self.weight = torch.cat([weight.data for weight in plain])
-        for weight, part in zip(plain, self.weight.split([weight.shape[0] for weight in plain]), strict=True):
-            weight.data = part
-        return self.weight
+        # Parameters that lie in a tensor of inference mode could not be trained any more.
+        with torch.inference_mode(False), torch.no_grad():
+            matrix = torch.cat([weight.data for weight in plain])
+            for weight, part in zip(plain, matrix.split([weight.shape[0] for weight in plain]), strict=True):
+                weight.data = part
+        self.weight = matrix
+        return matrix

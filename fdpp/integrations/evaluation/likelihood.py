@@ -28,11 +28,12 @@ class Pair(NamedTuple):
 
 def draw_masks(length: int, samples: int, generator: torch.Generator) -> Tensor:
     """`[samples, length]` bool masks of a target; a target of one token has but one mask, `[1, 1]`."""
+    cpu = torch.device("cpu")  # the generator's
     if length == 1:
-        return torch.ones(1, 1, dtype=torch.bool)
-    at = (torch.rand((), generator=generator, dtype=torch.float64) + torch.arange(samples)) / samples
-    counts = (at * length).long().clamp(max=length - 1) + 1
-    order = torch.rand(samples, length, generator=generator).argsort(1).argsort(1)
+        return torch.ones(1, 1, dtype=torch.bool, device=cpu)
+    at = torch.rand((), generator=generator, dtype=torch.float64, device=cpu) + torch.arange(samples, device=cpu)
+    counts = (at / samples * length).long().clamp(max=length - 1) + 1
+    order = torch.rand(samples, length, generator=generator, dtype=torch.float32, device=cpu).argsort(1).argsort(1)
     return order < counts[:, None]
 
 
