@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -24,6 +25,9 @@ slabs: list[Tensor] = []
 spare: dict[torch.device, Tensor] = {}
 """What captures have left of a device's latest slab. Slabs are kept for good, since graphs know their addresses."""
 
+lock = threading.Lock()
+"""Held while tickets are made or given to a graph: two graphs must not have the same."""
+
 
 def ticket_for(device: torch.device, B: int) -> Tensor:
     """Zeroed arrival counters `[>= B]` int32 of the current stream. Kernels on one stream never overlap, and the last
@@ -33,13 +37,15 @@ def ticket_for(device: torch.device, B: int) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         return ticket_of_graph(device, B)
     if device not in spare or spare[device].numel() < TICKETS:
-        spare[device] = kept_zeros(FOR_GRAPHS, device)
-        slabs.append(spare[device])
+        with lock:
+            spare[device] = kept_zeros(FOR_GRAPHS, device)
+            slabs.append(spare[device])
     if B > TICKETS:
         return torch.zeros(B, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     if key not in tickets:
-        tickets[key] = kept_zeros(TICKETS, device)
+        # Of two threads on one stream the first one's stay: launches may be on their way.
+        tickets.setdefault(key, kept_zeros(TICKETS, device))
     return tickets[key]
 
 
@@ -59,12 +65,13 @@ def kept_zeros(n: int, device: torch.device) -> Tensor:
 def ticket_of_graph(device: torch.device, B: int) -> Tensor:
     """Counters of a captured launch, its own: graphs may be replayed side by side. The launch before the capture, which
     compiles the kernel, has made them; without one a fill is captured as well."""
-    left = spare.get(device)
-    if left is None or left.numel() < B:
-        return torch.zeros(B, dtype=torch.int32, device=device)
-    # Multiples of 16 bytes: for another alignment Triton would compile the kernel anew, in the midst of the capture.
-    spare[device] = left[-(-B // 4) * 4 :]
-    return left[:B]
+    with lock:
+        left = spare.get(device)
+        if left is None or left.numel() < B:
+            return torch.zeros(B, dtype=torch.int32, device=device)
+        # Multiples of 16 bytes: for another alignment Triton would compile the kernel anew, amid the capture.
+        spare[device] = left[-(-B // 4) * 4 :]
+        return left[:B]
 
 
 def reset_tickets() -> None:
