@@ -59,6 +59,27 @@ def test_the_answers_of_many_threads_are_those_of_one(engine: str) -> None:
     assert right == [True] * DECODES
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_threads_capture_and_replay(dtype: torch.dtype) -> None:
+    """On a GPU, two models that begin without a capture; every answer to the bit that of the same steps alone."""
+    models = [small_model(seed).to("cuda", dtype) for seed in range(2)]
+    requests = [request(number) for number in range(24)]
+
+    def decode(number: int) -> Tensor:
+        prompt, settings = requests[number % 24]
+        ids = [part.cuda() for part in prompt]
+        return models[number % 2].generate(*ids, engine="static", **settings).sequences.cpu()
+
+    alone = [decode(number) for number in range(24)]
+    for model in models:
+        model.forget_captures()
+    with ThreadPoolExecutor(THREADS) as pool:
+        together = list(pool.map(decode, range(DECODES)))
+    assert all(out.equal(alone[number % 24]) for number, out in enumerate(together))
+    assert all(step.graph is not None for model in models for step in static.steps_of(model))
+
+
 def test_one_decode_at_a_time_has_the_static_steps() -> None:
     """A model's; another model's are another matter."""
     llada, other, inside, most = small_model(), small_model(), threading.Lock(), []
