@@ -573,6 +573,11 @@ def test_a_failed_capture_gives_back_what_it_had(where: str, cuda: FakeCuda) -> 
     assert cuda.calls[-2:] == [("begin", held.stream, None, "global"), ("end", held.stream)]
 
 
+def test_pytorch_has_what_a_failed_capture_calls() -> None:
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        assert hasattr(torch._C, name)
+
+
 def test_the_collector_comes_back_with_the_last_capture() -> None:
     assert gc.isenabled()
     with graphs.garbage_kept():

@@ -306,7 +306,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 INTERNAL = nn.Module().__dict__.keys() - {"training"} | {"_static_steps"}
 
 
-def settings_of(values: dict[str, Any]) -> tuple[Any, ...]:
+def settings_of(values: dict[str, Any]) -> dict[str, Any]:
     """Those attributes that say how a module computes: numbers and words, also in collections, and functions."""
 
     def setting(value: Any) -> Any:
@@ -316,7 +316,7 @@ def settings_of(values: dict[str, Any]) -> tuple[Any, ...]:
             return tuple((setting(name), setting(value)) for name, value in value.items())
         return value if isinstance(value, PLAIN) or (callable(value) and not isinstance(value, nn.Module)) else None
 
-    return tuple((name, setting(value)) for name, value in values.items() if name not in INTERNAL)
+    return {name: setting(values[name]) for name in values.keys() - INTERNAL}
 
 
 def identity(model: nn.Module) -> tuple[Any, ...]:
@@ -330,7 +330,8 @@ def identity(model: nn.Module) -> tuple[Any, ...]:
         for part in (model.parameters(), model.buffers())
         for t in part
     ]
-    return settings_of(vars(getattr(model, "config", None) or Switch())), *modules, *tensors
+    config = getattr(model, "config", None)
+    return {} if config is None else settings_of(vars(config)), *modules, *tensors
 
 
 UNKEYED = ("max_new_tokens", "block_length", "steps", "seed", "engine", "return_dict_in_generate")
@@ -354,9 +355,9 @@ def why_not_static(
     hooked = nn.modules.module
     if hooked._global_forward_hooks or hooked._global_forward_pre_hooks:
         return "a hook on all modules is code of the caller's, which a replay does not call"
-    for name, module in model.named_modules():
+    for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks:
-            return f"the hook on {name or type(module).__name__} is code of the caller's, which a replay does not call"
+            return f"the hook on a {type(module).__name__} is code of the caller's, which a replay does not call"
     return None
 
 
