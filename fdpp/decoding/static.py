@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from fdpp.decoding.config import DiffusionGenerationConfig
 from fdpp.decoding.drafts import spare_columns
 from fdpp.decoding.graphs import graphs_on
 from fdpp.decoding.head import slice_held
+from fdpp.decoding.identity import identity
 from fdpp.decoding.state import BlockState, Outcome, Window
 
 logger = logging.getLogger(__name__)
@@ -300,38 +300,6 @@ def steps_of(model: Any) -> list[Step]:
     """The steps that `model` keeps."""
     held = model.__dict__.get("_static_steps")
     return [] if held is None else [step for bucket in held.buckets.values() for step in bucket.steps()]
-
-
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-INTERNAL = nn.Module().__dict__.keys() - {"training"} | {"_static_steps"}
-
-
-def settings_of(values: dict[str, Any]) -> dict[str, Any]:
-    """Those attributes that say how a module computes: numbers and words, also in collections, and functions."""
-
-    def setting(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return tuple(map(setting, value))
-        if isinstance(value, dict):
-            return tuple((setting(name), setting(value)) for name, value in value.items())
-        return value if isinstance(value, PLAIN) or (callable(value) and not isinstance(value, nn.Module)) else None
-
-    return {name: setting(values[name]) for name in values.keys() - INTERNAL}
-
-
-def identity(model: nn.Module) -> tuple[Any, ...]:
-    """What captured steps rely on: the modules, their settings, and where every weight lies.
-
-    A layer that is exchanged, wrapped, switched or moved changes it; a weight that is written in place does not.
-    """
-    modules = [(weakref.ref(module), type(module), settings_of(vars(module))) for module in model.modules()]
-    tensors = [
-        (t.device, t.dtype, t.data_ptr(), t.shape, t.stride())
-        for part in (model.parameters(), model.buffers())
-        for t in part
-    ]
-    config = getattr(model, "config", None)
-    return {} if config is None else settings_of(vars(config)), *modules, *tensors
 
 
 UNKEYED = ("max_new_tokens", "block_length", "steps", "seed", "engine", "return_dict_in_generate")

@@ -1,0 +1,40 @@
+"""What captured steps rely on in a model, so that a change is seen without being announced."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+INTERNAL = nn.Module().__dict__.keys() - {"training"} | {"_static_steps"}
+
+
+def settings_of(values: dict[str, Any]) -> dict[str, Any]:
+    """Those attributes that say how a module computes: numbers and words, also in collections, and functions."""
+
+    def setting(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(map(setting, value))
+        if isinstance(value, dict):
+            return tuple((setting(name), setting(value)) for name, value in value.items())
+        return value if isinstance(value, PLAIN) or (callable(value) and not isinstance(value, nn.Module)) else None
+
+    return {name: setting(values[name]) for name in values.keys() - INTERNAL}
+
+
+def identity(model: nn.Module) -> tuple[Any, ...]:
+    """What captured steps rely on: the modules, their settings, and where every weight lies.
+
+    A layer that is exchanged, wrapped, switched or moved changes it; a weight that is written in place does not.
+    """
+    modules = [(weakref.ref(module), type(module), settings_of(vars(module))) for module in model.modules()]
+    tensors = [
+        (t.device, t.dtype, t.data_ptr(), t.shape, t.stride())
+        for part in (model.parameters(), model.buffers())
+        for t in part
+    ]
+    config = getattr(model, "config", None)
+    return {} if config is None else settings_of(vars(config)), *modules, *tensors
