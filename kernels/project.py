@@ -53,7 +53,7 @@ def summarize_rows(b_logit, o_v, b_seed, o_t, temperature, SAMPLED: tl.constexpr
     return top, rest, score, logit, token, slope
 
 
-@triton.jit(do_not_specialize=["B", "T", "V", "mask_id"])
+@triton.jit(do_not_specialize=["B", "T", "V", "mask_id"], do_not_specialize_on_alignment=["seeds"])
 def project_kernel(
     hidden,
     weight,
@@ -130,7 +130,11 @@ def project_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["B", "T", "V", "stride_pb", "mask_id"])
+# As in `select_kernel`.
+@triton.jit(
+    do_not_specialize=["B", "T", "V", "stride_pb", "mask_id"],
+    do_not_specialize_on_alignment=["tokens", "active", "numbers"],
+)
 def decide_kernel(
     tokens,
     active,

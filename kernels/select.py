@@ -7,7 +7,11 @@ from fdpp.kernels.decide import decide, store_partial
 from fdpp.kernels.vocab import summarize_row
 
 
-@triton.jit(do_not_specialize=["B", "T", "stride_pb", "mask_id"])
+# Tokens of one sequence may start anywhere in its row; what is read an element at a time gains nothing from alignment.
+@triton.jit(
+    do_not_specialize=["B", "T", "stride_pb", "mask_id"],
+    do_not_specialize_on_alignment=["tokens", "active", "numbers", "seeds"],
+)
 def select_kernel(
     logits,
     tokens,
