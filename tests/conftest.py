@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
@@ -20,7 +21,19 @@ if not GPU:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def left_out(item: pytest.Item) -> bool:
+    """Whether a GPU leaves this case to the others (see `inputs.on_gpu`)."""
+    marker = item.get_closest_marker("cases")
+    if marker is None or not item.get_closest_marker("gpu"):
+        return False
+    where = marker.kwargs["where"]
+    return not where(**{name: item.callspec.params[name] for name in inspect.signature(where).parameters})
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    unwanted = [item for item in items if left_out(item)]
+    config.hook.pytest_deselected(items=unwanted)
+    items[:] = [item for item in items if item not in unwanted]
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if not GPU and item.get_closest_marker("gpu"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -19,6 +19,16 @@ IMPLEMENTATIONS = [
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 """The vectorised PyTorch code, the kernel in Triton's interpreter, and the compiled kernel."""
+
+
+def on_gpu(where: Callable[..., bool]) -> pytest.MarkDecorator:
+    """Of a test's cases a GPU runs those whose parameters `where` accepts, the other implementations all.
+
+    Every combination of constants, types and alignment is another kernel, which takes a second to compile: what differs
+    in data alone is tested with the kernels that are there already (see `specialisations.py`).
+    """
+    return pytest.mark.cases(where=where)
+
 
 RULES = (
     Quota(3),
@@ -103,6 +113,19 @@ def run(implementation: str, problem: Problem) -> Selection:
         logits, tokens, active, params, problem.rules[0].key(), problem.mask_id, problem.temperature, seeds
     )
     return Selection(*(output.cpu() for output in outputs))
+
+
+def run_in_block(implementation: str, problem: Problem, T: int = 8) -> Selection:
+    """`run`; on a GPU in a block of `T` positions, of which the last ones are committed and their logits NaN, so that
+    blocks of any length take one kernel."""
+    (B, n), V = problem.tokens.shape, problem.logits.shape[2]
+    if implementation != "cuda":
+        return run(implementation, problem)
+    logits = torch.cat((problem.logits, problem.logits.new_full((B, T - n, V), float("nan"))), dim=1)
+    tokens = torch.cat((problem.tokens, problem.tokens.new_full((B, T - n), problem.mask_id + 1)), dim=1)
+    out = run(implementation, replace(problem, logits=logits, tokens=tokens))
+    assert out.tokens[:, n:].equal(tokens[:, n:]) and not out.committed[:, n:].any()
+    return Selection(*(field[:, :n] if field.dim() == 2 else field for field in out))
 
 
 def to_device(tensor: Tensor, device: str) -> Tensor:

@@ -19,7 +19,7 @@ import triton.language as tl
 from golden import DATA, forward_arrays, model, selector_index, stored_logits, trajectories
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import IMPLEMENTATIONS, INTERPRETED
+from inputs import IMPLEMENTATIONS, INTERPRETED, on_gpu
 from torch import Tensor
 
 import fdpp
@@ -208,16 +208,23 @@ SHAPES = {
     # rows, H, kv_heads, hd, layers, S, start, n, first, T, sequences that share keys (0: a full forward), padded
     "full": (2, 2, 2, 16, 2, 45, 0, 45, 33, 7, 0, False),
     "full, padded, grouped heads": (2, 2, 1, 8, 1, 67, 0, 67, 40, 17, 0, True),
-    "prefix": (2, 2, 1, 16, 2, 50, 20, 30, 20, 8, 2, True),
-    "dual": (2, 2, 2, 24, 2, 66, 30, 9, 30, 9, 2, False),
+    "prefix": (2, 2, 1, 24, 2, 50, 20, 30, 20, 8, 2, True),
+    "dual": (2, 2, 2, 16, 2, 66, 30, 9, 30, 9, 2, False),
     "dual, branches, padded": (4, 2, 2, 16, 2, 40, 21, 8, 21, 8, 2, True),
     "one position": (1, 1, 1, 16, 1, 33, 32, 1, 32, 1, 1, False),
+    "one position of two branches": (2, 2, 2, 16, 2, 33, 32, 1, 32, 1, 1, True),
 }
+ON_GPU = {
+    torch.float32: ("full", "dual, branches, padded", "one position of two branches"),
+    HALF: ("full, padded, grouped heads", "prefix"),
+}
+"""With and without shared keys, padding, grouped heads and branches, and heads below and between powers of two."""
 
 
 class TestEdges:
     """`dependency_edges` against the float64 map, decision by decision."""
 
+    @on_gpu(lambda dtype, shape: shape in ON_GPU[dtype])
     @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
     @pytest.mark.parametrize("shape", SHAPES)
@@ -332,9 +339,9 @@ def test_averaged_attention_three_ways(implementation: str, dtype: torch.dtype) 
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> dict[str, Any]:
+def problems(draw: st.DrawFn, least: int = 1) -> dict[str, Any]:
     """A block in a sequence: confidences with ties, candidates, anchors and edges of any density."""
-    b, T = draw(st.integers(1, 3)), draw(st.integers(1, 12))
+    b, T = draw(st.integers(1, 3)), draw(st.integers(least, 12))
     first = draw(st.integers(0, 40))
     S = first + T + draw(st.integers(0, 30))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -365,8 +372,10 @@ class TestCommit:
 
     @pytest.mark.parametrize("implementation", KERNELS)
     @settings(max_examples=25, deadline=None)
-    @given(p=problems())
-    def test_kernel_equals_the_reference(self, implementation: str, p: dict[str, Any]) -> None:
+    @given(data=st.data())
+    def test_kernel_equals_the_reference(self, implementation: str, data: st.DataObject) -> None:
+        # Blocks of 9 to 12 positions share a kernel, which a GPU compiles once.
+        p = data.draw(problems(least=9 if implementation == "cuda" else 1))
         want = reference_dawn.commit(p["confidence"], p["candidate"], p["known"], p["E"], p["rule"], p["first"])
         assert torch.equal(committed(p, functools.partial(commit_of, implementation)), want)
 
@@ -414,6 +423,7 @@ class TestCommit:
         assert torch.equal(chosen & above.any(1, keepdim=True), above)
         assert bool((chosen.sum(1)[~above.any(1)] <= 1).all())
 
+    @on_gpu(lambda T: T != 32)
     @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
     @pytest.mark.parametrize("T", [1, 32, 33, 100])
     def test_large_blocks(self, implementation: str, T: int) -> None:

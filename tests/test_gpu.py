@@ -55,11 +55,11 @@ def call(step: DenoisingStep, problem: Problem) -> Selection:
 def problems() -> list[Problem]:
     """Few and many splits, counted and sorted ranks, greedy and sampled."""
     return [
-        random_problem(0, 3, 7, 50, Frechet(0.1)),
+        random_problem(0, 3, 7, 23, Frechet(0.1)),
         random_problem(1, 1, 32, 9001, Frechet(0.1), dtype=torch.bfloat16, active=True),
-        random_problem(2, 4, 40, 5003, EntropyBound(2.0), temperature=0.8),
+        random_problem(2, 4, 40, 9001, EntropyBound(2.0), temperature=0.8),
         random_problem(3, 2, 130, 2500, Threshold(0.3)),
-        random_problem(4, 1, 2, 126464, Quota(1), dtype=torch.bfloat16),
+        random_problem(4, 1, 3, 126464, Frechet(0.1), dtype=torch.bfloat16),
     ]
 
 
@@ -130,7 +130,7 @@ def test_many_sequences(sequences: int) -> None:
     """More than the kept tickets serve, and more than a grid's second dimension may have."""
     tokens = torch.full((sequences, 1), 16, device=DEVICE)
     logits = torch.randn(sequences, 1, 17, device=DEVICE)
-    out = fdpp.select(logits, tokens, rule=Quota(1), mask_id=16)
+    out = fdpp.select(logits, tokens, rule=EntropyBound(0.0), mask_id=16)
     assert out.committed.all() and out.tokens.equal(logits[..., :16].argmax(-1))
 
 
@@ -208,7 +208,7 @@ def test_memory_of_a_step() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_compiled_step(mode: str, dynamic: bool, temperature: float) -> None:
     torch._dynamo.reset()
-    for seed, (B, T, V) in enumerate([(2, 8, 30), (3, 12, 5003), (4, 33, 50)][: 3 if dynamic else 1]):
+    for seed, (B, T, V) in enumerate([(2, 8, 23), (3, 7, 21), (4, 5, 29)][: 3 if dynamic else 1]):
         problem = on_device(random_problem(seed, B, T, V, Frechet(0.25), active=True, temperature=temperature))
         step = step_for(problem)
         compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, mode=mode)
@@ -298,16 +298,15 @@ def replayed(function: Callable[..., Any], *tensors: Tensor) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_fused_head_in_a_graph(dtype: torch.dtype, temperature: float) -> None:
-    hidden = torch.randn(5, 40, 256, device=DEVICE, dtype=dtype)
-    weight = torch.randn(5003, 256, device=DEVICE, dtype=dtype)
-    tokens = torch.where(torch.rand(5, 40, device=DEVICE) < 0.6, 5002, 1)
-    params, seeds = ops.pack(Frechet(0.1), DEVICE), torch.arange(5, device=DEVICE)
+def test_fused_head_in_a_graph(temperature: float) -> None:
+    hidden = torch.randn(4, 8, 21, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.randn(300, 21, device=DEVICE, dtype=torch.bfloat16)
+    tokens = torch.where(torch.rand(4, 8, device=DEVICE) < 0.6, 299, 1)
+    params, seeds = ops.pack(Frechet(0.1), DEVICE), torch.arange(4, device=DEVICE)
 
     def step(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Selection:
         return project.project_select_packed(
-            hidden, weight, tokens, None, params, Frechet(0.1), 5002, temperature, seeds
+            hidden, weight, tokens, None, params, Frechet(0.1), 299, temperature, seeds
         )
 
     replayed(step, hidden, weight, tokens)

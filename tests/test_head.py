@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from inputs import on_gpu
 from small import left_pad, prompts, small_model
 from torch import Tensor
 from transformers import SuppressTokensLogitsProcessor
@@ -60,6 +61,7 @@ def assert_fused_is_the_same(llada: LLaDAModelLM, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(fused[name], library[name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
+@on_gpu(lambda rule: rule == RULES[2])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("drafts", [1, 3])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from inputs import RULES, Problem, assert_as_specified, assert_equal, random_problem, run
+from inputs import RULES, Problem, assert_as_specified, assert_equal, on_gpu, random_problem, run
 from torch import Tensor
 
 import fdpp
@@ -31,6 +31,7 @@ def operator_arguments(problem: Problem, device: str) -> tuple[Any, ...]:
     )
 
 
+@on_gpu(lambda active, temperature: active == (temperature > 0.0))
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("rule", "dtype", "active", "temperature"),
@@ -43,14 +44,14 @@ def operator_arguments(problem: Problem, device: str) -> tuple[Any, ...]:
     ids=str,
 )
 def test_opcheck(device: str, rule: Rule, dtype: torch.dtype, active: bool, temperature: float) -> None:
-    problem = random_problem(0, 2, 5, 20, rule, dtype=dtype, active=active, temperature=temperature)
+    problem = random_problem(0, 2, 5, 21, rule, dtype=dtype, active=active, temperature=temperature)
     torch.library.opcheck(ops.select_op, operator_arguments(problem, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_of_awkward_arguments(device: str) -> None:
     """Other strides, one row of numbers a sequence, no positions at all."""
-    problem = random_problem(0, 4, 4, 20, Frechet(0.1), Frechet(0.2), Frechet(0.3), Frechet(0.4), active=True)
+    problem = random_problem(0, 8, 8, 21, *(Frechet(0.1 * i) for i in range(8)), active=True)
     assert problem.active is not None
     transposed = dataclasses.replace(
         problem,

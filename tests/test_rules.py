@@ -14,7 +14,7 @@ import triton
 import triton.language as tl  # noqa: F401  (Triton's interpreter insists on seeing it)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from inputs import IMPLEMENTATIONS, Problem, assert_as_specified, random_problem, run
+from inputs import IMPLEMENTATIONS, Problem, assert_as_specified, on_gpu, random_problem, run
 
 import fdpp
 from fdpp import EntropyBound, Factor, Frechet, Quota, Rule, Threshold
@@ -126,6 +126,7 @@ class CalmestFirst(Rule):
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
+@on_gpu(lambda rule, T: (rule.order == "entropy") == (T == 9))
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rule", [Steady(0.8, 0.5), Steady(0.5, 0.0), CalmestFirst(3, 1.0)], ids=str)
 @pytest.mark.parametrize("T", [9, 40])

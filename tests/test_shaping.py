@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import IMPLEMENTATIONS, Problem, run
+from inputs import IMPLEMENTATIONS, Problem, on_gpu, run
 from plain import CACHES, SIZES, Boost, ragged
 from small import EOS, MASK, V, exact_model, prompts, small_model
 from torch import Tensor
@@ -27,6 +27,7 @@ def llada() -> LLaDAModelLM:
 
 # The interpreter computes with NumPy, which warns of infinities.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@on_gpu(lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_ranking_last_on_every_implementation(implementation: str, dtype: torch.dtype) -> None:
