@@ -1,0 +1,33 @@
+"""How many kernels the GPU tests compile, which is most of what their first run takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+MOST = 180
+"""At half a second to two a kernel: some minutes for a run with nothing in Triton's cache."""
+
+
+def test_gpu_tests_compile_few_kernels() -> None:
+    """Choose cases that share kernels (`inputs.on_gpu`) before raising the limit."""
+    root = Path(__file__).parents[1]
+    # Not the settings of the run that this test is part of.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("specialisations.py")],
+        env=environment | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout)
+    assert report["stopped"] == {}
+    total = sum(report["kernels"].values())
+    worst = [f"{own:4} of its own, {every:4} in all: {test}" for test, (every, own) in report["tests"].items()]
+    assert total <= MOST, "\n".join([f"{total} kernels, expected at most {MOST}: {report['kernels']}", *worst[:12]])
+    assert total > MOST // 2, "the count misses launches"
