@@ -42,7 +42,7 @@ def load_columns(cached, own, o_s, o_d, m_sd, column, n_own, stride, stride_own,
     return tl.load(p_s, mask=m_sd, other=0.0)
 
 
-@triton.jit(do_not_specialize=["S", "n", "n_own"])
+@triton.jit(do_not_specialize=["S", "n", "n_own"], do_not_specialize_on_alignment=["first", "column"])
 def attend_kernel(
     q,
     k,

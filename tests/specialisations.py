@@ -104,8 +104,11 @@ def three_forwards(runner: Any) -> None:
         self.taken += 1
         return outcome, [0, 0, self.taken // 2, window.block_width(), drafts]
 
-    def shrunk(self: Any, rows: Tensor) -> None:
-        keep(self, rows.new_zeros(int(self.taken == 2)))
+    def shrunk(self: Any, sequences: Tensor) -> None:
+        kept = sequences.new_zeros(int(self.taken == 2))
+        if getattr(self, "cache", None) is not None:
+            self.cache.hold(len(kept))
+        keep(self, kept)
 
     runner.step, runner.keep = counted, shrunk
 
@@ -119,6 +122,13 @@ def first_and_last_block(loop: Any) -> None:
     loop.steps = some
 
 
+def seated(self: Any, sequences: Tensor) -> Tensor:
+    """Which rows these are is for values to say."""
+    if self.cache is not None:
+        self.cache.hold(len(sequences))
+    return sequences
+
+
 def stand_in() -> None:
     """In the place of what asks for a GPU."""
     triton.runtime.driver.set_active(aot.TargetDriver("sm_90"))
@@ -129,6 +139,7 @@ def stand_in() -> None:
     three_forwards(EagerRunner)
     three_forwards(StaticRunner)
     first_and_last_block(BlockLoop)
+    BlockLoop.seated = seated
     cuda: Any = torch.cuda
     cuda.is_current_stream_capturing = lambda: False
     for name in ("device", "device_of", "stream", "graph"):

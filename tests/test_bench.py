@@ -19,7 +19,7 @@ import pytest
 import report
 import torch
 import two_launch
-from inputs import INTERPRETED, random_problem
+from inputs import INTERPRETED, on_gpu, random_problem
 from small import MASK, prompts, small_model
 from torch import Tensor
 
@@ -74,6 +74,7 @@ def test_the_published_selection_is_ours(rule: fdpp.Rule) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("B", "T", "V"), [(3, 1, 20), (2, 7, 5000), (1, 32, 4096)])
+@on_gpu(lambda T: T == 32)
 def test_the_two_launch_selection_is_a_threshold(device: str, B: int, T: int, V: int) -> None:
     if device == "cpu" and not INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")

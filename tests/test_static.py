@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from captures import captured_on_cpu
+from inputs import on_gpu
 from small import EOS, exact_model, left_pad, prompts, small_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -165,9 +166,10 @@ REPLAYED = [
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("batch", ["one", "even", "ragged"])
 @pytest.mark.parametrize("settings", REPLAYED, ids=str)
+@on_gpu(lambda batch, dtype: (batch, dtype) in (("ragged", torch.bfloat16), ("one", torch.float32)))
 def test_a_replay_is_its_step_to_the_bit(settings: dict[str, Any], batch: str, device: str, dtype: torch.dtype) -> None:
     """Confidences of every forward too: the same operators on the same tensors, captured or not."""
-    llada = small_model(n_kv_heads=2).to(device, dtype)
+    llada = small_model(n_heads=2, n_kv_heads=1).to(device, dtype)
     prompt = {"one": (prompts(1, 11),), "even": (prompts(5, 12),), "ragged": ragged(llada)}[batch]
     whole = {"rule": fdpp.Frechet(0.1), "cache": "dual", "max_new_tokens": 20, "block_length": 8, **settings}
     config = llada.settled(None, {**whole, "engine": "static"})
@@ -195,7 +197,7 @@ def test_a_replay_is_its_step_to_the_bit(settings: dict[str, Any], batch: str, d
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=str)
 def test_how_far_the_engines_may_differ(device: str, dtype: torch.dtype, bound: float) -> None:
     """A first forward of five sequences, which static steps take with a sixth: as far as the dtype's rounding goes."""
-    llada = small_model().to(device, dtype)
+    llada = small_model(n_heads=2, n_kv_heads=1).to(device, dtype)
     ids, mask = ragged(llada)
 
     def first(engine: str) -> Any:
@@ -206,7 +208,8 @@ def test_how_far_the_engines_may_differ(device: str, dtype: torch.dtype, bound: 
     eager, captured = first("eager"), first("static")
     alike = eager.proposal == captured.proposal
     assert alike.double().mean() > (0.95 if dtype == torch.bfloat16 else 0.99)
-    torch.testing.assert_close(captured.confidence[alike], eager.confidence[alike], rtol=bound, atol=bound)
+    ours, theirs = (torch.where(alike, chosen.confidence, 0.0) for chosen in (captured, eager))
+    torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
 
 
 def test_a_decode_makes_one_step_for_full_forwards_and_one_for_blocks() -> None:

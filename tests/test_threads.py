@@ -60,10 +60,11 @@ def test_the_answers_of_many_threads_are_those_of_one(engine: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_threads_capture_and_replay(dtype: torch.dtype) -> None:
     """On a GPU, two models that begin without a capture; every answer to the bit that of the same steps alone."""
-    models = [small_model(seed).to("cuda", dtype) for seed in range(2)]
+    models = [small_model(seed, n_heads=2, n_kv_heads=1).to("cuda", dtype) for seed in range(2)]
     requests = [request(number) for number in range(24)]
 
     def decode(number: int) -> Tensor:

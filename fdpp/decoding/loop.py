@@ -174,7 +174,7 @@ class BlockLoop:
             if any_ended:
                 self.end_after_eos(outcome.row[outcome.ended], columns.start)
             if closed:
-                runner.keep(self.seated(outcome.row[outcome.remaining > 0]))
+                runner.keep(self.seated(outcome.row[outcome.remaining.nonzero().flatten()]))
             window, drafts = others, min(depth_after(most_accepted, self.config.drafts), most_remaining)
             yield outcome
 
