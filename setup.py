@@ -50,7 +50,7 @@ setup(
         "sglang": ['sglang>=0.5.23; python_version >= "3.11"'],
         "test": [
             *("pytest", "pytest-benchmark", "pytest-cov", "pytest-xdist", "hypothesis", "numpy"),
-            *("accelerate", "setuptools>=77", "wheel"),
+            *("accelerate", "packaging", "setuptools>=77", "wheel"),
         ],
         "lint": ["ruff", "mypy"],
         "bench": ["pytest", "pytest-benchmark", "matplotlib"],

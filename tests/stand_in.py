@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import pytest
@@ -32,10 +32,14 @@ def unchanged(*arguments: Any, **keywords: Any) -> Callable[[Any], Any]:
 
 
 def install() -> None:
-    """Put the stand-in where `import hypothesis` finds it, unless there is the real one."""
-    if importlib.util.find_spec("hypothesis") is None:
-        module = ModuleType("hypothesis")
-        module.given, module.settings = skipped, unchanged  # type: ignore[attr-defined]
-        for name in ("assume", "strategies", "HealthCheck"):
-            setattr(module, name, Anything())
-        sys.modules["hypothesis"] = module
+    """Put the stand-in where `import hypothesis` finds it, unless there is the real one.
+
+    torch's compiler looks for hypothesis as well, by `find_spec`, which fails over a module without a spec.
+    """
+    if importlib.util.find_spec("hypothesis") is not None:
+        return
+    module: Any = importlib.util.module_from_spec(ModuleSpec("hypothesis", None))
+    module.given, module.settings = skipped, unchanged
+    for name in ("assume", "strategies", "HealthCheck"):
+        setattr(module, name, Anything())
+    sys.modules["hypothesis"] = module

@@ -46,6 +46,7 @@ def run(*command: object, cwd: Path, path: Path | None = None) -> str:
 
 
 def pip(*arguments: object, cwd: Path) -> None:
+    pytest.importorskip("pip")
     run(sys.executable, "-m", "pip", *arguments, "--no-deps", "--no-index", cwd=cwd)
 
 

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_python_examples_run_in_order(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert len(blocks) == 7
     script = tmp_path / "readme.py"
