@@ -7,19 +7,29 @@ rules, and a random model of 96 M parameters with LLaDA's vocabulary.
 Random weights have no confidence profile, so their tokens per forward are set: both ways follow LLaDA's schedule with
 as many steps as the published 4.24 (Fast-dLLM++) and 2.88 (threshold 0.9) tokens per forward would take, rounded up.
 
+`--headline` is what the figures of a first run on a GPU should be, the most telling first: batch 1, 4.24 tokens per
+forward, dual and prefix cache, prompts of 800 tokens and of 801 (which padding fills up to a bucket).
+
 What a step costs outside of the model is the time of the same decode with a model that has its logits ready. Two
-schedules differ only in the number of cached forwards, so their difference gives the time of one.
+schedules differ only in the number of cached forwards, so their difference gives the time of one. `steps` has the time
+of a full step, `ms_refresh`, and of the others on average, `ms_step`: ours between CUDA events around replays of the
+captured steps, without what the host does between two of them; the published ones, in one more decode, from the call of
+one forward to that of the next, waited for, so with the selection and the host.
+
+Results are written after each way of each setting. What fails is written down as its error.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +37,7 @@ import measure
 import published_decode
 import torch
 from measure import DEVICE, ON_GPU
+from steps import steps_of
 from torch import Tensor
 
 import fdpp
@@ -36,6 +47,7 @@ from fdpp.decoding.generate import with_token_ids
 
 WAYS = ("published", "fdpp", "fdpp, compiled")
 SET_TOKENS_PER_FORWARD = (4.24, 2.88)
+FACTS = ("shape", "cache", "batch", "prompt", "tokens_per_forward")
 TINY_RULES = (fdpp.Frechet(0.25), fdpp.Threshold(0.9))
 
 
@@ -48,6 +60,7 @@ class Shape:
     new: int
     batches: tuple[int, ...]
     block: int = 32
+    engine: str = "auto"
 
 
 SPECIAL = ("mask_token_id", "eos_token_id", "pad_token_id", "eot_token_id")
@@ -62,7 +75,9 @@ SHAPES: dict[str, Callable[[], Shape]] = {
     "8b": lambda: Shape(LLaDAConfig(mlp_hidden_size=12288), 800, 256, (1, 8, 32)),
     "100m": lambda: Shape(LLaDAConfig(d_model=320, n_layers=12, n_heads=5, mlp_hidden_size=864), 96, 64, (1,)),
     "tiny": lambda: Shape(None, 0, 128, (1, 8)),
-    "smoke": lambda: Shape(LLaDAConfig(d_model=32, n_layers=2, n_heads=2, init_std=0.3, **ids(300)), 8, 16, (1, 3), 8),
+    "smoke": lambda: Shape(
+        LLaDAConfig(d_model=32, n_layers=2, n_heads=2, init_std=0.3, **ids(300)), 8, 16, (1, 3), 8, "static"
+    ),
 }
 
 
@@ -80,9 +95,9 @@ def random_model(config: LLaDAConfig) -> LLaDAModelLM:
     return model
 
 
-def random_prompts(model: Any, shape: Shape, B: int) -> Tensor:
+def random_prompts(model: Any, B: int, length: int) -> Tensor:
     ordinary = min(getattr(model.config, name) for name in SPECIAL)
-    return torch.randint(0, ordinary, (B, shape.prompt), generator=torch.Generator().manual_seed(B)).to(DEVICE)
+    return torch.randint(0, ordinary, (B, length), generator=torch.Generator().manual_seed(B)).to(DEVICE)
 
 
 def tiny_prompts(tokenizer: Any, B: int) -> Tensor:
@@ -170,55 +185,112 @@ def release(model: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def measured(
-    model: Any, prompt: Tensor, settings: DiffusionGenerationConfig, repeats: int, compiled: bool = False
-) -> dict[str, Any]:
-    """One row of the results: both ways on one setting; `compiled`: ours once more after `compile_layers`."""
-    run = Run(model, prompt, settings)
-    settings, eos = run.settings, torch.tensor(run.settings.eos_token_id, device=DEVICE)
-    row: dict[str, Any] = {}
-    responses: dict[str, Tensor] = {}
+class Watched:
+    """A published forward that notes when it is called, and whether for the whole sequence."""
 
-    def note(way: str, decode: Callable[[], Any], read: Callable[[Any], tuple[Tensor, int]], bare: Any) -> None:
+    def __init__(self, forward: published_decode.Forward) -> None:
+        self.forward = forward
+        self.called: list[tuple[float, bool]] = []
+
+    def note(self, full: bool = False) -> None:
+        measure.synchronize()
+        self.called.append((time.perf_counter(), full))
+
+    def __call__(self, tokens: Tensor, past: Any, replace: Any) -> tuple[Tensor, published_decode.Past]:
+        self.note(past is None)
+        return self.forward(tokens, past, replace)
+
+    def steps(self) -> dict[str, float]:
+        """Mean milliseconds from the call of a forward to what was noted next."""
+        pairs = list(itertools.pairwise(self.called))
+        return means([(full, 1e3 * (after - at)) for (at, full), (after, _) in pairs])
+
+
+def means(steps: list[tuple[bool, float]]) -> dict[str, float]:
+    """The mean of the full steps and that of the others, where there are any."""
+    found = {}
+    for name, kind in (("ms_refresh", True), ("ms_step", False)):
+        times = [ms for full, ms in steps if full == kind]
+        if times:
+            found[name] = statistics.mean(times)
+    return found
+
+
+@torch.no_grad()
+def captured_steps(model: Any) -> dict[str, float]:
+    """Mean milliseconds of the steps that the decodes of `model` have captured (or, on a CPU, made)."""
+    found = []
+    for step in steps_of(model):
+        replay = step.replay if step.graph is None else step.graph.replay
+        found.append((step.window.full, 1e3 * measure.replay_seconds(replay, budget=0.2)))
+    return means(found)
+
+
+class Setting:
+    """One row of the results: what each way takes for the same decode.
+
+    Attributes:
+        row: the results so far; facts about the setting to begin with.
+    """
+
+    def __init__(self, model: Any, run: Run, row: dict[str, Any], repeats: int) -> None:
+        self.model, self.run, self.row, self.repeats = model, run, row, repeats
+        self.responses: dict[str, Tensor] = {}
+        self.eos = torch.tensor(run.settings.eos_token_id, device=DEVICE) if run.settings.stop_at_eos else None
+
+    def measure(self, way: str) -> None:
+        """Add what `way` takes to the row."""
+        self.row[way] = measure.attempt(partial(self.published if way == "published" else self.ours, way))
+        release(self.model)
+        both = [self.row.get(name, {}) for name in WAYS[:2]]
+        if way in WAYS[:2] and all("seconds" in each for each in both):
+            self.row["same_tokens"] = agreement(*(self.responses[name] for name in WAYS[:2]), self.eos)
+            self.row["speedup"] = both[0]["seconds"] / both[1]["seconds"]
+
+    def published(self, way: str) -> dict[str, Any]:
+        forward, settings = published_decode.PublishedModel(self.model), self.run.settings
+
+        def steps() -> dict[str, float]:
+            watched = Watched(forward)
+            self.run.published(watched, settings)
+            watched.note()
+            return watched.steps()
+
+        (sequences, nfe), seconds, peak = timed(lambda: self.run.published(forward, settings), self.repeats)
+        return self.found(way, sequences, nfe, seconds, peak, steps, self.run.published_without_model)
+
+    def ours(self, way: str) -> dict[str, Any]:
+        prompt, settings, steps = self.run.prompt, self.run.settings, partial(captured_steps, self.model)
+        self.model.compile_layers(way == "fdpp, compiled")
         try:
-            result, seconds, peak = timed(decode, repeats)
-            sequences, nfe = read(result)
-            release(model)
-            schedule = replace(settings, rule=fdpp.Quota(), steps=nfe, stop_at_eos=False)
-            _, without, _ = timed(bare(schedule), repeats)
-        except torch.OutOfMemoryError:
-            row[way] = {"error": "out of memory"}
-            return
+            out, seconds, peak = timed(lambda: self.model.generate(prompt, generation_config=settings), self.repeats)
+            return self.found(way, out.sequences, int(out.nfe.max()), seconds, peak, steps, self.run.without_model)
         finally:
-            release(model)
-        responses[way] = sequences[:, prompt.shape[1] :]
-        counted = torch.isin(responses[way], eos).cumsum(1) == 0 if settings.stop_at_eos else responses[way] >= 0
-        outside = 1e3 * without / nfe
-        row[way] = {
+            self.model.compile_layers(False)
+
+    def found(
+        self, way: str, sequences: Tensor, nfe: int, seconds: float, peak: int, steps: Any, without_model: Any
+    ) -> dict[str, Any]:
+        """The results of a way; those of its steps, and of its time without a model, may be missing."""
+        response = self.responses[way] = sequences[:, self.run.prompt.shape[1] :]
+        counted = response >= 0 if self.eos is None else torch.isin(response, self.eos).cumsum(1) == 0
+        result = {
             "seconds": seconds,
             "nfe": nfe,
             "tokens": int(counted.sum()),
             "tokens_per_second": float(counted.sum()) / seconds,
-            "ms_per_forward": 1e3 * seconds / nfe - outside,
-            "ms_outside_model": outside,
             "peak_gb": peak / 1e9,
+            "steps": measure.attempt(steps),
         }
+        release(self.model)
 
-    forward = published_decode.PublishedModel(model)
-    note("published", lambda: run.published(forward, settings), lambda out: out, run.published_without_model)
-    for way in ("fdpp", "fdpp, compiled")[: 1 + compiled]:
-        model.compile_layers(way == "fdpp, compiled")
-        note(
-            way,
-            lambda: model.generate(prompt, generation_config=settings),
-            lambda out: (out.sequences, int(out.nfe.max())),
-            run.without_model,
-        )
-    model.compile_layers(False)
-    if {"published", "fdpp"} <= responses.keys():
-        row["same_tokens"] = agreement(responses["published"], responses["fdpp"], eos if settings.stop_at_eos else None)
-        row["speedup"] = row["published"]["seconds"] / row["fdpp"]["seconds"]
-    return row
+        def outside() -> dict[str, float]:
+            settings = replace(self.run.settings, rule=fdpp.Quota(), steps=nfe, stop_at_eos=False)
+            ms = 1e3 * timed(without_model(settings), self.repeats)[1] / nfe
+            return {"ms_per_forward": 1e3 * seconds / nfe - ms, "ms_outside_model": ms}
+
+        without = measure.attempt(outside)
+        return result | ({"without_model": without} if "error" in without else without)
 
 
 def agreement(published: Tensor, ours: Tensor, eos: Tensor | None) -> float:
@@ -230,7 +302,7 @@ def agreement(published: Tensor, ours: Tensor, eos: Tensor | None) -> float:
 
 
 def cached_forward(rows: list[dict[str, Any]], floor: float) -> None:
-    """Add to the rows of one cache and batch what one cached forward takes, all in, from their difference."""
+    """Add to the rows of one cache, batch and prompt what a cached forward takes, all in, from their difference."""
     for way in WAYS:
         runs = sorted((row[way] for row in rows if "seconds" in row.get(way, {})), key=lambda result: result["nfe"])
         if len(runs) == 2 and runs[0]["nfe"] < runs[1]["nfe"]:
@@ -247,7 +319,7 @@ def weight_bytes(model: Any) -> int:
 
 def settings_of(name: str, shape: Shape, cache: str) -> list[tuple[str, DiffusionGenerationConfig]]:
     """What is decoded with one cache: the label of the tokens per forward, and the settings."""
-    base = DiffusionGenerationConfig(max_new_tokens=shape.new, block_length=shape.block, cache=cache, stop_at_eos=False)
+    base = DiffusionGenerationConfig(shape.new, shape.block, cache=cache, stop_at_eos=False, engine=shape.engine)
     if name == "tiny":
         rules = {f"{type(rule).__name__}({rule.params()[0]:g})": rule for rule in TINY_RULES}
         return [(label, replace(base, rule=rule, stop_at_eos=True)) for label, rule in rules.items()]
@@ -255,66 +327,126 @@ def settings_of(name: str, shape: Shape, cache: str) -> list[tuple[str, Diffusio
     return [(f"{shape.new / n:.2f}, set", replace(base, rule=fdpp.Quota(), steps=n)) for n in steps]
 
 
-def order(shape: Shape, caches: list[str]) -> list[tuple[int, str]]:
-    """Batch sizes and caches, the quick and telling ones first: a big batch without a cache takes longest."""
-    return sorted(((B, cache) for B in shape.batches for cache in caches), key=lambda c: c[1] == "none" and c[0] > 1)
+def order(shape: Shape, prompts: list[int], caches: list[str]) -> list[tuple[int, int, str]]:
+    """Batch sizes, prompts and caches, the quick and telling ones first: a big batch without a cache takes longest."""
+    found = [(B, P, cache) for B in shape.batches for P in prompts for cache in caches]
+    return sorted(found, key=lambda setting: setting[2] == "none" and setting[0] > 1)
+
+
+class Benchmark:
+    """All settings of a run, and the file that their results are in."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.began = options, time.monotonic()
+        self.bandwidth = measure.copy_bandwidth(1 << (31 if ON_GPU else 20 if options.smoke else 28))
+        size, dtype = (8192, torch.bfloat16) if ON_GPU else (64 if options.smoke else 1024, torch.float32)
+        self.rows: list[dict[str, Any]] = []
+        self.results: dict[str, Any] = {
+            "copy_gb_s": self.bandwidth / 1e9,
+            "matmul_tflop_s": measure.matmul_rate(size, dtype) / 1e12,
+            "rows": self.rows,
+            "left_out": [],
+        }
+
+    def write(self) -> Path:
+        return measure.write(self.options.out, "decode", self.results)
+
+    def in_time(self, facts: dict[str, Any]) -> bool:
+        """Whether there is time for a setting; one for which there is none is noted."""
+        if time.monotonic() - self.began <= self.options.budget:
+            return True
+        self.results["left_out"].append(facts)
+        self.write()
+        return False
+
+    def model(self, name: str, shape: Shape) -> tuple[Any, Callable[[int, int], Tensor]]:
+        """The model of a shape and `(batch, length) -> prompts` for it."""
+        if shape.config is None:
+            model, tokenizer = tiny.load()
+            return model.to(DEVICE), lambda B, P: tiny_prompts(tokenizer, B)
+        if name == "8b" and self.options.checkpoint:
+            model = LLaDAModelLM.from_pretrained(self.options.checkpoint, dtype=torch.bfloat16).to(DEVICE).eval()
+        else:
+            model = random_model(shape.config)
+        return model, partial(random_prompts, model)
+
+    def shape(self, name: str) -> None:
+        """All settings of one shape: both ways of each, and ours once more with compiled layers when all are done."""
+        shape, options = SHAPES[name](), self.options
+        if options.batches:
+            shape = replace(shape, batches=tuple(options.batches))
+        prompts = options.prompts or [shape.prompt, shape.prompt + 1][: 1 + options.headline]
+        facts = {"shape": name}
+        if not self.in_time(facts):
+            return
+        try:
+            model, prompts_of = self.model(name, shape)
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.int64, device=DEVICE))  # lays weights out as `generate` wants them
+        except Exception as error:
+            self.rows.append(facts | {"error": measure.reason(error)})
+            self.write()
+            return
+        weights = weight_bytes(model)
+        done: list[Setting] = []
+        for B, P, cache in order(shape, prompts, options.caches):
+            rows: list[dict[str, Any]] = []
+            for label, settings in settings_of(name, shape, cache)[: 1 if options.headline else None]:
+                facts = {"shape": name, "cache": cache, "batch": B, "prompt": P, "tokens_per_forward": label}
+                if not self.in_time(facts):
+                    continue
+                row = facts | {"new": shape.new, "block": shape.block, "weight_gb": weights / 1e9}
+                rows.append(row)
+                self.rows.append(row)
+                try:
+                    prompt = prompts_of(B, P)
+                    row["prompt"] = prompt.shape[1]
+                    setting = Setting(model, Run(model, prompt, settings), row, options.repeats)
+                except Exception as error:
+                    row["error"] = measure.reason(error)
+                    self.write()
+                    continue
+                done.append(setting)
+                for way in ("fdpp", "published"):
+                    setting.measure(way)
+                    if cache != "none" and name != "tiny":
+                        cached_forward(rows, 1e3 * weights / self.bandwidth)
+                    self.write()
+                print(facts, f"{row.get('speedup', math.nan):.2f}x", flush=True)
+        for setting in done:
+            facts = {key: setting.row[key] for key in FACTS} | {"way": "fdpp, compiled"}
+            if options.compiled and setting.row["batch"] == 1 and self.in_time(facts):
+                setting.measure("fdpp, compiled")
+                self.write()
+                print(facts, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["8b"] if ON_GPU else ["tiny", "100m"])
     parser.add_argument("--smoke", action="store_true", help="a very small model alone, to see that it runs")
+    parser.add_argument("--headline", action="store_true", help="batch 1, both caches, two prompts, the first schedule")
     parser.add_argument("--checkpoint", help="a LLaDA checkpoint in place of random weights in the shape 8b")
-    parser.add_argument("--caches", nargs="+", choices=("dual", "prefix", "none"), default=["dual", "prefix", "none"])
+    parser.add_argument("--caches", nargs="+", choices=("dual", "prefix", "none"))
     parser.add_argument("--batches", nargs="+", type=int, help="batch sizes (default: those of the shape)")
+    text = "lengths of the prompts (default: that of the shape; the embedded model's are problems)"
+    parser.add_argument("--prompts", nargs="+", type=int, help=text)
     text = "measure batch 1 also with norm, rotation and gate fused by torch.compile (default: on a GPU)"
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=ON_GPU, help=text)
     parser.add_argument("--repeats", type=int, default=3, help="timed decodes of each (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no setting is begun")
     parser.add_argument("--out", type=Path, default=measure.RESULTS / "local", help="folder of the result file")
     options = parser.parse_args(arguments)
-    began = time.monotonic()
-    bandwidth = measure.copy_bandwidth(1 << (31 if ON_GPU else 20 if options.smoke else 28))
-    rate = measure.matmul_rate(
-        8192 if ON_GPU else 64 if options.smoke else 1024, torch.bfloat16 if ON_GPU else torch.float32
-    )
-    results: dict[str, Any] = {"copy_gb_s": bandwidth / 1e9, "matmul_tflop_s": rate / 1e12, "rows": [], "left_out": []}
+    if options.headline:
+        options.batches = options.batches or [1]
+    options.caches = options.caches or ["dual", "prefix", "none"][: 2 if options.headline else 3]
+    benchmark = Benchmark(options)
     for name in ["smoke"] if options.smoke else options.shapes:
-        shape = SHAPES[name]()
-        if options.batches:
-            shape = replace(shape, batches=tuple(options.batches))
-        if shape.config is None:
-            model, tokenizer = tiny.load()
-            model = model.to(DEVICE)
-        elif name == "8b" and options.checkpoint:
-            model = LLaDAModelLM.from_pretrained(options.checkpoint, dtype=torch.bfloat16).to(DEVICE).eval()
-        else:
-            model = random_model(shape.config)
-        with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.int64, device=DEVICE))  # lays weights out as `generate` wants them
-        weights = weight_bytes(model)
-        for B, cache in order(shape, options.caches):
-            prompt = tiny_prompts(tokenizer, B) if shape.config is None else random_prompts(model, shape, B)
-            rows = []
-            for label, settings in settings_of(name, shape, cache):
-                facts = {"shape": name, "cache": cache, "batch": B, "tokens_per_forward": label}
-                if time.monotonic() - began > options.budget:
-                    results["left_out"].append(facts)
-                    continue
-                sizes = {"prompt": prompt.shape[1], "new": shape.new, "block": shape.block, "weight_gb": weights / 1e9}
-                rows.append(
-                    facts
-                    | sizes
-                    | measured(model, prompt, settings, options.repeats, compiled=options.compiled and B == 1)
-                )
-                print(facts, f"{rows[-1].get('speedup', math.nan):.2f}x", flush=True)
-            if cache != "none" and name != "tiny":
-                cached_forward(rows, 1e3 * weights / bandwidth)
-            results["rows"] += rows
-            written = measure.write(options.out, "decode", results)  # after each: who runs out of time keeps the rest
-        release(model)
-        del model
-    print(f"written to {written}")
+        benchmark.shape(name)
+        if ON_GPU:
+            gc.collect()
+            torch.cuda.empty_cache()
+    measure.close(benchmark.write(), benchmark.results)
 
 
 if __name__ == "__main__":

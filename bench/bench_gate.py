@@ -15,19 +15,19 @@ import bench_select
 import measure
 import published_decode
 import pytest
-from measure import DEVICE, ON_GPU
+from measure import CALLS, DEVICE, ON_GPU
 
 from fdpp import tiny
 
 pytest.importorskip("pytest_benchmark")
 
-CALLS = 20 if ON_GPU else 1
 DECODES = [("8b", "dual", 64)] if ON_GPU else [("tiny", "dual", 128), ("tiny", "none", 128)]
 
 
 def repeated(call: Callable[[], Any], in_graph: bool) -> Callable[[], None]:
     """`CALLS` calls, waited for; ours in a CUDA graph where there is one."""
-    replay = measure.captured([call] * CALLS).replay if in_graph and ON_GPU else lambda: [call() for _ in range(CALLS)]
+    calls = [call] * CALLS
+    replay = (measure.captured(calls) if in_graph else measure.Calls(calls)).replay
 
     def run() -> None:
         replay()
@@ -56,7 +56,7 @@ def decoded(name: str) -> tuple[Any, Any, bench_decode.Shape]:
         model = model.to(DEVICE)
         return model, bench_decode.tiny_prompts(tokenizer, 1), shape
     model = bench_decode.random_model(shape.config)
-    return model, bench_decode.random_prompts(model, shape, 1), shape
+    return model, bench_decode.random_prompts(model, 1, shape.prompt), shape
 
 
 @pytest.mark.parametrize("way", ["fdpp", "published"])

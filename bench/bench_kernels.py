@@ -4,7 +4,8 @@
 against `project_select`, by masked rows. Attention of a padded block over a cache: `scaled_dot_product_attention` with
 a mask against `block_attention`, and without a mask and so without padding as the bound. Branches, drafts of one block
 over one cache: the cache's own operators (`BlockCache.attend_shared`) against `block_attention`. On a GPU everything
-runs in CUDA graphs; on a CPU both ways are PyTorch's own operators, and what the head saves there is memory.
+runs in CUDA graphs; on a CPU both ways are PyTorch's own operators, and what the head saves there is memory. What fails
+is a row that says why.
 """
 
 from __future__ import annotations
@@ -31,19 +32,14 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 RULE = fdpp.Frechet(0.25)
 
 
-def seconds(call: Callable[[], Any], budget: float) -> float:
-    """Of one call: on a GPU in a graph of several."""
-    if ON_GPU:
-        return measure.graph_seconds([call] * 10)
-    return measure.median_seconds(call, rounds=3, budget=budget)
-
-
 def timed(ways: dict[str, Callable[[], Any]], budget: float) -> dict[str, Any]:
-    """Microseconds and extra memory of each way."""
-    return {
-        way: {"us": 1e6 * seconds(call, budget), "peak_mb": measure.peak_bytes(call) / 1e6}
-        for way, call in ways.items()
-    }
+    """Microseconds, in a graph of several, and extra memory of each way, or why it failed."""
+
+    def one(call: Callable[[], Any]) -> dict[str, Any]:
+        us = 1e6 * measure.graph_seconds([call] * measure.CALLS, budget)
+        return {"us": us, "peak_mb": measure.peak_bytes(call) / 1e6}
+
+    return {way: measure.attempt(partial(one, call)) for way, call in ways.items()}
 
 
 def library_head(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_id: int) -> Tensor:
@@ -66,7 +62,7 @@ def head(B: int, T: int, masked: int, V: int, D: int, budget: float) -> dict[str
         "library": partial(library_head, hidden, weight, tokens, V - 1),
         "fused": partial(fused_head, hidden, weight, tokens, V - 1),
     }
-    return {"sequences": B, "positions": T, "rows": B * masked, "weight_mb": weight.nbytes / 1e6, **timed(ways, budget)}
+    return {"weight_mb": weight.nbytes / 1e6, **timed(ways, budget)}
 
 
 @torch.no_grad()
@@ -85,7 +81,7 @@ def attention(B: int, n: int, S: int, heads: int, head_size: int, budget: float)
         "sdpa, no mask": partial(F.scaled_dot_product_attention, q, k, v),
         "block_attention": partial(block_attention, q, k, v, first),
     }
-    return {"sequences": B, "queries": n, "columns": S, "kv_mb": 2 * k.nbytes / 1e6, **timed(ways, budget)}
+    return {"kv_mb": 2 * k.nbytes / 1e6, **timed(ways, budget)}
 
 
 def branch_ways(B: int, drafts: int, n: int, S: int, heads: int, head_size: int) -> dict[str, Callable[[], Tensor]]:
@@ -109,8 +105,7 @@ def branch_ways(B: int, drafts: int, n: int, S: int, heads: int, head_size: int)
 
 @torch.no_grad()
 def branches(B: int, drafts: int, n: int, S: int, heads: int, head_size: int, budget: float) -> dict[str, Any]:
-    size = {"sequences": B, "branches": drafts, "queries": n, "columns": S}
-    return {**size, **timed(branch_ways(B, drafts, n, S, heads, head_size), budget)}
+    return timed(branch_ways(B, drafts, n, S, heads, head_size), budget)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -121,13 +116,22 @@ def main(arguments: list[str] | None = None) -> None:
     V, D, budget = (126464, 4096 if ON_GPU else 320, 0.5) if not options.smoke else (1000, 32, 0.02)
     sizes = [(1, 32, 1), (1, 32, 8), (1, 32, 32), (8, 32, 32), (32, 32, 32)] if ON_GPU else [(1, 32, 32), (8, 32, 32)]
     heads, head_size = (32, 128) if ON_GPU else (4, 32)
-    batches = (1, 8, 32) if ON_GPU else (1, 8)
-    results = {
-        "head": [head(*size, V, D, budget) for size in sizes],
-        "attention": [attention(B, 32, 1056, heads, head_size, budget) for B in batches],
-        "branches": [branches(B, 4, 32, 1056, heads, head_size, budget) for B in batches],
-    }
-    print(f"written to {measure.write(options.out, 'kernels', results)}")
+    results: dict[str, list[dict[str, Any]]] = {"head": [], "attention": [], "branches": []}
+
+    def note(kind: str, about: dict[str, int], call: Callable[[], dict[str, Any]]) -> Path:
+        results[kind].append(about | measure.attempt(call))
+        print(kind, about, flush=True)
+        return measure.write(options.out, "kernels", results)
+
+    for B, T, masked in sizes:
+        about = {"sequences": B, "positions": T, "rows": B * masked}
+        written = note("head", about, partial(head, B, T, masked, V, D, budget))
+    for B in (1, 8, 32) if ON_GPU else (1, 8):
+        about = {"sequences": B, "queries": 32, "columns": 1056}
+        written = note("attention", about, partial(attention, B, 32, 1056, heads, head_size, budget))
+        about = {"sequences": B, "branches": 4, "queries": 32, "columns": 1056}
+        written = note("branches", about, partial(branches, B, 4, 32, 1056, heads, head_size, budget))
+    measure.close(written, results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""How the benchmarks time, count and weigh what they run, and on what it was measured."""
+"""How the benchmarks time, count and weigh what they run, and on what it was measured.
+
+All of it works on a CPU as well, so that what is to run on a GPU has run before: calls are made one by one where there
+are no graphs, and the clock is the host's where there are no events.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,12 @@ import re
 import statistics
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -25,6 +32,8 @@ from fdpp.models.linear import linear
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 RESULTS = Path(__file__).parent / "results"
+CALLS = 20 if ON_GPU else 1
+"""How often in a row what takes microseconds on a GPU is called."""
 
 
 def synchronize() -> None:
@@ -47,8 +56,27 @@ def median_seconds(call: Callable[[], Any], *, calls: int = 1, rounds: int = 3, 
     return statistics.median(times) / calls
 
 
-def captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of the `calls`, one after another."""
+class Replayed(Protocol):
+    """What is recorded once and run again and again, as a `torch.cuda.CUDAGraph` is."""
+
+    def replay(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Stands for a graph where there are none."""
+
+    calls: Sequence[Callable[[], Any]]
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def captured(calls: Sequence[Callable[[], Any]]) -> Replayed:
+    """A CUDA graph of the `calls`, one after another; on a CPU the calls."""
+    if not ON_GPU:
+        return Calls(calls)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -62,48 +90,63 @@ def captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def graph_seconds(calls: Sequence[Callable[[], Any]], replays: int = 20) -> float:
-    """Median time of one of the `calls`, captured together and replayed."""
-    graph = captured(calls)
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3)
-    return statistics.median(times) / len(calls)
+def elapsed(call: Callable[[], Any]) -> float:
+    """Seconds of one call, between two events on a GPU."""
+    if not ON_GPU:
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
+
+
+def replay_seconds(replay: Callable[[], Any], budget: float = 0.5) -> float:
+    """Median seconds of a replay: of 3 to 20, as many as begin within `budget` seconds."""
+    replay()
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 3 or (len(times) < 20 and time.perf_counter() - started < budget):
+        times.append(elapsed(replay))
+    return statistics.median(times)
+
+
+def graph_seconds(calls: Sequence[Callable[[], Any]], budget: float = 0.5) -> float:
+    """Median seconds of one of the `calls`, captured together and replayed."""
+    return replay_seconds(captured(calls).replay, budget) / len(calls)
 
 
 def launches(call: Callable[[], Any]) -> int | None:
-    """What `call` sends to the device: kernels, copies and fills. None if the profiler sees no device."""
+    """What `call` sends to the device: kernels, copies and fills; on a CPU its operators. None if nothing is seen."""
     call()
     synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    activity, kind = ("CUDA", DeviceType.CUDA) if ON_GPU else ("CPU", DeviceType.CPU)
+    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, activity)]) as profiler:
         call()
         synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in profiler.events()) or None
+    return sum(event.device_type == kind for event in profiler.events()) or None
 
 
 def copy_bandwidth(nbytes: int) -> float:
     """Bytes read and written per second by a copy of `nbytes`."""
     source = torch.ones(nbytes, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * nbytes / median_seconds(lambda: target.copy_(source), calls=10 if ON_GPU else 1, rounds=5)
+    return 2 * nbytes / median_seconds(lambda: target.copy_(source), calls=CALLS, rounds=5)
 
 
 @torch.no_grad()
 def matmul_rate(size: int, dtype: torch.dtype) -> float:
     """Operations per second of a square matrix product, on random data; by oneDNN on a CPU, as in our model."""
     a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / median_seconds(lambda: linear(a, b), calls=10 if ON_GPU else 1)
+    return 2 * size**3 / median_seconds(lambda: linear(a, b), calls=CALLS)
 
 
 def l2_bytes() -> int:
-    return torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    """Size of the device's cache; on a CPU, where nothing is concluded from it, a page."""
+    return torch.cuda.get_device_properties(DEVICE).L2_cache_size if ON_GPU else 1 << 12
 
 
 def status_kib(field: str) -> int:
@@ -128,6 +171,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return max(status_kib("VmHWM") - before, 0) * 1024
 
 
+@cache
 def environment() -> dict[str, Any]:
     """Device, versions, commit and date of a measurement."""
 
@@ -150,6 +194,30 @@ def environment() -> dict[str, Any]:
     }
 
 
+def reason(error: Exception) -> str:
+    """Type and message of an error, on one line; a device without enough memory is a result."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `call` found, or why it failed, as its `error`: one setting must not cost the others."""
+    try:
+        return call()
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": reason(error)}
+
+
+def errors(results: Any) -> list[str]:
+    """All that is noted as an `error` in nested results."""
+    if isinstance(results, dict):
+        own = [results["error"]] if "error" in results else []
+        return own + [found for value in results.values() for found in errors(value)]
+    return [found for value in results for found in errors(value)] if isinstance(results, list) else []
+
+
 def slug(device: str) -> str:
     """A device's name as part of a file name."""
     return re.sub(r"\W+", "-", device.lower()).strip("-")
@@ -160,5 +228,14 @@ def write(folder: Path, kind: str, results: dict[str, Any]) -> Path:
     about = environment()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}-{slug(about['device']) if ON_GPU else 'cpu'}.json"
-    path.write_text(json.dumps({"environment": about, **results}, indent=1) + "\n")
-    return path
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"environment": about, **results}, indent=1) + "\n")
+    return part.replace(path)  # whoever is stopped in the midst of it leaves the earlier results
+
+
+def close(path: Path, results: dict[str, Any]) -> None:
+    """Say where the results are, and exit with 1 if a setting failed for another reason than memory."""
+    print(f"written to {path}")
+    failed = [error for error in errors(results) if error != "out of memory"]
+    if failed:
+        raise SystemExit("\n".join(failed))

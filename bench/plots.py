@@ -22,7 +22,7 @@ def roofline(axes: Any, select: dict[str, Any] | None, decode: dict[str, Any]) -
     for way in ("published", "fdpp"):
         points = set()
         for row in decode["rows"]:
-            ms = row[way].get("ms_cached_forward")
+            ms = row.get(way, {}).get("ms_cached_forward")
             if ms is None or row["shape"] == "smoke":
                 continue
             fed = row["batch"] * row["block"]
@@ -56,14 +56,18 @@ def bandwidth(axes: Any, select: dict[str, Any]) -> None:
 
 def bars(axes: Any, decode: dict[str, Any]) -> None:
     """Tokens per second of every setting, both ways."""
-    rows = decode["rows"]
+    rows = [row for row in decode["rows"] if "error" not in row]
     for offset, way in ((-0.2, "published"), (0.2, "fdpp")):
-        rates = {i + offset: row[way]["tokens_per_second"] for i, row in enumerate(rows) if "seconds" in row[way]}
+        rates = {
+            i + offset: row[way]["tokens_per_second"] for i, row in enumerate(rows) if "seconds" in row.get(way, {})
+        }
         if rates:
             drawn = axes.barh(list(rates), list(rates.values()), height=0.4, color=COLOURS[way], label=way)
             if way == "fdpp":
                 labels = [
-                    f" {row['speedup']:.1f}x" if "speedup" in row else "" for row in rows if "seconds" in row[way]
+                    f" {row['speedup']:.1f}x" if "speedup" in row else ""
+                    for row in rows
+                    if "seconds" in row.get(way, {})
                 ]
                 axes.bar_label(drawn, labels, fontsize=6)
     names = [

@@ -20,6 +20,11 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def failed(found: Result, width: int) -> list[str]:
+    """An error in the place of `width` cells."""
+    return [found["error"].replace("|", "/"), *["-"] * (width - 1)]
+
+
 def number(value: float | None) -> str:
     """Three significant digits, or the whole number where it has more."""
     if value is None:
@@ -30,81 +35,114 @@ def number(value: float | None) -> str:
 
 
 def select_table(result: Result) -> str:
-    """On a GPU microseconds in a graph, warm and cold, launches and bandwidth; on a CPU time and memory."""
+    """With times from graphs: warm and cold, launches and bandwidth; without: time and memory."""
+    graphs = any("us_warm" in row.get("fdpp", {}) for row in result["rows"])
+    return (graph_table if graphs else call_table)(result)
+
+
+def call_table(result: Result) -> str:
+    header = [f"one step, V = {result['vocabulary']:,}, bf16", "published, ms", "fdpp, ms", "faster"]
+    header += ["extra memory, published, MB", "fdpp, MB"]
     rows = []
-    if result["environment"]["device"].startswith("CPU"):
-        header = [f"one step, V = {result['vocabulary']:,}, bf16", "published, ms", "fdpp, ms", "faster"]
-        header += ["extra memory, published, MB", "fdpp, MB"]
-        for row in result["rows"]:
-            both = (row["published"], row["fdpp"])
-            masked = "all" if row["rows"] == row["sequences"] * row["positions"] else f"{row['rows']}"
-            size = f"{row['sequences']} x {row['positions']} positions, {masked} masked"
-            times = [number(way["us"] / 1e3) for way in both]
-            rows.append([size, *times, f"{row['speedup']:.1f}x", *(number(way["peak_mb"]) for way in both)])
-        return markdown(header, rows)
+    for row in result["rows"]:
+        masked = "all" if row["rows"] == row["sequences"] * row["positions"] else f"{row['rows']}"
+        first = f"{row['sequences']} x {row['positions']} positions, {masked} masked"
+        if "fdpp" not in row:
+            rows.append([first, *failed(row, len(header) - 1)])
+            continue
+        both = (row["published"], row["fdpp"])
+        times = [number(way["us"] / 1e3) for way in both]
+        rows.append([first, *times, f"{row['speedup']:.1f}x", *(number(way["peak_mb"]) for way in both)])
+    return markdown(header, rows) + differing(result)
+
+
+def graph_table(result: Result) -> str:
     header = ["masked rows (of)", "published, us", "two launches warm / cold", "fdpp warm / cold", "faster"]
     header += ["launches, published", "two", "fdpp", "fdpp, GB/s cold", "% of copy", "extra MB, published", "fdpp"]
+    rows = []
     for row in result["rows"]:
-        published, two, ours = row["published"], row["two launches"], row["fdpp"]
+        first = f"{row['rows']} ({row['sequences']} x {row['positions']})"
+        if "fdpp" not in row:
+            rows.append([first, *failed(row, len(header) - 1)])
+            continue
+        published, two, ours = row["published"], row.get("two launches", {}), row["fdpp"]
         rows.append(
             [
-                f"{row['rows']} ({row['sequences']} x {row['positions']})",
+                first,
                 number(published["us"]),
-                *(f"{number(way['us_warm'])} / {number(way['us_cold'])}" for way in (two, ours)),
+                *(f"{number(way.get('us_warm'))} / {number(way.get('us_cold'))}" for way in (two, ours)),
                 f"{row['speedup']:.1f}x",
-                *(str(way["launches"]) for way in (published, two, ours)),
+                *(str(way.get("launches", "-")) for way in (published, two, ours)),
                 number(ours["gb_s"]),
                 number(ours["copy_percent"]),
                 number(published["peak_mb"]),
                 number(ours["peak_mb"]),
             ]
         )
-    return markdown(header, rows)
+    return markdown(header, rows) + differing(result)
+
+
+def differing(result: Result) -> str:
+    """Where the selections that were timed are not the same."""
+    rows = [row for row in result["rows"] if "error" in row and "fdpp" in row]
+    return "".join(f"\n{row['rows']} ({row['sequences']} x {row['positions']}): {row['error']}" for row in rows)
 
 
 def decode_table(result: Result) -> str:
-    header = ["model, cache, batch", "tokens per forward", "way", "tok/s", "forwards", "ms per forward (model)"]
+    header = ["model, cache, batch, prompt", "tokens per forward", "way", "tok/s", "forwards", "ms per forward (model)"]
     header += [
         "ms outside the model",
         "ms per cached forward, all in",
         "% of the weight-read floor",
+        "ms, full step / other step",
         "peak memory, MB",
         "faster",
     ]
-    rows = []
+    rows, notes = [], [f"\nleft out for time: {facts}" for facts in result["left_out"]]
     for row in result["rows"]:
+        setting = ", ".join(str(row[key]) for key in ("shape", "cache", "batch", "prompt") if key in row)
+        if "error" in row:
+            rows.append([setting, row.get("tokens_per_forward", "-"), "-", *failed(row, len(header) - 3)])
         for way in ("published", "fdpp", "fdpp, compiled"):
             if way not in row:
                 continue
-            found = row[way]
-            first = [f"{row['shape']}, {row['cache']}, {row['batch']}", row["tokens_per_forward"], way]
+            found, first = row[way], [setting, row["tokens_per_forward"], way]
             if "error" in found:
-                rows.append([*first, found["error"], *["-"] * 7])
+                rows.append([*first, *failed(found, len(header) - 3)])
                 continue
             keys = ("tokens_per_second", "nfe", "ms_per_forward", "ms_outside_model", "ms_cached_forward")
             faster = f"{row['speedup']:.2f}x" if way == "fdpp" and "speedup" in row else ""
             values = [number(found.get(key)) for key in (*keys, "floor_percent")]
+            steps = found.get("steps", {})
+            values.append(" / ".join(number(steps.get(key)) for key in ("ms_refresh", "ms_step")))
             rows.append([*first, *values, number(1e3 * found["peak_gb"]), faster])
-    left_out = "".join(f"\nleft out for time: {facts}" for facts in result["left_out"])
-    return markdown(header, rows) + left_out
+            parts = (found.get(part, {}) for part in ("steps", "without_model"))
+            notes += [f"\n{setting}, {way}: {part['error']}" for part in parts if "error" in part]
+    return markdown(header, rows) + "".join(notes)
 
 
 def kernels_table(result: Result) -> str:
     """The fused head and the split attention beside what they would replace."""
     rows = []
-    for row in result["head"]:
-        size = f"head, {row['rows']} masked rows of {row['sequences']} x {row['positions']}"
-        rows += [[size, way, number(row[way]["us"]), number(row[way]["peak_mb"])] for way in ("library", "fused")]
-    for row in result["attention"]:
-        size = f"attention, {row['sequences']} x {row['queries']} queries over {row['columns']} columns"
-        ways = ("sdpa, mask", "sdpa, no mask", "block_attention")
-        rows += [[size, way, number(row[way]["us"]), number(row[way]["peak_mb"])] for way in ways]
-    # Results from before there were branches have none.
-    for row in result.get("branches", []):
-        size = f"{row['sequences']} x {row['queries']} queries over {row['columns']} columns"
-        ways = ("attend_shared", "block_attention")
-        size = f"attention, {row['branches']} branches, {size}"
-        rows += [[size, way, number(row[way]["us"]), number(row[way]["peak_mb"])] for way in ways]
+    for kind, ways in (
+        ("head", ("library", "fused")),
+        ("attention", ("sdpa, mask", "sdpa, no mask", "block_attention")),
+        ("branches", ("attend_shared", "block_attention")),
+    ):
+        # Results from before there were branches have none.
+        for row in result.get(kind, []):
+            drafts = f"{row['branches']} branches, " if kind == "branches" else ""
+            size = f"{row['sequences']} x {row.get('queries')} queries over {row.get('columns')} columns"
+            size = f"attention, {drafts}{size}"
+            if kind == "head":
+                size = f"head, {row['rows']} masked rows of {row['sequences']} x {row['positions']}"
+            if "error" in row:
+                rows.append([size, "-", *failed(row, 2)])
+                continue
+            for way in ways:
+                found = row[way]
+                cells = failed(found, 2) if "error" in found else [number(found["us"]), number(found["peak_mb"])]
+                rows.append([size, way, *cells])
     return markdown(["kernel", "way", "us", "extra MB"], rows)
 
 
@@ -114,7 +152,8 @@ def targets(select: list[Result], decode: list[Result]) -> list[tuple[str, str, 
     for result in select:
         if result["environment"]["device"].startswith("CPU"):
             continue
-        for row in result["rows"]:
+        rows = [row for row in result["rows"] if "fdpp" in row]
+        for row in rows:
             ours = row["fdpp"]
             if (row["sequences"], row["rows"]) == (1, 32) and row["positions"] == 32:
                 warm, launched = ours["us_warm"], ours["launches_in_graph"]
@@ -124,8 +163,9 @@ def targets(select: list[Result], decode: list[Result]) -> list[tuple[str, str, 
             if row["rows"] >= 1024:
                 share = ours["copy_percent"]
                 found.append((f"select, {row['rows']} rows: 85% of copy bandwidth", f"{share:.0f}%", share >= 85))
-        most = max(row["fdpp"]["peak_mb"] for row in result["rows"])
-        found.append(("select: transient memory under 1 MB", f"{most:.2f} MB", most < 1))
+        if rows:
+            most = max(row["fdpp"]["peak_mb"] for row in rows)
+            found.append(("select: transient memory under 1 MB", f"{most:.2f} MB", most < 1))
     for result in decode:
         for shape in ("tiny", "100m"):
             rows = [row for row in result["rows"] if row["shape"] == shape and "speedup" in row]
@@ -135,17 +175,19 @@ def targets(select: list[Result], decode: list[Result]) -> list[tuple[str, str, 
                 found.append((f"{shape}: 2x the published in all settings", f"{slow:.2f} to {fast:.2f}x", slow >= 2))
                 found.append((f"{shape}: same tokens", f"{100 * same:.1f}%", same == 1))
         for row in result["rows"]:
-            ours = row["fdpp"]
-            if row["shape"] != "8b" or row["batch"] != 1 or row["cache"] == "none" or ours["nfe"] > 61:
+            ours = row.get("fdpp", {})
+            if row["shape"] != "8b" or ours.get("nfe", 62) > 61 or row["batch"] != 1 or row["cache"] == "none":
                 continue
-            name = f"8b, {row['cache']}, batch 1, 4.2 tokens per forward"
+            name = f"8b, {row['cache']}, batch 1, prompt {row['prompt']}, 4.2 tokens per forward"
             rate = ours["tokens_per_second"]
             found.append((f"{name}: 500 tok/s", f"{rate:.0f}", rate >= 500))
-            found.append((f"{name}: 4.5x the published", f"{row['speedup']:.2f}x", row["speedup"] >= 4.5))
-            fastest = max((row[way].get("floor_percent", 0.0) for way in row if way.startswith("fdpp")), default=0.0)
-            if row["cache"] == "dual" and fastest:
-                over = 100 / fastest
-                found.append(("8b, block step: at most 1.2x the floor", f"{over:.2f}x", over <= 1.2))
+            if "speedup" in row:
+                found.append((f"{name}: 4.5x the published", f"{row['speedup']:.2f}x", row["speedup"] >= 4.5))
+            ways = [row[way] for way in ("fdpp", "fdpp, compiled") if way in row]
+            times = [way["steps"]["ms_step"] for way in ways if "ms_step" in way.get("steps", {})]
+            if row["cache"] == "dual" and times:
+                over = min(times) * result["copy_gb_s"] / row["weight_gb"] / 1e3
+                found.append((f"{name}: block step at most 1.2x the floor", f"{over:.2f}x", over <= 1.2))
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import bench_decode
 import bench_kernels
 import bench_select
 import gate
-import gpu_check
 import measure
 import published
 import published_decode
@@ -109,6 +109,8 @@ def test_results_say_what_was_measured_and_on_what(results: Path) -> None:
         assert result["copy_gb_s"] > 0
     for row in select["rows"]:
         assert row["published"]["us"] > 0 and row["fdpp"]["gb_s"] > 0
+        assert row["fdpp"]["us_warm"] > 0 and row["fdpp"]["us_cold"] > 0 and row["fdpp"]["launches"] > 0
+        assert ("two launches" in row) == INTERPRETED
     assert {row["cache"] for row in decode["rows"]} == {"none", "dual"}
     for row in decode["rows"]:
         assert row["same_tokens"] == 1.0
@@ -117,6 +119,8 @@ def test_results_say_what_was_measured_and_on_what(results: Path) -> None:
             assert way["tokens_per_second"] == pytest.approx(32 / way["seconds"])
             total = way["nfe"] * (way["ms_per_forward"] + way["ms_outside_model"])
             assert total == pytest.approx(1e3 * way["seconds"])
+            kinds = {"ms_refresh", "ms_step"} if row["cache"] == "dual" else {"ms_refresh"}
+            assert way["steps"].keys() == kinds and all(ms > 0 for ms in way["steps"].values())
 
 
 def test_kernels_are_compared_on_the_same_problem(results: Path) -> None:
@@ -133,7 +137,7 @@ def test_tables_and_plot(results: Path, capsys: pytest.CaptureFixture[str]) -> N
     pytest.importorskip("matplotlib")
     report.main([str(results), "--plot"])
     text = capsys.readouterr().out
-    sizes = ("8 x 32 positions, all masked", "smoke, dual, 2", "256 masked rows of 8 x 32", "over 1056 columns")
+    sizes = ("| 8 (2 x 32) |", "smoke, dual, 2, 8", "256 masked rows of 8 x 32", "over 1056 columns")
     for size in (*sizes, "4 branches, 8 x 32"):
         assert size in text
     device = report.load(results, "decode")[0]["environment"]["device"]
@@ -146,10 +150,20 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
         report.main([str(tmp_path)])
 
 
-def test_a_budget_leaves_out_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("begun", "left_out"), [(False, 1), (True, 6)])
+def test_a_budget_leaves_out_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool, left_out: int
+) -> None:
+    """The whole shape or, where that was begun in time, its settings."""
+    in_time = bench_decode.Benchmark.in_time
+
+    def late(self: bench_decode.Benchmark, facts: dict[str, Any]) -> bool:
+        return (begun and "cache" not in facts) or in_time(self, facts)
+
+    monkeypatch.setattr(bench_decode.Benchmark, "in_time", late)
     bench_decode.main(["--smoke", "--budget", "0", "--batches", "1", "--out", str(tmp_path)])
     result = report.load(tmp_path, "decode")[0]
-    assert result["rows"] == [] and len(result["left_out"]) == 6
+    assert result["rows"] == [] and len(result["left_out"]) == left_out
     assert "left out for time" in report.decode_table(result)
 
 
@@ -171,7 +185,9 @@ def on_an_h200(us: float, cached_ms: float) -> tuple[dict[str, Any], dict[str, A
     row |= {name: way for name in ("published", "two launches", "fdpp")}
     rate = {"seconds": 0.4, "nfe": 61, "tokens_per_second": 640.0, "peak_gb": 20.0, "ms_cached_forward": cached_ms}
     rate |= {"ms_per_forward": 4.0, "ms_outside_model": 0.1, "floor_percent": 100 * 3.5 / cached_ms}
-    decode = {"shape": "8b", "cache": "dual", "batch": 1, "tokens_per_forward": "4.20, set", "block": 32, "new": 256}
+    rate |= {"steps": {"ms_refresh": 33.0, "ms_step": cached_ms}}
+    decode = {"shape": "8b", "cache": "dual", "batch": 1, "prompt": 800, "tokens_per_forward": "4.20, set"}
+    decode |= {"block": 32, "new": 256}
     decode |= {"fdpp": rate, "published": {"error": "out of memory"}, "weight_gb": 15.0, "speedup": 5.0}
     more = {"vocabulary": 126464, "matmul_tflop_s": 780.0, "left_out": []}
     return about | more | {"rows": [row]}, about | more | {"rows": [decode]}
@@ -186,6 +202,102 @@ def test_targets(us: float, cached_ms: float, missed: int) -> None:
     assert "out of memory" in report.decode_table(decode)
     widths = {line.count("|") for line in report.select_table(select).splitlines()}
     assert len(widths) == 1 and len({line.count("|") for line in report.decode_table(decode).splitlines()}) == 1
+
+
+def failing(original: Any, when: Any, message: str) -> Any:
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if when(*arguments):
+            raise RuntimeError(message)
+        return original(*arguments, **keywords)
+
+    return call
+
+
+def test_what_fails_is_a_row_beside_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One setting of each benchmark raises: its error is in the results and in the tables, the rest is measured."""
+    make_problem, attend, decode = bench_select.make_problem, bench_kernels.block_attention, published_decode.decode
+    monkeypatch.setattr(bench_select, "make_problem", failing(make_problem, lambda B, T, *_: T == 8, "no | problem"))
+    monkeypatch.setattr(
+        bench_kernels, "block_attention", failing(attend, lambda q, *_: q.shape[0] == 1, "no attention")
+    )
+    with pytest.raises(SystemExit, match=r"RuntimeError: no \| problem"):
+        bench_select.main(["--smoke", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="RuntimeError: no attention"):
+        bench_kernels.main(["--smoke", "--out", str(tmp_path)])
+    options = ["--smoke", "--repeats", "1", "--batches", "1", "--caches", "dual", "--prompts", "8", "9"]
+    monkeypatch.setattr(
+        published_decode, "decode", failing(decode, lambda f, prompt: prompt.shape[1] == 8, "no decode")
+    )
+    with pytest.raises(SystemExit, match="RuntimeError: no decode"):
+        bench_decode.main([*options, "--out", str(tmp_path)])
+    select, kernels, decodes = (report.load(tmp_path, kind)[0] for kind in ("select", "kernels", "decode"))
+    assert [row.get("error") for row in select["rows"]] == [None, "RuntimeError: no | problem", None]
+    assert [row["block_attention"].get("error") for row in kernels["attention"]] == ["RuntimeError: no attention", None]
+    assert [row["prompt"] for row in decodes["rows"]] == [8, 8, 9, 9]
+    assert ["error" in row["published"] for row in decodes["rows"]] == [True, True, False, False]
+    assert all(row["fdpp"]["seconds"] > 0 for row in decodes["rows"])
+    text = report.report(tmp_path)
+    for cell in ("RuntimeError: no / problem", "RuntimeError: no attention", "RuntimeError: no decode"):
+        assert f"| {cell} |" in text
+    for table in text.split("\n\n"):
+        assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) <= 1
+    plots = pytest.importorskip("matplotlib") and importlib.import_module("plots")
+    plots.draw(tmp_path)
+
+
+def test_figures_outlive_a_failure_of_their_details(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_decode, "steps_of", failing(None, lambda model: True, "no steps"))
+    monkeypatch.setattr(bench_decode.Run, "without_model", failing(None, lambda *_: True, "no ready logits"))
+    options = ["--smoke", "--headline", "--repeats", "1", "--caches", "dual", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="no steps"):
+        bench_decode.main(options)
+    result = report.load(tmp_path, "decode")[0]
+    assert all(row["fdpp"]["tokens_per_second"] > 0 and row["speedup"] > 0 for row in result["rows"])
+    assert "fdpp: RuntimeError: no steps" in report.decode_table(result)
+    assert "fdpp: RuntimeError: no ready logits" in report.decode_table(result)
+
+
+def test_a_model_that_cannot_be_made_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_decode, "random_model", failing(None, lambda config: True, "no model"))
+    with pytest.raises(SystemExit, match="no model"):
+        bench_decode.main(["--smoke", "--out", str(tmp_path)])
+    assert "RuntimeError: no model" in report.report(tmp_path)
+
+
+def test_a_device_without_memory_is_no_failure(tmp_path: Path) -> None:
+    def call() -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    results = {"rows": [{"published": measure.attempt(call), "fdpp": {"us": 1.0}}]}
+    assert measure.errors(results) == ["out of memory"]
+    measure.close(measure.write(tmp_path, "select", results), results)
+
+
+def test_results_are_there_after_each_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that is killed in its second setting the first is left."""
+
+    def killed(B: int, T: int, *rest: Any) -> Any:
+        if T == 8:
+            raise KeyboardInterrupt
+        return make_problem(B, T, *rest)
+
+    make_problem = bench_select.make_problem
+    monkeypatch.setattr(bench_select, "make_problem", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bench_select.main(["--smoke", "--out", str(tmp_path)])
+    assert [row["rows"] for row in report.load(tmp_path, "select")[0]["rows"]] == [1]
+
+
+def test_replays_on_a_cpu_are_the_calls() -> None:
+    called: list[int] = []
+    replayed = measure.captured([lambda: called.append(1), lambda: called.append(2)])
+    replayed.replay()
+    replayed.replay()
+    assert called == [1, 2, 1, 2]
+    times = iter([0.5, 0.1, 0.3])
+    assert measure.graph_seconds([lambda: time.sleep(0.004)] * 2, budget=0.0) == pytest.approx(0.004, rel=0.9)
+    assert measure.replay_seconds(lambda: time.sleep(next(times, 0.0)), budget=0.0) < 0.2
+    assert (measure.launches(lambda: torch.zeros(2) + 1) or 0) >= 2
 
 
 def test_plot_of_gpu_results(tmp_path: Path) -> None:
@@ -216,44 +328,3 @@ def test_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"benchmarks": []}))
     assert gate.main([str(tmp_path / "c.json"), *baselines]) == 1
     assert "not measured" in capsys.readouterr().out
-
-
-def test_gpu_check_sums_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def python(name: str, code: str, seconds: float = 60.0, **settings: Any) -> gpu_check.Stage:
-        return gpu_check.Stage(name, [sys.executable, "-c", code], seconds, **settings)
-
-    found = [
-        python("good", "print('all well')"),
-        python("bad", "raise SystemExit(3)"),
-        python("slow", "import time; time.sleep(60)", 0.5),
-        python("missing", "raise SystemExit(1)", 0.0, needs=lambda: "no such tool"),
-    ]
-    monkeypatch.setattr(gpu_check, "stages", lambda out: found)
-    assert gpu_check.main(["--out", str(tmp_path)]) == 1
-    summary = (tmp_path / "summary.txt").read_text().splitlines()
-    assert [line.split()[1] for line in summary] == ["passed", "FAILED", "OUT", "left"]
-    assert "all well" in summary[0] and "no such tool" in summary[3]
-    assert gpu_check.main(["--out", str(tmp_path), "--only", "good", "missing"]) == 0
-    # The time of a stage that is left out is there for the others, once.
-    found[2:] = [
-        python("first", "import time; time.sleep(1.5)", 0.0),
-        python("second", "import time; time.sleep(60)", 0.0),
-        python("missing", "", 4.0, needs=lambda: "no such tool"),
-    ]
-    assert gpu_check.main(["--out", str(tmp_path), "--only", "first", "second", "missing"]) == 1
-    summary = (tmp_path / "summary.txt").read_text().splitlines()
-    assert [line.split()[1] for line in summary] == ["passed", "OUT", "left"]
-    capsys.readouterr()
-
-
-def test_gpu_check_counts_tests_by_name(tmp_path: Path) -> None:
-    cases = '<testcase name="test_opcheck[a]"/><testcase name="test_opcheck[b]"><skipped/></testcase>'
-    cases += '<testcase name="test_compiled"><failure/></testcase>'
-    (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    assert gpu_check.count(tmp_path / "tests.xml", "opcheck") == ("passed", "1 of 2, 1 skipped")
-    assert gpu_check.count(tmp_path / "tests.xml", "compile") == ("FAILED", "0 of 1, 0 skipped")
-    assert gpu_check.count(tmp_path / "tests.xml", "graph") is None
-
-
-def test_the_stages_take_less_than_ten_minutes() -> None:
-    assert sum(stage.seconds for stage in gpu_check.stages(Path())) <= 600
