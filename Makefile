@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu-check, each from a fresh clone.
+# make demo | test | lint | bench | gpu-check | gpu-rehearse, each from a fresh clone.
 #   PYTHON=python3.12   the interpreter that .venv is made with
 #   VENV=               no .venv: use $(PYTHON) and what it has installed, as it is
 #   OUT=DIR             where bench and gpu-check leave their results
@@ -11,7 +11,7 @@ PY = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY = $(if $(VENV),$(VENV)/.ready)
 
 .PHONY: help demo test lint bench bench-smoke gate quality picture clean eval-check sglang-check \
-	gpu-check gpu-run gpu-test gpu-stress gpu-memcheck gpu-racecheck gpu-bench
+	gpu-check gpu-run gpu-rehearse gpu-smoke gpu-test gpu-stress gpu-memcheck gpu-racecheck gpu-bench
 
 # Side by side the benchmarks would time the tests.
 .NOTPARALLEL:
@@ -25,7 +25,10 @@ help:
 	@echo "make quality    every rule and cache, with and without drafts, on held-out problems: table, plot, JSON"
 	@echo "make picture    the README's picture, from a decode of the embedded model"
 	@echo "make eval-check, make sglang-check  the tests beside lm-evaluation-harness, and beside SGLang"
-	@echo "make gpu-check  on a CUDA device: GPU tests, stress, memcheck, racecheck, benchmarks, gate; a summary last"
+	@echo "make gpu-check  nine minutes on a CUDA device, the most telling first, with a summary at any moment: smoke,"
+	@echo "                figures, tests, stress, gate, memcheck, racecheck. Its parts: gpu-smoke, gpu-bench, gpu-test,"
+	@echo "                gpu-stress, gpu-memcheck, gpu-racecheck"
+	@echo "make gpu-rehearse  the same stages without a GPU, on small shapes"
 	@echo "make clean      remove .venv and everything generated"
 
 ifneq ($(VENV),)
@@ -95,21 +98,24 @@ sglang-check: build/with-sglang/.ready
 	build/with-sglang/bin/python -m pytest tests/with_sglang
 
 # A $(PYTHON) whose torch sees the GPU is used as it is: its CUDA build was chosen for this machine's driver.
-SEES_GPU = $(shell $(PYTHON) -c 'import torch; print("yes" if torch.cuda.is_available() else "")' 2>/dev/null)
+SEES_GPU = $(shell timeout 60 $(PYTHON) -c 'import torch; print("yes" if torch.cuda.is_available() else "")' 2>/dev/null)
 
 gpu-check: STAGES =
+gpu-smoke: STAGES = smoke
+gpu-bench: STAGES = decode select kernels report
 gpu-test: STAGES = tests
 gpu-stress: STAGES = stress
 gpu-memcheck: STAGES = memcheck
 gpu-racecheck: STAGES = racecheck
-gpu-bench: STAGES = select kernels decode
 
-gpu-check gpu-test gpu-stress gpu-memcheck gpu-racecheck gpu-bench:
+gpu-check gpu-smoke gpu-bench gpu-test gpu-stress gpu-memcheck gpu-racecheck:
 	$(MAKE) gpu-run STAGES="$(STAGES)" $(if $(SEES_GPU),VENV=)
 
 gpu-run: $(READY)
-	@$(PY) -c 'import torch; assert torch.cuda.is_available(), f"torch {torch.__version__} sees no CUDA device"'
 	$(PY) bench/gpu_check.py --out $(OUT) $(if $(STAGES),--only $(STAGES))
+
+gpu-rehearse: $(READY)
+	$(PY) bench/gpu_check.py --out $(OUT) --rehearse
 
 clean:
 	rm -rf .venv build dist fdpp.egg-info .coverage .coverage.* .benchmarks .hypothesis \

@@ -13,8 +13,9 @@ forward, dual and prefix cache, prompts of 800 tokens and of 801 (which padding 
 What a step costs outside of the model is the time of the same decode with a model that has its logits ready. Two
 schedules differ only in the number of cached forwards, so their difference gives the time of one. `steps` has the time
 of a full step, `ms_refresh`, and of the others on average, `ms_step`: ours between CUDA events around replays of the
-captured steps, without what the host does between two of them; the published ones, in one more decode, from the call of
-one forward to that of the next, waited for, so with the selection and the host.
+captured steps, without what the host does between two of them, and on a finished block, so that the selection reads no
+logits (some 10 us); the published ones, in one more decode, from the call of one forward to that of the next, waited
+for, so with the selection and the host.
 
 Results are written after each way of each setting. What fails is written down as its error.
 """

@@ -1,136 +1,379 @@
-"""Everything to run on a machine with a GPU, within ten minutes, with a summary last: `make gpu-check`.
+"""What to run on a machine with a GPU for some minutes, the most telling first: `make gpu-check`.
 
-It takes torch, triton, transformers and pytest; with pytest-benchmark the gate runs as well, with compute-sanitizer
-memcheck and racecheck. Logs and results go into a folder. The exit status is 1 if a stage failed or ran out of time.
+Wherever it is cut, what is done by then is written: `summary.txt` anew after every stage, results after every setting,
+failures of tests as they happen. No stage can hold the run. Each has a limit, its own seconds and what earlier ones
+left over, and is killed with all that it started; what cannot be killed is left behind; and a watchdog ends everything
+after `--minutes`. The exit status is 1 unless all that could run here has passed.
+
+It takes torch, triton, transformers and pytest; more if there are pytest-xdist (one run of the tests in place of one a
+file), pytest-benchmark (the gate) and compute-sanitizer. `--rehearse` runs the same stages on small shapes without a
+GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PYTEST = [sys.executable, "-m", "pytest", "-q"]
-SANITIZED = [
-    *PYTEST,
-    *(f"tests/test_{name}.py" for name in ("gpu", "kernels", "project", "attention", "dawn")),
-    *("-m", "gpu and not slow"),
-    *("-k", "(test_gpu or test_kernels or opcheck) and not compile and not graph and not captured"),
-]
-"""Small launches of every kernel. Graphs need the caching allocator that memcheck goes without; a compiler under the
-sanitizer takes minutes."""
+PYTEST = [sys.executable, "-m", "pytest"]
+TESTS = [*PYTEST, "-v", "--tb=short", "-p", "at_once", "-p", "no:cacheprovider"]
+PROCESSES = min(8, os.cpu_count() or 1)
+SECONDS = "<seconds>"
+"""In a command: most of the time that its stage has got."""
+
+GRACE = 2.0
+"""Seconds in which a killed process must be gone."""
+
+LEAST = 5.0
+"""Seconds below which no stage is begun, but a short one."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, the seconds it may take and what it needs."""
+    """Commands that run side by side, up to `processes` at once, and the seconds that they may take.
+
+    Attributes:
+        missing: why the stage must be left out here, "" if it need not.
+        probe: a command that must succeed, or the stage is left out.
+        required: without it nothing else makes sense.
+        nothing: an exit status that says there was nothing to do, as pytest's 5.
+    """
 
     name: str
-    command: list[str]
+    commands: list[list[str]]
     seconds: float
-    needs: Callable[[], str] = lambda: ""
-    """Why it must be left out here, "" if nothing is missing."""
-
-    environment: tuple[tuple[str, str], ...] = ()
-
-
-@cache
-def sanitizer_missing() -> str:
-    if shutil.which("compute-sanitizer") is None:
-        return "no compute-sanitizer here"
-    probe = ["compute-sanitizer", "--error-exitcode", "1", sys.executable, "-c", "import torch; torch.ones(1).cuda()"]
-    works = ended(probe, 60.0, subprocess.DEVNULL) == 0
-    return "" if works else "compute-sanitizer does not work here"
+    missing: str = ""
+    probe: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    processes: int = 1
+    required: bool = False
+    nothing: int = 0
 
 
-def ended(command: list[str], seconds: float, output: Any, environment: dict[str, str] | None = None) -> int | None:
-    """A command's exit status; None if it ran out of time and was killed with all that it had started."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+def missing_module(name: str) -> str:
+    return "" if importlib.util.find_spec(name) else f"no {name.replace('_', '-')} here"
+
+
+def script(name: str, *options: str | Path) -> list[str]:
+    return [sys.executable, f"bench/{name}.py", *map(str, options)]
+
+
+def side_by_side(selection: list[str], files: list[Path]) -> list[list[str]]:
+    """The selected tests of the files: by pytest-xdist, or in a run for every file."""
+    command = [*TESTS, *selection]
+    if importlib.util.find_spec("xdist"):
+        return [[*command, "-n", str(PROCESSES), "--dist", "worksteal", *map(str, files)]]
+    return [[*command, str(path)] for path in files]
+
+
+def test_files() -> list[Path]:
+    """Those with tests for a GPU, the long ones first."""
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)
+    return [path for path in files if re.search("mark.gpu|IMPLEMENTATIONS", path.read_text())]
+
+
+def sanitizer(tool: str, out: Path, rehearse: bool, seconds: float, **environment: str) -> Stage:
+    """Each kernel once, under one of compute-sanitizer's tools."""
+    here = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+    missing = "" if shutil.which("compute-sanitizer") else "no compute-sanitizer here"
+    return Stage(
+        tool,
+        [[*here, "--log-file", str(out / f"{tool}.txt"), *script("gpu_smoke", "--kernels", "--out", out / tool)]],
+        seconds,
+        "a rehearsal has no GPU" if rehearse else missing,
+        probe=[*here, sys.executable, "-c", "import torch; torch.ones(1).cuda()"],
+        environment=environment,
     )
-    try:
-        return process.wait(max(seconds, 1.0))
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
-def benchmark_missing() -> str:
-    return "" if importlib.util.find_spec("pytest_benchmark") else "no pytest-benchmark here"
-
-
-def stages(out: Path) -> list[Stage]:
-    """In the order in which they run. The seconds add up to less than ten minutes."""
-
-    def sanitizer(tool: str, *options: str) -> list[str]:
-        log = str(out / f"{tool}.txt")
-        return ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "1", "--log-file", log, *SANITIZED]
-
-    def script(name: str, *options: str) -> list[str]:
-        return [sys.executable, f"bench/{name}.py", *options]
-
-    gate = str(out / "gate.json")
-    uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+def stages(out: Path, rehearse: bool = False) -> list[Stage]:
+    """In the order in which they run; the seconds are those of a GPU."""
+    small, repeats = (["--smoke"], "1") if rehearse else ([], "3")
+    part, baselines = (["-k", "select"], ["--baselines", out / "baselines"]) if rehearse else ([], [])
+    gate_file, gated = out / "gate.json", missing_module("pytest_benchmark")
+    device = "import torch; print(torch.__version__, torch.cuda.get_device_name())"
+    tests = side_by_side(["-m", "gpu and not slow"], test_files())
+    stress = [[*TESTS, "-m", "gpu and slow"]]
+    if rehearse:
+        device = "import torch; print(torch.__version__, 'on a CPU')"
+        twins = ["-m", "not gpu", "-k", "any_number_of_splits or captured_launches or opcheck_of_awkward"]
+        tests = side_by_side(twins, [ROOT / "tests" / f"test_{name}.py" for name in ("kernels", "ops")])
+        stress = [[*TESTS, "-m", "not gpu", "tests/test_kernels.py", "-k", "tickets_are_left"]]
     return [
-        Stage("tests", [*PYTEST, "-m", "gpu and not slow", f"--junitxml={out}/tests.xml"], 175),
-        Stage("stress", [*PYTEST, "-m", "gpu and slow", f"--junitxml={out}/stress.xml"], 60),
+        Stage("device", [[sys.executable, "-c", device]], 20, required=True),
+        Stage("smoke", [script("gpu_smoke", "--out", out)], 80),
+        Stage(
+            "decode",
+            [script("bench_decode", "--headline", *small, "--repeats", repeats, "--budget", SECONDS, "--out", out)],
+            110,
+        ),
+        Stage("select", [script("bench_select", *small, "--out", out)], 30),
+        Stage("kernels", [script("bench_kernels", *small, "--out", out)], 25),
+        Stage("report", [script("report", out)], 5),
+        Stage(
+            "tests",
+            tests,
+            120,
+            processes=PROCESSES,
+            nothing=5,
+            environment={"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // PROCESSES, 1))},
+        ),
+        Stage("stress", stress, 35),
+        Stage(
+            "gate timing",
+            [[*PYTEST, "-q", "bench/bench_gate.py", f"--benchmark-json={gate_file}", *part]],
+            25,
+            gated,
+        ),
+        Stage(
+            "gate",
+            [script("gate", gate_file, *baselines)],
+            10,
+            gated,
+        ),
         # Every tensor an allocation of its own, so that reading past one is seen.
-        Stage("memcheck", sanitizer("memcheck"), 60, sanitizer_missing, uncached),
-        Stage("racecheck", sanitizer("racecheck"), 35, sanitizer_missing),
-        Stage("select", script("bench_select", "--out", str(out)), 50),
-        Stage("kernels", script("bench_kernels", "--out", str(out)), 25),
-        Stage("decode", script("bench_decode", "--out", str(out), "--budget", "75"), 130),
-        Stage("gate timing", [*PYTEST, "bench/bench_gate.py", f"--benchmark-json={gate}"], 40, benchmark_missing),
-        Stage("gate", script("gate", gate), 15, benchmark_missing),
+        sanitizer("memcheck", out, rehearse, 45, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        sanitizer("racecheck", out, rehearse, 35),
     ]
 
 
-def with_checkout(more: tuple[tuple[str, str], ...] = ()) -> dict[str, str]:
-    """The environment with this checkout importable, compiled kernels and `more`."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path, **dict(more)}
+class Summary:
+    """A line a stage, in a file that is written anew at every change."""
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        self.path, self.lock = path, threading.Lock()
+        self.rows = {name: ("not begun", 0.0, "") for name in names}
+        self.write()
+
+    def text(self) -> str:
+        rows = self.rows.items()
+        return "\n".join(
+            f"{name:<12} {verdict:<12} {s:6.1f} s  {detail}".rstrip() for name, (verdict, s, detail) in rows
+        )
+
+    def write(self) -> None:
+        part = self.path.with_suffix(".part")
+        with part.open("w") as file:
+            file.write(self.text() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.path)
+
+    def note(self, name: str, verdict: str, seconds: float = 0.0, detail: str = "") -> None:
+        with self.lock:
+            self.rows[name] = (verdict, seconds, detail)
+            self.write()
+
+    def cut(self, minutes: float) -> None:
+        """What the watchdog leaves: it waits for nobody, not even for the lock."""
+        held = self.lock.acquire(timeout=1.0)
+        for name, (verdict, seconds, _) in self.rows.items():
+            if verdict == "running":
+                self.rows[name] = ("OUT OF TIME", seconds, f"everything was ended after {minutes:g} minutes")
+            elif verdict == "not begun":
+                self.rows[name] = ("no time", 0.0, "")
+        self.write()
+        if held:
+            self.lock.release()
+
+    def passed(self) -> bool:
+        return all(verdict in ("passed", "left out") for verdict, _, _ in self.rows.values())
 
 
-def outcome(stage: Stage, out: Path, seconds: float) -> tuple[str, str]:
-    """Run a stage with at most `seconds`; how it ended and what there is to say."""
-    missing = stage.needs()
-    if missing:
-        return "left out", missing
-    log = out / f"{stage.name.replace(' ', '-')}.log"
-    with log.open("w") as file:
-        code = ended(stage.command, seconds, file, with_checkout(stage.environment))
-    if code is None:
-        return "OUT OF TIME", f"see {log}"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""]
-    if code:
-        print("\n".join(lines[-40:]))
-    return ("passed" if code == 0 else "FAILED"), lines[-1].strip("= ")
+class Children:
+    """Processes, each the leader of a group, of which none is ever waited for without end."""
+
+    def __init__(self) -> None:
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def start(self, command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        with log.open("wb") as output:
+            child = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.running.append(child)
+        return child
+
+    def kill(self) -> list[int]:
+        """Kill all that runs, with what it has started; returns the ids of those that did not go."""
+        for child in self.running:
+            with contextlib.suppress(OSError):
+                os.killpg(child.pid, signal.SIGKILL)
+        until, stuck = time.monotonic() + GRACE, []
+        for child in self.running:
+            try:
+                child.wait(max(until - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                stuck.append(child.pid)
+        self.running.clear()
+        return stuck
+
+    def run(
+        self, commands: list[list[str]], logs: list[Path], seconds: float, at_once: int, environment: dict[str, str]
+    ) -> tuple[list[int | None], list[int]]:
+        """Exit statuses of the commands, None for what ended too late or was not begun; and whom no signal ended."""
+        until = time.monotonic() + seconds
+        waiting = list(zip(commands, logs, strict=True))
+        codes: list[int | None] = []
+        while True:
+            codes = [child.poll() for child in self.running]
+            free = at_once - codes.count(None)
+            if time.monotonic() > until or not (waiting or codes.count(None)):
+                break
+            for command, log in waiting[: max(free, 0)]:
+                self.start(command, log, environment)
+            waiting = waiting[max(free, 0) :]
+            time.sleep(0.02)
+        return codes + [None] * len(waiting), self.kill()
 
 
-def count(path: Path, what: str) -> tuple[str, str] | None:
-    """Of the tests in a JUnit file those with `what` in their name; None if there are none."""
-    if not path.exists():
-        return None
-    cases = [case for case in ElementTree.parse(path).iter("testcase") if what in (case.get("name") or "")]
-    failed = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    verdict = "FAILED" if failed else "passed" if len(cases) > skipped else "left out"
-    return (verdict, f"{len(cases) - failed - skipped} of {len(cases)}, {skipped} skipped") if cases else None
+def with_checkout(out: Path, rehearse: bool, more: dict[str, str]) -> dict[str, str]:
+    """The environment with this checkout importable and kernels compiled, or interpreted on a CPU."""
+    paths = [str(ROOT), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    kernels = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if rehearse else {"TRITON_INTERPRET": "0"}
+    return {
+        **os.environ,
+        **kernels,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "FAILURES": str(out / "failures.txt"),
+        **more,
+    }
+
+
+RESULT = re.compile(
+    r"^(?:\[gw\d+\] \[ *\d+%\] (?P<first>[A-Z]+) (?P<after>.*)|(?P<before>\S+::.*?) (?P<last>[A-Z]+)\b.*)$"
+)
+
+
+def counts(lines: list[str]) -> str:
+    """Of tests that are logged one a line: how many passed and so on, and how many of the kinds that matter most."""
+    found = []
+    for line in lines:
+        match = RESULT.match(line)
+        verdict = match and (match["first"] or match["last"])
+        if match and verdict in ("PASSED", "FAILED", "ERROR", "SKIPPED"):
+            found.append((match["after"] or match["before"], verdict))
+    if not found:
+        return ""
+    of = Counter(verdict.lower() for _, verdict in found)
+    text = ", ".join(f"{of[kind]} {kind}" for kind in ("passed", "failed", "error", "skipped") if of[kind])
+    for kind in ("opcheck", "compile", "graph"):
+        these = [verdict for name, verdict in found if kind in name and verdict != "SKIPPED"]
+        if these:
+            text += f"; {kind} {these.count('PASSED')} of {len(these)}"
+    return text
+
+
+class Run:
+    """The stages one after another, within `minutes`."""
+
+    def __init__(self, wanted: list[Stage], out: Path, minutes: float, rehearse: bool) -> None:
+        self.wanted, self.out, self.minutes, self.rehearse = wanted, out, minutes, rehearse
+        self.children, self.done = Children(), threading.Event()
+        self.began = time.monotonic()
+        self.summary = Summary(out / "summary.txt", [stage.name for stage in wanted])
+        total = 60.0 * minutes
+        # Stages that stop at their limits leave time to say so.
+        self.end = self.began + total - min(GRACE + 1.0, 0.05 * total)
+        planned = sum(stage.seconds for stage in wanted if not stage.missing)
+        # What those that are left out do not need is for the others.
+        self.scale = max((self.end - self.began) / planned, 1.0) if planned else 1.0
+
+    def plan(self) -> str:
+        lines = [f"in {self.minutes:g} minutes at most, in {self.out}:"]
+        for stage in self.wanted:
+            limit = f"left out: {stage.missing}" if stage.missing else f"{self.scale * stage.seconds:5.0f} s at most"
+            lines.append(f"  {stage.name:<12} {limit}")
+        return "\n".join([*lines, "  what a stage leaves over is for those after it"])
+
+    def watch(self) -> None:
+        """Ends the program after `minutes`, whatever it is doing."""
+        if self.done.wait(self.began + 60.0 * self.minutes - time.monotonic()):
+            return
+        self.summary.cut(self.minutes)
+        for child in list(self.children.running):
+            with contextlib.suppress(OSError):
+                os.killpg(child.pid, signal.SIGKILL)
+        os.write(1, f"\n{self.summary.text()}\nended by the watchdog after {self.minutes:g} minutes\n".encode())
+        os._exit(1)
+
+    def all(self) -> bool:
+        """Run them; whether all that could run has passed."""
+        print(self.plan(), flush=True)
+        threading.Thread(target=self.watch, daemon=True).start()
+        # Should not even the watchdog's thread get to run.
+        faulthandler.dump_traceback_later(60.0 * self.minutes + GRACE, exit=True, file=sys.__stderr__)
+        try:
+            planned, unfit = 0.0, ""
+            for stage in self.wanted:
+                if stage.missing or unfit:
+                    self.summary.note(stage.name, "left out", detail=stage.missing or unfit)
+                    continue
+                planned += self.scale * stage.seconds
+                began = time.monotonic()
+                limit = min(self.began + planned, self.end) - began
+                if limit < min(LEAST, stage.seconds / 2):
+                    self.summary.note(stage.name, "no time")
+                    continue
+                print(f"{stage.name}: {limit:.0f} s at most ...", flush=True)
+                self.summary.note(stage.name, "running")
+                verdict, detail = self.outcome(stage, limit)
+                self.summary.note(stage.name, verdict, time.monotonic() - began, detail)
+                print(f"{stage.name}: {verdict}, {time.monotonic() - began:.1f} s, {detail}", flush=True)
+                if stage.required and verdict != "passed":
+                    unfit = f"{stage.name} has not passed"
+        finally:
+            self.done.set()
+            faulthandler.cancel_dump_traceback_later()
+        return self.summary.passed()
+
+    def outcome(self, stage: Stage, limit: float) -> tuple[str, str]:
+        """Run a stage; how it ended and what there is to say."""
+        name, until = stage.name.replace(" ", "-"), time.monotonic() + limit
+        environment = with_checkout(self.out, self.rehearse, stage.environment)
+        if stage.probe:
+            log = self.out / f"{name}-probe.log"
+            codes, _ = self.children.run([stage.probe], [log], min(30.0, limit / 2), 1, environment)
+            if codes != [0]:
+                return "left out", f"{stage.probe[0]} does not work here, see {log}"
+        several = len(stage.commands) > 1
+        logs = [self.out / (f"{name}-{i}.log" if several else f"{name}.log") for i in range(len(stage.commands))]
+        commands = [[part.replace(SECONDS, f"{0.85 * limit:.0f}") for part in each] for each in stage.commands]
+        codes, stuck = self.children.run(commands, logs, until - time.monotonic(), stage.processes, environment)
+        lines = [line for log in logs if log.exists() for line in log.read_text(errors="replace").splitlines()]
+        lines = [line for line in lines if line.strip()] or [""]
+        detail = counts(lines) or lines[-1].strip("= ")
+        if stuck:
+            detail += f"; processes {stuck} could not be killed"
+        wrong = any(code not in (None, 0, stage.nothing) for code in codes)
+        verdict = "FAILED" if wrong else "OUT OF TIME" if None in codes else "passed"
+        if verdict != "passed":
+            detail += f"; see {logs[0] if not several else self.out / f'{name}-*.log'}"
+        elif stage.name == "report":
+            detail = f"the tables are in {logs[0]}"
+        if verdict != "passed" or stage.name == "report":
+            print("\n".join(lines[-40:]), flush=True)
+        return verdict, detail
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -138,35 +381,17 @@ def main(arguments: list[str] | None = None) -> int:
     names = [stage.name for stage in stages(Path())]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "local", help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=10.0, help="time for all of it (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it (default: %(default)s)")
+    parser.add_argument("--rehearse", action="store_true", help="the same stages without a GPU, on small shapes")
     options = parser.parse_args(arguments)
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for stale in (out / "tests.xml", out / "stress.xml"):
-        stale.unlink(missing_ok=True)
-    began, summary = time.monotonic(), []
-    wanted = [stage for stage in stages(out) if stage.name in options.only]
-    # The time of what must be left out goes to the first that wants more, as the tests may: they find nothing compiled.
-    spare = sum(stage.seconds for stage in wanted if stage.needs())
-    for stage in wanted:
-        print(f"{stage.name} ...", flush=True)
-        start = time.monotonic()
-        left = 60 * options.minutes - (start - began)
-        verdict, detail = outcome(stage, out, min(stage.seconds + spare, left))
-        spare -= max(time.monotonic() - start - stage.seconds, 0.0)
-        summary.append((stage.name, verdict, time.monotonic() - start, detail))
-        if stage.name == "tests":
-            found = ((f"  {what}", count(out / "tests.xml", what)) for what in ("opcheck", "compile", "graph"))
-            summary += [(what, result[0], 0.0, result[1]) for what, result in found if result]
-    if {"select", "kernels", "decode"} & set(options.only):
-        table = [sys.executable, "bench/report.py", str(out)]
-        subprocess.run(table, cwd=ROOT, env=with_checkout(), check=False)
-    text = "\n".join(
-        f"{name:<12} {verdict:<12} {seconds:6.1f} s  {detail}" for name, verdict, seconds, detail in summary
-    )
-    (out / "summary.txt").write_text(text + "\n")
-    print(f"\n{text}\n{time.monotonic() - began:.0f} s in all; logs and results in {out}")
-    return int(any(verdict in ("FAILED", "OUT OF TIME") for _, verdict, _, _ in summary))
+    (out / "failures.txt").unlink(missing_ok=True)
+    wanted = [stage for stage in stages(out, options.rehearse) if stage.name in options.only or stage.required]
+    run = Run(wanted, out, options.minutes, options.rehearse)
+    passed = run.all()
+    print(f"\n{run.summary.text()}\n{time.monotonic() - run.began:.0f} s in all; logs and results in {out}")
+    return int(not passed)
 
 
 if __name__ == "__main__":

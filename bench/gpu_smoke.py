@@ -1,0 +1,266 @@
+"""Every kernel and every kind of captured step, once: `python bench/gpu_smoke.py --out FOLDER`, a minute on a GPU.
+
+A kernel must agree with the float64 reference. A captured decode must be that of the same steps without graphs, bit for
+bit; how many of its tokens differ from those of the readable engine is said, and must be none for one sequence in
+float32. Each check prints one line when it is done and adds one to `smoke.jsonl`; what fails leaves the others alone,
+and the exit status is 1 in the end. Without a GPU the kernels run in Triton's interpreter, smaller, and there are no
+graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+import inputs
+import measure
+import torch.nn.functional as F
+from inputs import Problem, generator, random_problem
+from measure import DEVICE, ON_GPU
+from small import left_pad, prompts, small_model
+from steps import steps_of, uncaptured
+from torch import Tensor
+
+import fdpp
+from fdpp import Frechet, Rule, Selection, attention, dawn, ops, project
+from fdpp.dawn import decide, edges
+from fdpp.dawn import reference as reference_dawn
+
+# The interpreter multiplies bfloat16 matrices by their bit patterns.
+HALF = torch.bfloat16 if ON_GPU else torch.float16
+
+Check = tuple[str, Callable[[], str]]
+"""A name, and what raises an `AssertionError` or says what was seen."""
+
+
+def select_agrees(problem: Problem) -> str:
+    """Commits as the reference does, wherever rounding does not decide."""
+    inputs.assert_as_specified(inputs.run("cuda" if ON_GPU else "interpreter", problem), problem)
+    return f"{list(problem.logits.shape)} {problem.logits.dtype}"
+
+
+def head_agrees(B: int, T: int, D: int, vocabulary: int, dtype: torch.dtype, temperature: float = 0.0) -> str:
+    """`project_select`, against the reference on logits that are multiplied in float64."""
+    g = generator(T)
+    weight = F.normalize(torch.randn(vocabulary, D, generator=g), dim=1)
+    favourite = torch.randint(0, vocabulary, (B, T), generator=g)
+    height = torch.rand(B, T, 1, generator=g) * 12 + torch.tensor(float(vocabulary)).log() - 2
+    hidden = (weight[favourite] * height + 0.3 * torch.randn(B, T, D, generator=g)).to(dtype)
+    weight = weight.to(dtype)
+    seeds = torch.arange(B) if temperature else None
+    tokens = torch.where(torch.rand(B, T, generator=g) < 0.7, vocabulary - 1, 1)
+    rule: Rule = Frechet(0.1)
+    logits = hidden.double() @ weight.double().T
+    problem = Problem(logits, tokens, (rule,), vocabulary - 1, temperature=temperature, seeds=seeds)
+    arguments = [None if x is None else x.to(DEVICE) for x in (hidden, weight, tokens, None, ops.pack(rule, DEVICE))]
+    out = project.project_gpu(
+        *arguments, rule.key(), problem.mask_id, temperature, None if seeds is None else seeds.to(DEVICE)
+    )
+    truth, ours = inputs.expected(problem), Selection(*(field.cpu() for field in out))
+    assert ours.proposal.equal(truth.proposal), "other proposals"
+    assert ours.committed.equal(truth.committed), "other commits"
+    off = float((ours.confidence - truth.confidence).abs().amax())
+    assert off < 1e-4, f"confidences are off by {off:.1e}"
+    return f"{[B, T]} x {[vocabulary, D]} {dtype}, confidences off by at most {off:.1e}"
+
+
+def attention_agrees(dtype: torch.dtype, padded: bool, B: int, H: int, kv: int, n: int, S: int, d: int) -> str:
+    """At most half as far again from float64 as PyTorch in the same dtype."""
+    g = generator(S)
+    q, k, v = (torch.randn(B, h, T, d, generator=g).to(dtype).to(DEVICE) for h, T in ((H, n), (kv, S), (kv, S)))
+    first = torch.arange(B, device=DEVICE) * (S // (2 * B)) if padded else None
+    out = attention.attention_gpu(q, k, v, first, d**-0.5).transpose(1, 2)
+    wide = [x.double().repeat_interleave(H // x.shape[1], dim=1) for x in (q, k, v)]
+    mask = None if first is None else (torch.arange(S, device=DEVICE) >= first[:, None])[:, None, None]
+    want = F.scaled_dot_product_attention(*wide, mask)
+    theirs = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    ours, allowed = ((x.double() - want).abs().amax().item() for x in (out, theirs))
+    assert ours <= 1.5 * allowed + 2e-6, f"off by {ours:.1e}, PyTorch by {allowed:.1e}"
+    return f"{[B, H, n, d]} over {S} columns, off by {ours:.1e}, PyTorch by {allowed:.1e}"
+
+
+def edges_agree(dtype: torch.dtype, n: int, S: int) -> str:
+    """A block of the last `n` of `S` columns with the keys of the others shared; the last half of it is looked at."""
+    g, rule, rows, H, kv, hd = generator(n), dawn.Dawn(tau_sink=0.1, tau_edge=4 / S), 2, 4, 2, 16
+    queries = [(2 * torch.randn(rows, H, n, hd, generator=g)).to(dtype) for _ in range(2)]
+    shared = [torch.randn(rows, kv, S, hd, generator=g).to(dtype) for _ in range(2)]
+    own = [k[:, :, S - n :].contiguous() for k in shared]
+    T = n // 2
+    bits = edges.edges_gpu(
+        *([x.to(DEVICE) for x in tensors] for tensors in (queries, own, shared)),
+        None,
+        S - n,
+        S - T,
+        T,
+        rule.tau_sink,
+        rule.tau_edge,
+    )
+    A = reference_dawn.attention(queries, shared)
+    want = reference_dawn.edges(A, rule, S - n, S - T, T)
+    close = ((A[:, -T:] - rule.tau_edge).abs() < 1e-5) | ((A.mean(1, keepdim=True) - rule.tau_sink).abs() < 1e-5)
+    differing = (edges.unpack_bits(bits.cpu(), S) != want) & ~close
+    assert want.any() and not differing.any(), f"{int(differing.sum())} of {int(want.sum())} edges differ"
+    return f"{n} of {S} columns {dtype}, {int(want.sum())} edges"
+
+
+def commits_agree(T: int, S: int) -> str:
+    """DAWN's independent set."""
+    g, rule = generator(T), dawn.Dawn(tau_low=0.3, tau_high=0.8, tau_induce=0.6)
+    confidence, known = torch.rand(3, T, generator=g), torch.rand(3, S, generator=g)
+    candidate, graph = torch.rand(3, T, generator=g) < 0.7, torch.rand(3, T, S, generator=g) < 0.05
+    taus = [decide.at_least(tau) for tau in (rule.tau_high, rule.tau_induce, rule.tau_low)]
+    tensors = (x.to(DEVICE) for x in (confidence, candidate, known, edges.pack_bits(graph)))
+    ours = decide.commit_gpu(*tensors, S - T, *taus).cpu()
+    want = reference_dawn.commit(confidence, candidate, known, graph, rule, S - T)
+    assert ours.equal(want), f"{int((ours != want).sum())} of {int(want.sum())} commits differ"
+    return f"{[3, T]}, {int(want.sum())} commits"
+
+
+def dawn_agrees(dtype: torch.dtype) -> str:
+    """A whole decode by the rule: its kernels as `generate` launches them, against those on the CPU in float32."""
+    rule = dawn.Dawn(tau_sink=0.1, tau_edge=0.05, tau_low=0.3, tau_high=0.6, tau_induce=0.4)
+    settings: dict[str, Any] = {"rule": rule, "max_new_tokens": 16, "block_length": 8}
+    ids = prompts(1, 16)
+    ours = model_in(dtype).generate(ids.to(DEVICE), **settings).sequences.cpu()
+    return counted(ours, small_model().generate(ids, **settings).sequences, dtype == torch.float32, "the CPU's")
+
+
+def kernels() -> Iterator[Check]:
+    vocabulary, long = (9001, 1056) if ON_GPU else (700, 160)
+    half = torch.bfloat16
+    greedy = random_problem(1, 1, 32, vocabulary, Frechet(0.1), dtype=half, active=True)
+    yield "select, greedy", partial(select_agrees, greedy)
+    yield "select, sampled", partial(select_agrees, random_problem(5, 2, 8, vocabulary, Frechet(0.1), temperature=0.8))
+    by_entropy = random_problem(2, 4, 40, vocabulary, fdpp.EntropyBound(2.0))
+    yield "select, by entropy, sorted ranks", partial(select_agrees, by_entropy)
+    if ON_GPU:
+        whole = random_problem(4, 1, 32, 126464, Frechet(0.25), dtype=half)
+        yield "select, LLaDA's vocabulary", partial(select_agrees, whole)
+    yield "fused head", partial(head_agrees, 2, 8, 64, vocabulary, HALF)
+    yield "fused head, float32", partial(head_agrees, 2, 8, 64, vocabulary, torch.float32)
+    yield "fused head, sampled", partial(head_agrees, 2, 8, 64, vocabulary, HALF, 0.8)
+    for padded in (True, False):
+        for dtype in (HALF, torch.float32):
+            name = f"block_attention, {'padded' if padded else 'unpadded'}, {dtype}"
+            yield name, partial(attention_agrees, dtype, padded, 2, 4, 2, 32, long, 128 if ON_GPU else 32)
+    for dtype in (HALF, torch.float32):
+        yield f"dawn, edges, {dtype}", partial(edges_agree, dtype, 16, long)
+    yield "dawn, commits", partial(commits_agree, 32, long)
+    # Nothing of it a multiple of a tile.
+    yield "select, odd sizes", partial(select_agrees, random_problem(0, 3, 7, 53, Frechet(0.1)))
+    yield "fused head, odd sizes", partial(head_agrees, 3, 5, 33, 131, HALF)
+    yield "block_attention, odd sizes", partial(attention_agrees, HALF, True, 2, 6, 2, 33, 129, 20)
+    yield "dawn, edges, odd sizes", partial(edges_agree, HALF, 19, 77)
+    yield "dawn, commits, odd sizes", partial(commits_agree, 11, 45)
+
+
+def counted(ours: Tensor, theirs: Tensor, exact: bool, whose: str) -> str:
+    """How many tokens differ; an `AssertionError` if any does in what must be exact."""
+    differing = int((ours != theirs).sum())
+    text = f"{differing} of {ours.numel()} tokens differ from {whose}"
+    assert not exact or not differing, text
+    return text
+
+
+@cache
+def model_in(dtype: torch.dtype) -> Any:
+    return small_model().to(DEVICE, dtype)
+
+
+def decode_agrees(dtype: torch.dtype, settings: dict[str, Any], ragged: bool) -> str:
+    """A captured decode against the same steps without graphs, and against the readable engine."""
+    model, mask = model_in(dtype), None
+    ids = prompts(1, 16)
+    if ragged:
+        ids, mask = left_pad([prompts(1, 5 + 3 * b, seed=b)[0] for b in range(3)])
+        mask = mask.to(DEVICE)
+    call = partial(model.generate, ids.to(DEVICE), mask, max_new_tokens=16, block_length=8, **settings)
+    model.forget_captures()
+    captured = call(engine="static")
+    steps = steps_of(model)
+    graphs = sum(step.graph is not None for step in steps)
+    assert steps and graphs == (len(steps) if ON_GPU else 0), f"{graphs} of {len(steps)} steps are captured"
+    replayed = call(engine="static")
+    model.forget_captures()
+    with uncaptured():
+        plain = call(engine="static")
+        assert all(step.graph is None for step in steps_of(model)), "steps were captured where they should not be"
+    model.forget_captures()
+    for name, out in (("replayed", replayed), ("uncaptured", plain)):
+        for field in captured:
+            torch.testing.assert_close(
+                captured[field], out[field], rtol=0, atol=0, equal_nan=True, msg=f"{name}: {field} differs"
+            )
+    exact = dtype == torch.float32 and not ragged
+    text = counted(captured.sequences, call(engine="eager").sequences, exact, "the eager engine's")
+    return f"{len(steps)} steps, {graphs} captured, {int(captured.nfe.max())} forwards; {text}"
+
+
+def decodes() -> Iterator[Check]:
+    kinds: list[tuple[str, dict[str, Any], bool]] = []
+    for kept in ("dual", "prefix", "none"):
+        for drafts, branches in ((1, "batch"), (3, "batch"), (3, "tree")):
+            name = f"{kept} cache, {f'drafts, {branches}' if drafts > 1 else 'no drafts'}"
+            kinds.append((name, {"cache": kept, "drafts": drafts, "branches": branches}, False))
+    kinds += [
+        ("ragged batch, dual cache", {"cache": "dual"}, True),
+        ("guided, dual cache", {"cache": "dual", "cfg_scale": 0.5}, False),
+        ("fused head, dual cache", {"cache": "dual", "head": "fused"}, False),
+    ]
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"dawn, {dtype}", partial(dawn_agrees, dtype)
+    for name, settings, ragged in kinds:
+        for dtype in (torch.bfloat16, torch.float32):
+            yield f"{name}, {dtype}", partial(decode_agrees, dtype, {"rule": Frechet(0.1), **settings}, ragged)
+
+
+def run(checks: Iterator[Check], path: Path) -> int:
+    """Print and store what comes of each check as soon as it is known; how many failed."""
+    failed = 0
+    for name, check in checks:
+        name, began = name.replace("torch.", ""), time.perf_counter()
+        try:
+            detail, ok = check().replace("torch.", ""), True
+        except Exception as error:
+            traceback.print_exc()
+            detail, ok = measure.reason(error), False
+            failed += 1
+        seconds = time.perf_counter() - began
+        print(f"ok {name}: {detail}" if ok else f"FAILED {name}: {detail}", f"({seconds:.1f} s)", flush=True)
+        with path.open("a") as file:
+            file.write(json.dumps({"name": name, "ok": ok, "seconds": seconds, "detail": detail}) + "\n")
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=measure.RESULTS / "local", help="folder of the result file")
+    parser.add_argument("--kernels", action="store_true", help="the kernels alone, as under compute-sanitizer")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "smoke.jsonl"
+    path.write_text(json.dumps(measure.environment()) + "\n")
+    print(measure.environment(), flush=True)
+    failed = run(kernels(), path) + (0 if options.kernels else run(decodes(), path))
+    checks = len(path.read_text().splitlines()) - 1
+    print(f"{failed} of {checks} checks failed" if failed else f"{checks} checks, all ok")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
