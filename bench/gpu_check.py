@@ -80,7 +80,7 @@ def side_by_side(selection: list[str], files: list[Path]) -> list[list[str]]:
     return [[*command, str(path)] for path in files]
 
 
-def test_files() -> list[Path]:
+def files_for_a_gpu() -> list[Path]:
     """Those with tests for a GPU, the long ones first."""
     files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)
     return [path for path in files if re.search("mark.gpu|IMPLEMENTATIONS", path.read_text())]
@@ -106,7 +106,7 @@ def stages(out: Path, rehearse: bool = False) -> list[Stage]:
     part, baselines = (["-k", "select"], ["--baselines", out / "baselines"]) if rehearse else ([], [])
     gate_file, gated = out / "gate.json", missing_module("pytest_benchmark")
     device = "import torch; print(torch.__version__, torch.cuda.get_device_name())"
-    tests = side_by_side(["-m", "gpu and not slow"], test_files())
+    tests = side_by_side(["-m", "gpu and not slow"], files_for_a_gpu())
     stress = [[*TESTS, "-m", "gpu and slow"]]
     if rehearse:
         device = "import torch; print(torch.__version__, 'on a CPU')"
@@ -337,7 +337,11 @@ class Run:
                     continue
                 print(f"{stage.name}: {limit:.0f} s at most ...", flush=True)
                 self.summary.note(stage.name, "running")
-                verdict, detail = self.outcome(stage, limit)
+                try:
+                    verdict, detail = self.outcome(stage, limit)
+                except Exception as error:  # a command that is not there, a log that cannot be read
+                    self.children.kill()
+                    verdict, detail = "FAILED", f"{type(error).__name__}: {error}"
                 self.summary.note(stage.name, verdict, time.monotonic() - began, detail)
                 print(f"{stage.name}: {verdict}, {time.monotonic() - began:.1f} s, {detail}", flush=True)
                 if stage.required and verdict != "passed":
@@ -386,7 +390,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    (out / "failures.txt").unlink(missing_ok=True)
+    for stale in ("failures.txt", "gate.json"):
+        (out / stale).unlink(missing_ok=True)
     wanted = [stage for stage in stages(out, options.rehearse) if stage.name in options.only or stage.required]
     run = Run(wanted, out, options.minutes, options.rehearse)
     passed = run.all()

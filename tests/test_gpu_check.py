@@ -155,6 +155,12 @@ def test_without_what_is_required_nothing_runs(tmp_path: Path, monkeypatch: pyte
     assert status == 1 and verdicts(lines) == ["FAILED", "left out"]
 
 
+def test_a_command_that_is_not_there_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Stage("gone", [["/no/such/program"]], 30.0), python("after", "")]
+    status, lines = check(tmp_path, found, monkeypatch)
+    assert status == 1 and verdicts(lines) == ["FAILED", "passed"] and "/no/such/program" in lines["gone"]
+
+
 def test_a_probe_that_hangs_leaves_its_stage_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [python("unfit", "", 2.0, probe=[sys.executable, "-c", SLEEP]), python("after", "", 60.0)]
     began = time.monotonic()
