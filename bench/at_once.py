@@ -10,8 +10,14 @@ import os
 import pytest
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    # Where tests run in several processes, what they report comes by here once more in the one that started them.
-    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
-        with open(os.environ["FAILURES"], "a") as file:
-            file.write(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n\n")
+class AtOnce:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            with open(os.environ["FAILURES"], "a") as file:
+                file.write(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # What pytest-xdist's workers report comes by once more in the process that started them.
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(AtOnce())

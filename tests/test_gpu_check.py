@@ -96,7 +96,7 @@ def test_a_stage_that_ignores_signals_ends_with_what_it_started(
         "import os, signal, subprocess, sys\nfor s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda *_: 0)\n"
     )
     code += f"child = subprocess.Popen([sys.executable, '-c', {SLEEP!r}])\nprint(os.getpid(), child.pid, flush=True)\n"
-    found = [python("deaf", code + "while True: signal.pause()", 1.0), python("after", "")]
+    found = [python("deaf", code + "while True: signal.pause()", 3.0), python("after", "")]
     began = time.monotonic()
     _, lines = check(tmp_path, found, monkeypatch, "--minutes", "1")
     monkeypatch.undo()
@@ -172,13 +172,13 @@ def test_the_watchdog_ends_what_hangs_by_itself(tmp_path: Path) -> None:
     code = f"""
 import sys, time, gpu_check
 gpu_check.stages = lambda out, rehearse=False: [
-    gpu_check.Stage("first", [[sys.executable, "-c", "print(1)"]], 1.0),
+    gpu_check.Stage("first", [[sys.executable, "-c", "print(1)"]], 4.0),
     gpu_check.Stage("second", [], 1.0),
     gpu_check.Stage("third", [], 1.0),
 ]
 run = gpu_check.Children.run
 gpu_check.Children.run = lambda self, commands, *rest: run(self, commands, *rest) if commands else time.sleep(60)
-raise SystemExit(gpu_check.main(["--out", {str(tmp_path)!r}, "--minutes", "0.05"]))
+raise SystemExit(gpu_check.main(["--out", {str(tmp_path)!r}, "--minutes", "0.1"]))
 """
     began = time.monotonic()
     done = subprocess.run(
@@ -189,9 +189,9 @@ raise SystemExit(gpu_check.main(["--out", {str(tmp_path)!r}, "--minutes", "0.05"
         timeout=30,
         check=False,
     )
-    assert done.returncode == 1 and time.monotonic() - began < 15.0, done.stderr
+    assert done.returncode == 1 and time.monotonic() - began < 20.0, done.stderr
     lines = summary(tmp_path)
-    assert verdicts(lines) == ["passed", "OUT OF TIME", "no time"] and "after 0.05 minutes" in lines["second"]
+    assert verdicts(lines) == ["passed", "OUT OF TIME", "no time"] and "after 0.1 minutes" in lines["second"]
     assert "ended by the watchdog" in done.stdout and "third" in done.stdout
 
 
