@@ -250,10 +250,12 @@ class Children:
 def with_checkout(out: Path, rehearse: bool, more: dict[str, str]) -> dict[str, str]:
     """The environment with this checkout importable and kernels compiled, or interpreted on a CPU."""
     paths = [str(ROOT), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    kernels = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if rehearse else {"TRITON_INTERPRET": "0"}
+    device = {"TRITON_INTERPRET": "0"}
+    if rehearse:  # with one thread: on shapes this small others only get in its way
+        device = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {
         **os.environ,
-        **kernels,
+        **device,
         "PYTHONPATH": os.pathsep.join(paths),
         "FAILURES": str(out / "failures.txt"),
         **more,
