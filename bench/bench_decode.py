@@ -38,13 +38,14 @@ import measure
 import published_decode
 import torch
 from measure import DEVICE, ON_GPU
-from steps import steps_of
 from torch import Tensor
 
 import fdpp
 from fdpp import LLaDAConfig, LLaDAModelLM, tiny
+from fdpp.decoding.advance import Advance
 from fdpp.decoding.config import DiffusionGenerationConfig
 from fdpp.decoding.generate import with_token_ids
+from fdpp.decoding.static import arenas_of
 
 WAYS = ("published", "fdpp", "fdpp, compiled")
 SET_TOKENS_PER_FORWARD = (4.24, 2.88)
@@ -218,12 +219,13 @@ def means(steps: list[tuple[bool, float]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def captured_steps(model: Any) -> dict[str, float]:
+def captured_steps(model: Any, settings: DiffusionGenerationConfig) -> dict[str, float]:
     """Mean milliseconds of the steps that the decodes of `model` have captured (or, on a CPU, made)."""
-    found = []
-    for step in steps_of(model):
-        replay = step.replay if step.graph is None else step.graph.replay
-        found.append((step.window.full, 1e3 * measure.replay_seconds(replay, budget=0.2)))
+    found, advance = [], Advance(model, settings, DEVICE)
+    for arena in arenas_of(model):
+        for step in arena.steps.values():
+            replay = partial(step.replay, arena, advance) if step.graph is None else step.graph.replay
+            found.append((step.window.full, 1e3 * measure.replay_seconds(replay, budget=0.2)))
     return means(found)
 
 
@@ -261,7 +263,8 @@ class Setting:
         return self.found(way, sequences, nfe, seconds, peak, steps, self.run.published_without_model)
 
     def ours(self, way: str) -> dict[str, Any]:
-        prompt, settings, steps = self.run.prompt, self.run.settings, partial(captured_steps, self.model)
+        prompt, settings = self.run.prompt, self.run.settings
+        steps = partial(captured_steps, self.model, settings)
         self.model.compile_layers(way == "fdpp, compiled")
         try:
             out, seconds, peak = timed(lambda: self.model.generate(prompt, generation_config=settings), self.repeats)

@@ -246,7 +246,7 @@ def test_what_fails_is_a_row_beside_the_others(tmp_path: Path, monkeypatch: pyte
 
 
 def test_figures_outlive_a_failure_of_their_details(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_decode, "steps_of", failing(None, lambda model: True, "no steps"))
+    monkeypatch.setattr(bench_decode, "arenas_of", failing(None, lambda model: True, "no steps"))
     monkeypatch.setattr(bench_decode.Run, "without_model", failing(None, lambda *_: True, "no ready logits"))
     options = ["--smoke", "--headline", "--repeats", "1", "--caches", "dual", "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match="no steps"):

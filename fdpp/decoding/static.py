@@ -179,13 +179,11 @@ class Bucket:
         arena.schedule.copy_(schedule)
         return arena
 
-    def steps(self) -> list[Step]:
-        return [step for arena in self.arenas.values() for step in arena.steps.values()]
-
     def release(self) -> None:
         """Let go of all graphs; the steps still run, operation by operation."""
-        for step in self.steps():
-            step.graph = None
+        for arena in self.arenas.values():
+            for step in arena.steps.values():
+                step.graph = None
         self.graphs = None
 
 
@@ -296,10 +294,15 @@ def uncaptured() -> Iterator[None]:
         switch.on = before
 
 
+def arenas_of(model: Any) -> list[Arena]:
+    """The arenas that `model` keeps."""
+    held = model.__dict__.get("_static_steps")
+    return [] if held is None else [arena for bucket in held.buckets.values() for arena in bucket.arenas.values()]
+
+
 def steps_of(model: Any) -> list[Step]:
     """The steps that `model` keeps."""
-    held = model.__dict__.get("_static_steps")
-    return [] if held is None else [step for bucket in held.buckets.values() for step in bucket.steps()]
+    return [step for arena in arenas_of(model) for step in arena.steps.values()]
 
 
 UNKEYED = ("max_new_tokens", "block_length", "steps", "seed", "engine", "return_dict_in_generate")
