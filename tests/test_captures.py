@@ -361,9 +361,9 @@ def test_what_is_evicted_is_freed_at_once(captures: Captures) -> None:
         graphs_seen: dict[int, list[Any]] = {}
         for P in (16, 48, 80, 112, 144):
             llada.generate(prompts(1, P), **{**SIZES, "max_new_tokens": 16})
-            graphs_seen[P] = [
-                weakref.ref(step.graph) for step in list(llada.__dict__["_static_steps"].buckets.values())[-1].steps()
-            ]
+            arenas = held_buckets(llada)[-1].arenas.values()
+            graphs_seen[P] = [weakref.ref(step.graph) for arena in arenas for step in arena.steps.values()]
+        del arenas
         captures.logs.clear()
         alive = {P: [graph() is not None for graph in seen] for P, seen in graphs_seen.items()}
         assert not any(alive.pop(16)) and all(all(seen) for seen in alive.values())
@@ -378,20 +378,27 @@ def test_what_is_evicted_is_freed_at_once(captures: Captures) -> None:
 
 
 def test_a_model_that_is_gone_leaves_no_graph(captures: Captures) -> None:
+    """Nothing that is kept for it holds the model, so both go at once."""
     llada = small_model()
     llada.generate(prompts(1, 16), **SIZES)
-    graph = weakref.ref(steps_of(llada)[0].graph)
+    graph, model = weakref.ref(steps_of(llada)[0].graph), weakref.ref(llada)
     captures.logs.clear()
-    held = llada.__dict__["_static_steps"]
     gc.collect()
     gc.disable()
     try:
-        assert not [r for bucket in held.buckets.values() for r in gc.get_referrers(llada) if r is bucket]
-        del llada, held
-        gc.collect()
-        assert graph() is None
+        del llada
+        assert model() is None and graph() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("B", [1, 2, 4, 5, 6, 7])
+def test_only_sizes_that_are_rounded_up_have_fillers(B: int) -> None:
+    llada = small_model()
+    llada.generate(prompts(B, 16), **SIZES)
+    filled = {arena.state.row.shape[0]: arena.state.fillers is not None for arena in static.arenas_of(llada)}
+    assert max(filled) == static.graph_size(B)
+    assert all(has == (size in (6, 8)) for size, has in filled.items())
 
 
 # Keys and values of sequences that leave a block
@@ -442,7 +449,8 @@ class FakeCuda:
         self.streams, self.made, self.current, self.pools, self.calls = streams, 0, "default", 0, []
         self.broken = False
 
-    def stream(self, device: torch.device) -> Any:
+    def stream(self, device: torch.device, priority: int = 0) -> Any:
+        assert priority < 0, "other people's streams"
         self.made += 1
         stream = type("Stream", (), {})()
         stream.cuda_stream = 1000 + (self.made - 1) % self.streams

@@ -21,7 +21,8 @@ CAPTURING = threading.RLock()
 """Held during a capture: the allocator and the generators know one at a time."""
 
 MOST_STREAMS = 24
-"""Capture streams of a device. PyTorch has 32 of its own, which it hands out in turns, to others as well."""
+"""Capture streams of a device. PyTorch has 32 of each priority and hands them out in turns. Ours have the high one, for
+which others hardly ask: a product on one of them would share its workspace with the graphs."""
 
 ABANDONED: list[Any] = []
 """Graphs whose capture failed, kept for good: the allocator may still ask them whether they are capturing."""
@@ -73,7 +74,7 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        lender = streams.setdefault(device, Streams(lambda: torch.cuda.Stream(device)))
+        lender = streams.setdefault(device, Streams(lambda: torch.cuda.Stream(device, priority=-1)))
         self.stream, self.used = lender.lend(self)
         self.pool = torch.cuda.graph_pool_handle()
         self.threads: set[int] = set()

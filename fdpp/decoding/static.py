@@ -400,7 +400,7 @@ class StaticRunner:
         rows = torch.arange(size, device=state.row.device)
         fillers = rows >= self.size
         state = state._replace(fillers=None).take(rows.masked_fill(fillers, 0))
-        if graph_size(size - 1) == size:  # as it is for one sequence less
+        if size > 1 and graph_size(size - 1) == size:  # then smaller batches run at it, too
             state = state._replace(fillers=fillers)
         self.arena = self.bucket.arena(state, self.schedule)
 
