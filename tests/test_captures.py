@@ -345,6 +345,9 @@ def test_copies_and_moved_models_keep_nothing(captures: Captures) -> None:
     assert steps_of(llada) and not steps_of(other)
     assert same(other.generate(ids, **SIZES), out) and not set(steps_of(other)) & set(steps_of(llada))
     matrices = [weakref.ref(block.qkv.weight) for block in llada.model.transformer["blocks"]]
+    made = steps_of(llada)
+    assert llada.to("cpu", torch.float32) is llada and steps_of(llada) == made
+    assert all(matrix() is not None for matrix in matrices)
     llada.double()
     assert not steps_of(llada) and not any(matrix() is not None for matrix in matrices)
 

@@ -264,11 +264,19 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """As in `nn.Module`, for `.to()` and its like: weights that move leave no memory behind."""
-        self.forget_captures()
-        for block in self.model.transformer["blocks"]:
-            block.qkv.part()
-            block.gate_up.part()
-        return super()._apply(fn, recurse)
+
+        def places() -> list[Any]:
+            return [(weight.device, weight.dtype, weight.data_ptr()) for weight in self.parameters()]
+
+        before = places()
+        super()._apply(fn, recurse)
+        if places() != before:
+            self.forget_captures()
+            for block in self.modules():
+                if isinstance(block, LLaDABlock):
+                    block.qkv.part()
+                    block.gate_up.part()
+        return self
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., d_model]`, gathered from all processes where they are sharded."""
