@@ -126,10 +126,14 @@ def recommit(
 ) -> Selection:
     """`selection` of the step from `tokens`, with another commit mask `[B, T]`."""
     candidate = cpu.candidates(tokens, mask_id, active)
-    return selection._replace(
+    # Not by `_replace`, which PyTorch 2.11's compiler cannot follow.
+    return Selection(
         tokens=torch.where(committed, selection.proposal, tokens),
+        proposal=selection.proposal,
+        confidence=selection.confidence,
         committed=committed,
         remaining=(candidate & ~committed).sum(1, dtype=torch.int32),
+        nonfinite=selection.nonfinite,
     )
 
 

@@ -178,7 +178,9 @@ def test_a_replay_is_its_step_to_the_bit(settings: dict[str, Any], batch: str, d
         ids, mask = (*(part.to(device) for part in prompt), None)[:2]
         with torch.no_grad(), static.steps_for(llada, config, ids.device) as held:
             loop = BlockLoop(llada, ids, None if mask is None else mask.bool(), config, None, held)
-            seen = [o.chosen.confidence.clone() for block in range(3) for o in loop.steps(block)]
+            seen, blocks = [], iter(range(3))
+            while not loop.finished() and (block := next(blocks, None)) is not None:
+                seen += [outcome.chosen.confidence.clone() for outcome in loop.steps(block)]
             return loop.sequences, seen
 
     with static.uncaptured():
