@@ -461,6 +461,8 @@ class FakeCuda:
 
     def note(self, *call: Any) -> None:
         self.calls.append(call)
+        if call[0] == "endAllocateToPool" and not self.broken:
+            raise RuntimeError("not currently recording to mempool_id")
 
     def pool(self) -> int:
         self.pools += 1
@@ -567,8 +569,9 @@ def test_workspaces_of_an_earlier_borrower_are_forgotten_once(cuda: FakeCuda) ->
 
 
 @pytest.mark.parametrize("where", ["run", "end"])
-def test_a_failed_capture_gives_back_what_it_had(where: str, cuda: FakeCuda) -> None:
-    held = graphs.Graphs(DEVICE)
+def test_a_failed_capture_gives_back_what_it_had(where: str, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, kept = graphs.Graphs(DEVICE), []
+    monkeypatch.setattr(graphs, "ABANDONED", kept)
     cuda.broken = where == "end"
 
     def run() -> None:
@@ -578,10 +581,15 @@ def test_a_failed_capture_gives_back_what_it_had(where: str, cuda: FakeCuda) -> 
     with pytest.raises((RuntimeError, KeyboardInterrupt)):
         held.capture(run)
     assert cuda.current == "default" and gc.isenabled()
-    assert ("endAllocateToPool", 0, held.pool) in cuda.calls
-    assert ("releasePool", 0, held.pool) in cuda.calls
-    # An empty capture in order, after which the generators draw again.
-    assert cuda.calls[-2:] == [("begin", held.stream, None, "global"), ("end", held.stream)]
+    after = cuda.calls[2:]
+    if where == "run":
+        assert after == [("endAllocateToPool", 0, held.pool)] and not kept
+        return
+    assert after[:2] == [("endAllocateToPool", 0, held.pool), ("releasePool", 0, held.pool)] and len(kept) == 1
+    # A small capture in order, after which the generators draw again.
+    assert after[2:] == [("begin", held.stream, None, "global"), ("end", held.stream)]
+    cuda.broken = False
+    assert held.capture(lambda: None) is not None
 
 
 def test_pytorch_has_what_a_failed_capture_calls() -> None:

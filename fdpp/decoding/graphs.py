@@ -25,7 +25,7 @@ MOST_STREAMS = 24
 which others hardly ask: a product on one of them would share its workspace with the graphs."""
 
 ABANDONED: list[Any] = []
-"""Graphs whose capture failed, kept for good: the allocator may still ask them whether they are capturing."""
+"""Graphs whose capture broke off, kept for good: what PyTorch still knows of them must not be freed memory."""
 
 
 class Streams:
@@ -106,10 +106,13 @@ class Graphs:
         self.threads.add(thread)
 
     def abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        ABANDONED.append(graph)
-        # Where the capture itself was in order, it has ended, and PyTorch refuses to end it once more.
-        with suppress(Exception):
+        """End for PyTorch what CUDA has broken off. Where `run` alone raised, the capture has ended in order."""
+        try:
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+        except RuntimeError:  # it allocates to no pool any more
+            return
+        ABANDONED.append(graph)
+        with suppress(Exception):
             torch._C._cuda_releasePool(self.device.index, self.pool)
         # A generator that was registered for a capture refuses to draw until a capture has ended in order.
         with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):

@@ -57,7 +57,7 @@ class BlockLoop:
         self.padding: int | None = self.extra
         if padding is not None:
             least, most = padding.aminmax()
-            # A row in which nothing is cut off may be fed as it comes; which columns a graph feeds is fixed.
+            # What all have alike a static full forward leaves out, and needs no mask; an eager one masks it.
             self.padding = self.extra + int(least) if static is not None and bool(least == most) else None
         if static is not None:
             padding = torch.zeros_like(self.live) if padding is None else padding
