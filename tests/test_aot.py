@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import triton
 
-OLDER = triton.__version__.startswith("3.6.")
-"""What Triton 3.7 and later improved is taken as it is; nothing of it concerns bfloat16 on sm_80 or sm_90."""
+TRITON = triton.__version__.rpartition(".")[0]
+"""Registers and spills are held to those of Triton 3.7; other versions' are taken as they are."""
 
 SPILLS_ALLOWED = {
     # ptxas gives up 8 bytes to get down to 80 registers, which lets three programs share a multiprocessor.
@@ -22,11 +22,16 @@ SPILLS_ALLOWED = {
     "project_kernel-sm_100-EntropyBound-1x32-bfloat16": 16,
     "attend_kernel-sm_90-1x32-1056x32x64-float16": 8,
 }
-if OLDER:
+if TRITON == "3.6":
     SPILLS_ALLOWED |= {
         "decide_kernel-sm_100-EntropyBound-1x32-bfloat16": 8,
         "attend_kernel-sm_90-1x32-1056x4x128-float32": 56,
         "attend_kernel-sm_90-1x32-1056x4x128-float32-4branches": 48,
+    }
+if TRITON == "3.8":
+    SPILLS_ALLOWED |= {
+        "decide_kernel-sm_100-EntropyBound-1x32-bfloat16": 16,
+        "project_kernel-sm_90-Frechet-1x32-float32": 32,
     }
 
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -82,7 +87,7 @@ def test_registers(builds: dict[str, dict[str, Any]]) -> None:
     share a multiprocessor of sm_90, 80 let three; 64 vector registers let eight waves share a SIMD of gfx942."""
     for name, build in builds.items():
         if build["target"] == "gfx942":
-            bound = 72 if OLDER else 64
+            bound = 64 if TRITON == "3.7" else 72
         elif build["sampled"] or build["T"] == 1024:
             bound = 128
         else:
