@@ -42,7 +42,7 @@ from torch import Tensor
 
 import fdpp
 from fdpp import LLaDAConfig, LLaDAModelLM, tiny
-from fdpp.decoding.advance import Advance
+from fdpp.decoding.advance import Advance, stop_ids
 from fdpp.decoding.config import DiffusionGenerationConfig
 from fdpp.decoding.generate import with_token_ids
 from fdpp.decoding.static import arenas_of
@@ -221,7 +221,7 @@ def means(steps: list[tuple[bool, float]]) -> dict[str, float]:
 @torch.no_grad()
 def captured_steps(model: Any, settings: DiffusionGenerationConfig) -> dict[str, float]:
     """Mean milliseconds of the steps that the decodes of `model` have captured (or, on a CPU, made)."""
-    found, advance = [], Advance(model, settings, DEVICE)
+    found, advance = [], Advance(model, settings, stop_ids(settings, DEVICE))
     for arena in arenas_of(model):
         for step in arena.steps.values():
             replay = partial(step.replay, arena, advance) if step.graph is None else step.graph.replay

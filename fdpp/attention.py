@@ -70,6 +70,11 @@ def check(
             )
 
 
+def visible(first: Tensor, length: int) -> Tensor:
+    """Which of `length` columns hold a token, bool `[b, length]`: those from `first` `[b]` on."""
+    return torch.arange(length, device=first.device) >= first[:, None]
+
+
 def attention_cpu(
     q: Tensor,
     k: Tensor,
@@ -83,7 +88,7 @@ def attention_cpu(
     """`fdpp::block_attention` by PyTorch's own kernels; branches get a copy of the cache each."""
     mask = None
     if first is not None:
-        mask = (torch.arange(k.shape[2], device=k.device) >= first[:, None])[:, None, None]
+        mask = visible(first, k.shape[2])[:, None, None]
     if own_k is not None and own_v is not None and column is not None and len(q):
         branches = len(q) // len(k)
         columns = column.flatten()[0] + torch.arange(own_k.shape[2], device=k.device)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdpp.attention import block_attention
+from fdpp.attention import block_attention, visible
 from fdpp.ops import DTYPES
 
 SHORT = 256
@@ -68,7 +69,7 @@ class BlockCache:
         self.branches, self.layout, self.spare, self.passes = 1, layout, spare, passes
         self.padding: Tensor | int = 0
         self.fillers: Tensor | None = None
-        self.made: dict[tuple[str, torch.device], Tensor] = {}
+        self.made: dict[tuple[str | int, torch.device], Any] = {}
 
     @property
     def length(self) -> int:
@@ -104,7 +105,8 @@ class BlockCache:
         keys, values = self.write(layer, k, v, start)
         if mask is None and self.branches == 1 and splits_keys(q, keys):
             return block_attention(q, keys, values, self.first(q.device))
-        return attend(q, keys, values, self.mask(start, keys, q.device) if mask is None else mask)
+        n = k.shape[2] // self.branches
+        return attend(q, keys, values, self.mask(start, n, q.device) if mask is None else mask)
 
     def write(self, layer: int, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
         """Store `k` and `v` `[b, kv_heads, n * branches, hd]` from column `start` on; returns what may be seen.
@@ -148,22 +150,13 @@ class BlockCache:
         """Every row's first column with a token, int64 `[rows]`; None where columns without one are cut off."""
         return None if isinstance(self.padding, int) else self.padding.to(device)
 
-    def mask(self, start: int | Tensor, keys: Tensor, device: torch.device) -> Tensor | None:
-        """What the queries of a forward from column `start` may see of `keys`, for all its layers; None: everything."""
-        tree = self.branches > 1 and self.layout == "tree"
-        if not tree and isinstance(self.padding, int):
-            return None
-        if ("mask", device) not in self.made:
-            real = None
-            if not isinstance(self.padding, int):
-                real = visible(self.padding.to(device), self.length)
-            sees = None if real is None else real[:, None, None]
-            if tree:
-                n = (keys.shape[2] - self.length) // (self.branches - 1)
-                sees = tree_mask(self.length, columns_from(start, n), n, self.branches, device, real)
-            assert sees is not None
-            self.made["mask", device] = sees
-        return self.made["mask", device]
+    def mask(self, start: int | Tensor, n: int, device: torch.device) -> Tensor | None:
+        """What the queries of a forward over `n` columns from `start` on may see, for all layers; None: everything."""
+        branches = self.branches if self.layout == "tree" else 1
+        key = (branches, device)
+        if key not in self.made:
+            self.made[key] = seen(self.first(device), self.length, columns_from(start, n), n, branches, device)
+        return self.made[key]
 
     def attend_own(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int | Tensor) -> Tensor:
         """Attention of a short block's branches, each with its own keys and values in the place of the cache's."""
@@ -171,10 +164,12 @@ class BlockCache:
         tree, D = self.layout == "tree", self.branches
         if tree:
             q, k, v = (x.unflatten(2, (D, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        if isinstance(start, int) and ("column", q.device) not in self.made:
-            self.made["column", q.device] = torch.full((1,), start, dtype=torch.int64, device=q.device)
-        column = self.made["column", q.device] if isinstance(start, int) else start.to(q.device)
-        out = block_attention(q, keys, values, self.first(q.device), own=(k, v), column=column)
+        key = ("column", q.device)
+        if key not in self.made:
+            if isinstance(start, int):
+                start = torch.full((1,), start, dtype=torch.int64, device=q.device)
+            self.made[key] = start.to(q.device)
+        out = block_attention(q, keys, values, self.first(q.device), own=(k, v), column=self.made[key])
         return out.unflatten(0, (-1, D)).transpose(1, 2).flatten(2, 3) if tree else out
 
     def attend_shared(
@@ -193,8 +188,8 @@ class BlockCache:
         hidden = marked(torch.zeros(1, 1, 1, 1, L, dtype=torch.bool, device=q.device), columns_from(start, n))
         if mask is not None:
             hidden = hidden | ~mask.view(b, self.branches, 1, 1, L).transpose(1, 2)
-        elif not isinstance(self.padding, int):
-            hidden = hidden | ~visible(self.padding.to(q.device), L)[:, None, None, None]
+        elif (first := self.first(q.device)) is not None:
+            hidden = hidden | ~visible(first, L)[:, None, None, None]
         scores = torch.cat((shared.masked_fill(hidden, -torch.inf), grouped @ own_k.transpose(3, 4)), dim=-1)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
         out = (weights[..., :L].flatten(2, 3) @ values).view(b, kv_heads, self.branches, queries, hd)
@@ -255,9 +250,18 @@ def marked(mask: Tensor, columns: slice | Tensor, value: bool = True) -> Tensor:
     return mask.index_fill_(-1, columns, value)
 
 
-def visible(padding: Tensor, length: int) -> Tensor:
-    """Which of `length` columns hold a token, bool `[b, length]`: all but the first `padding` `[b]` ones."""
-    return torch.arange(length, device=padding.device) >= padding[:, None]
+def seen(
+    padding: Tensor | None, length: int, fed: slice | Tensor, n: int, branches: int, device: torch.device
+) -> Tensor | None:
+    """What queries in the n columns `fed` may see of `length` columns, for `attend`; None: everything.
+
+    `padding` `[b]` are the columns on the left without a token, None where there are none. Several `branches` are in
+    tree layout (`tree_mask`).
+    """
+    real = None if padding is None else visible(padding, length)
+    if branches > 1:
+        return tree_mask(length, fed, n, branches, device, real)
+    return None if real is None else real[:, None, None]
 
 
 def tree_mask(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fdpp.decoding import static
-from fdpp.decoding.advance import Advance
+from fdpp.decoding.advance import Advance, stop_ids
 
 Log = list[tuple[Any, ...]]
 
@@ -50,7 +50,7 @@ class Graph:
     def replay(self) -> None:
         self.replays += 1
         step: Any = self.step()
-        step.run(self.arena(), Advance(self.model(), self.config, self.device))
+        step.run(self.arena(), Advance(self.model(), self.config, stop_ids(self.config, self.device)))
         for captured, now in zip(tree_leaves(step.captured), tree_leaves(step.outcome), strict=True):
             captured.copy_(now)
 
@@ -60,7 +60,6 @@ class Captures:
 
     Attributes:
         logs: of every step the operators of its warm-up and those of its capture.
-        graphs: those in use, one list for every bucket.
         fail: called in every capture, may raise.
     """
 

@@ -8,9 +8,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from fdpp import EntropyBound, Factor, Frechet, Quota, Rule, Selection, Threshold, cpu, gpu, ops, reference
+
+TRITON = triton.__version__.rpartition(".")[0]
+"""Registers and spills are held to those of Triton 3.7; other versions' are taken as they are."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = [

@@ -29,20 +29,21 @@ def stop_ids(config: DiffusionGenerationConfig, device: torch.device) -> Tensor 
 class Advance:
     """Draft, forward, verify, commit. It holds nothing that changes: `(state, ...) -> (state, outcome)`.
 
-    No operation waits for the device or depends in shape on data, so a call can be captured in a CUDA graph.
+    No operation waits for the device or depends in shape on data, so a call can be captured in a CUDA graph; `eos`, as
+    `stop_ids` makes it, then stands at the address that the graph reads.
     """
 
     def __init__(
         self,
         model: Any,
         config: DiffusionGenerationConfig,
-        device: torch.device,
+        eos: Tensor | None,
         processor: Callable[..., Tensor] | None = None,
     ) -> None:
         assert config.mask_token_id is not None
         self.config, self.mask_id = config, config.mask_token_id
         self.forwards = Forwards(model, config, processor)
-        self.eos = stop_ids(config, device)
+        self.eos = eos
         self.carries_evidence = config.drafts != 1 or isinstance(config.rule, Klass)
 
     def __call__(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fdpp.cache import BlockCache
 from fdpp.decoding.config import MAX_DRAFTS, DiffusionGenerationConfig
 from fdpp.decoding.state import ends
 from fdpp.reference import Selection
@@ -77,6 +78,11 @@ def spare_columns(config: DiffusionGenerationConfig) -> int:
         return 0
     widest = config.max_new_tokens if config.cache == "prefix" else config.block_length
     return (most_drafts(config.drafts) - 1) * min(widest, config.max_new_tokens)
+
+
+def cache_for(config: DiffusionGenerationConfig) -> BlockCache | None:
+    """The empty cache of a decode, with room for its drafts; None where it has none."""
+    return None if config.cache == "none" else BlockCache(config.branches, spare_columns(config), config.passes)
 
 
 def depth_after(accepted: int, drafts: int | str) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fdpp import dawn, klass
-from fdpp.cache import BlockCache, tree_mask, visible
+from fdpp.attention import visible
+from fdpp.cache import BlockCache, seen
 from fdpp.dawn import Dawn
 from fdpp.decoding.config import DiffusionGenerationConfig
 from fdpp.decoding.evidence import Evidence
@@ -96,13 +97,11 @@ class Forwards:
 
     def mask(self, state: BlockState, window: Window, D: int) -> Tensor | None:
         """What D states of every sequence may see without a cache, which would say it itself; None: everything."""
-        real = None
-        if window.padding is None and state.padding is not None:
-            real = visible(state.padding, state.sequences.shape[1])
-        if D > 1 and self.layout == "tree":
-            n, device = window.width(), state.sequences.device
-            return tree_mask(n, slice(0, n), n, D, device, real)
-        return None if real is None else real.repeat_interleave(D, dim=0)
+        n, tree = window.width(), self.layout == "tree"
+        padding = state.padding if window.padding is None else None
+        if padding is not None and not tree:
+            padding = padding.repeat_interleave(D)
+        return seen(padding, n, slice(0, n), n, D if tree else 1, state.sequences.device)
 
     def hidden(
         self,

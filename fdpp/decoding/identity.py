@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,16 +26,17 @@ def settings_of(values: dict[str, Any]) -> dict[str, Any]:
     return {name: setting(values[name]) for name in values.keys() - INTERNAL}
 
 
+def places(model: nn.Module) -> list[Any]:
+    """Where every weight and buffer lies, and as what."""
+    tensors = chain(model.parameters(), model.buffers())
+    return [(t.device, t.dtype, t.data_ptr(), t.shape, t.stride()) for t in tensors]
+
+
 def identity(model: nn.Module) -> tuple[Any, ...]:
     """What captured steps rely on: the modules, their settings, and where every weight lies.
 
     A layer that is exchanged, wrapped, switched or moved changes it; a weight that is written in place does not.
     """
     modules = [(weakref.ref(module), type(module), settings_of(vars(module))) for module in model.modules()]
-    tensors = [
-        (t.device, t.dtype, t.data_ptr(), t.shape, t.stride())
-        for part in (model.parameters(), model.buffers())
-        for t in part
-    ]
     config = getattr(model, "config", None)
-    return {} if config is None else settings_of(vars(config)), *modules, *tensors
+    return {} if config is None else settings_of(vars(config)), *modules, *places(model)

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from fdpp.cache import BlockCache
 from fdpp.dawn import Dawn
-from fdpp.decoding.advance import Advance
+from fdpp.decoding.advance import Advance, stop_ids
 from fdpp.decoding.config import DiffusionGenerationConfig, DiffusionGenerationOutput
-from fdpp.decoding.drafts import depth_after, most_drafts, spare_columns
+from fdpp.decoding.drafts import cache_for, depth_after, most_drafts
 from fdpp.decoding.runners import EagerRunner
 from fdpp.decoding.state import BlockState, Outcome, Window
 from fdpp.decoding.static import LENGTH_BUCKET, StaticRunner, StaticSteps, bucket_for, graph_size
@@ -63,13 +62,12 @@ class BlockLoop:
             padding = torch.zeros_like(self.live) if padding is None else padding
             padding, input_ids = padding + self.extra, F.pad(input_ids, (self.extra, 0), value=self.pad_id)
         self.whole = self.initial(input_ids, padding)
-        self.advance = Advance(model, config, self.device, processor)
         if static is not None:
             self.bucket = bucket_for(static, config, self.device, B, self.length)
-            self.advance.eos, self.cache = self.bucket.eos, self.bucket.cache
+            stops, self.cache = self.bucket.eos, self.bucket.cache
         else:
-            spare = spare_columns(config)
-            self.cache = None if config.cache == "none" else BlockCache(config.branches, spare, config.passes)
+            stops, self.cache = stop_ids(config, self.device), cache_for(config)
+        self.advance = Advance(model, config, stops, processor)
 
     def runner(self, state: BlockState, block: int) -> EagerRunner | StaticRunner:
         """Who runs the forwards of `block`."""

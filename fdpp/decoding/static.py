@@ -26,7 +26,7 @@ from fdpp.cache import BlockCache
 from fdpp.dawn import Dawn
 from fdpp.decoding.advance import Advance, stop_ids
 from fdpp.decoding.config import DiffusionGenerationConfig
-from fdpp.decoding.drafts import spare_columns
+from fdpp.decoding.drafts import cache_for, spare_columns
 from fdpp.decoding.graphs import graphs_on
 from fdpp.decoding.head import slice_held
 from fdpp.decoding.identity import identity
@@ -160,10 +160,8 @@ class Bucket:
         eos: the ids that end a sequence, at a fixed address.
     """
 
-    def __init__(
-        self, config: DiffusionGenerationConfig, device: torch.device, capacity: int, cache: BlockCache | None
-    ) -> None:
-        self.device, self.capacity, self.cache = device, capacity, cache
+    def __init__(self, config: DiffusionGenerationConfig, device: torch.device, capacity: int) -> None:
+        self.device, self.capacity, self.cache = device, capacity, cache_for(config)
         self.eos = stop_ids(config, device)
         self.arenas: dict[tuple[int, int], Arena] = {}
         self.graphs: Any = None
@@ -365,14 +363,8 @@ def bucket_for(
 ) -> Bucket:
     """The bucket for `B` sequences of `length` columns under `config`; its cache is this decode's from now on."""
     settings = (getattr(config, field.name) for field in fields(config) if field.name not in UNKEYED)
-    spare = spare_columns(config)
-    key = (length, spare, *(tuple(value) if isinstance(value, list) else value for value in settings))
-
-    def make(capacity: int) -> Bucket:
-        cache = None if config.cache == "none" else BlockCache(config.branches, spare, config.passes)
-        return Bucket(config, device, capacity, cache)
-
-    bucket = held.bucket(key, graph_size(B), make)
+    key = (length, spare_columns(config), *(tuple(value) if isinstance(value, list) else value for value in settings))
+    bucket = held.bucket(key, graph_size(B), partial(Bucket, config, device))
     if bucket.cache is not None:
         bucket.cache.order = []
     return bucket

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from fdpp import parallel
 from fdpp.cache import BlockCache, attend
 from fdpp.decoding.generate import DiffusionGenerationMixin
+from fdpp.decoding.identity import places
 from fdpp.models.configuration import LLaDAConfig
 from fdpp.models.joined import Joined, is_plain, is_untouched
 from fdpp.models.layers import Angles, attention_inputs, block_output, compiled, rms_norm, rotary_angles, rotate
@@ -264,13 +265,9 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """As in `nn.Module`, for `.to()` and its like: weights that move leave no memory behind."""
-
-        def places() -> list[Any]:
-            return [(weight.device, weight.dtype, weight.data_ptr()) for weight in self.parameters()]
-
-        before = places()
+        before = places(self)
         super()._apply(fn, recurse)
-        if places() != before:
+        if places(self) != before:
             self.forget_captures()
             for block in self.modules():
                 if isinstance(block, LLaDABlock):

@@ -68,8 +68,8 @@ class RecordingAdvance(Advance):
     A guess at a draft is kept under the number of the step it guesses, until that step itself overwrites it.
     """
 
-    def __init__(self, model: Any, config: DiffusionGenerationConfig, device: torch.device, prompt_length: int) -> None:
-        super().__init__(model, config, device)
+    def __init__(self, model: Any, config: DiffusionGenerationConfig, eos: Tensor | None, prompt_length: int) -> None:
+        super().__init__(model, config, eos)
         self.prompt_length = prompt_length
         self.seen: dict[int, Step] = {}
 
@@ -130,7 +130,7 @@ def record(model: Any, input_ids: Tensor, config: DiffusionGenerationConfig) -> 
     if length > window:
         raise ValueError(f"prompt and response of {length} tokens exceed the model's window of {window}")
     loop = BlockLoop(model, input_ids, None, config)
-    loop.advance = advance = RecordingAdvance(model, config, input_ids.device, input_ids.shape[1])
+    loop.advance = advance = RecordingAdvance(model, config, loop.advance.eos, input_ids.shape[1])
     for block in range(len(config.blocks())):
         for _outcome in loop.steps(block):
             pass
