@@ -43,8 +43,8 @@ from torch import Tensor
 import fdpp
 from fdpp import LLaDAConfig, LLaDAModelLM, tiny
 from fdpp.decoding.advance import Advance, stop_ids
-from fdpp.decoding.config import DiffusionGenerationConfig
 from fdpp.decoding.generate import with_token_ids
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.static import arenas_of
 
 WAYS = ("published", "fdpp", "fdpp, compiled")

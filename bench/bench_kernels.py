@@ -24,9 +24,9 @@ from torch import Tensor
 
 import fdpp
 from fdpp.attention import block_attention
-from fdpp.cache import BlockCache
+from fdpp.attention.cache import BlockCache
 from fdpp.models.linear import linear
-from fdpp.project import project_select
+from fdpp.step.project import project_select
 
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 RULE = fdpp.Frechet(0.25)

@@ -36,10 +36,15 @@ from small import left_pad, prompts, small_model
 from torch import Tensor
 
 import fdpp
-from fdpp import Frechet, Rule, Selection, attention, dawn, ops, project
-from fdpp.dawn import decide, edges
-from fdpp.dawn import reference as reference_dawn
-from fdpp.decoding.static import steps_of, uncaptured
+from fdpp import Frechet, Rule, Selection
+from fdpp.attention import split_keys
+from fdpp.decoding.arena import uncaptured
+from fdpp.decoding.static import steps_of
+from fdpp.rules import dawn
+from fdpp.rules.dawn import decide, edges
+from fdpp.rules.dawn import reference as reference_dawn
+from fdpp.step import project
+from fdpp.step.terms import Terms, pack
 
 # The interpreter multiplies bfloat16 matrices by their bit patterns.
 HALF = torch.bfloat16 if ON_GPU else torch.float16
@@ -67,10 +72,9 @@ def head_agrees(B: int, T: int, D: int, vocabulary: int, dtype: torch.dtype, tem
     rule: Rule = Frechet(0.1)
     logits = hidden.double() @ weight.double().T
     problem = Problem(logits, tokens, (rule,), vocabulary - 1, temperature=temperature, seeds=seeds)
-    arguments = [None if x is None else x.to(DEVICE) for x in (hidden, weight, tokens, None, ops.pack(rule, DEVICE))]
-    out = project.project_gpu(
-        *arguments, rule.key(), problem.mask_id, temperature, None if seeds is None else seeds.to(DEVICE)
-    )
+    at = [x.to(DEVICE) for x in (hidden, weight, tokens)]
+    seeds = None if seeds is None else seeds.to(DEVICE)
+    out = project.project_gpu(*at, None, Terms(pack(rule, DEVICE), rule.key(), problem.mask_id, temperature, seeds))
     truth, ours = inputs.expected(problem), Selection(*(field.cpu() for field in out))
     assert ours.proposal.equal(truth.proposal), "other proposals"
     assert ours.committed.equal(truth.committed), "other commits"
@@ -84,7 +88,7 @@ def attention_agrees(dtype: torch.dtype, padded: bool, B: int, H: int, kv: int, 
     g = generator(S)
     q, k, v = (torch.randn(B, h, T, d, generator=g).to(dtype).to(DEVICE) for h, T in ((H, n), (kv, S), (kv, S)))
     first = torch.arange(B, device=DEVICE) * (S // (2 * B)) if padded else None
-    out = attention.attention_gpu(q, k, v, first, d**-0.5).transpose(1, 2)
+    out = split_keys.attention_gpu(q, k, v, first, d**-0.5).transpose(1, 2)
     wide = [x.double().repeat_interleave(H // x.shape[1], dim=1) for x in (q, k, v)]
     mask = None if first is None else (torch.arange(S, device=DEVICE) >= first[:, None])[:, None, None]
     want = F.scaled_dot_product_attention(*wide, mask)
@@ -100,7 +104,7 @@ def branches_agree(dtype: torch.dtype, D: int, H: int, kv: int, n: int, S: int, 
     cached = [torch.randn(1, kv, S, d, generator=g).to(dtype).to(DEVICE) for _ in range(2)]
     q, *own = (torch.randn(D, h, n, d, generator=g).to(dtype).to(DEVICE) for h in (H, kv, kv))
     first, column = torch.tensor([S // 4], device=DEVICE), torch.arange(S - n, S, device=DEVICE)
-    out = attention.attention_gpu(q, *cached, first, d**-0.5, *own, column).transpose(1, 2)
+    out = split_keys.attention_gpu(q, *cached, first, d**-0.5, *own, column).transpose(1, 2)
     before = [x[:, :, S // 4 : S - n].expand(D, -1, -1, -1) for x in cached]
     copies = [torch.cat(parts, dim=2) for parts in zip(before, own, strict=True)]
     wide = [x.double().repeat_interleave(H // x.shape[1], dim=1) for x in (q, *copies)]

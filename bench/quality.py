@@ -30,15 +30,16 @@ from fdpp.tiny.problems import OPENINGS
 BATCH = 25
 CACHES = ("none", "prefix", "dual")
 ONE = "one per step"
-MAIN: dict[str, fdpp.Rule] = {
-    ONE: fdpp.Quota(1),
-    "threshold 0.9": fdpp.Threshold(0.9),
-    "factor 0.75": fdpp.Factor(0.75),
-    "frechet 0.25": fdpp.Frechet(0.25),
-    "entropy 0.1": fdpp.EntropyBound(0.1),
-    "localleap": fdpp.LocalLeap(),
-    "klass": fdpp.Klass(),
-    "dawn": fdpp.Dawn(),
+
+
+def called(rule: fdpp.Rule) -> str:
+    """The rule's name, with its number where that is all there is to it."""
+    by_number = type(rule).decide is fdpp.Rule.decide
+    return f"{rule.name} {rule.params()[0]:g}" if by_number else str(rule.name)
+
+
+MAIN: dict[str, fdpp.Rule] = {ONE: fdpp.Quota(1)} | {
+    called(rule): rule for rule in (kind() for kind in fdpp.Rule.named().values() if kind is not fdpp.Quota)
 }
 SWEEP: dict[str, fdpp.Rule] = {
     **{f"threshold {tau}": fdpp.Threshold(tau) for tau in (0.5, 0.6, 0.7, 0.8, 0.95, 0.99)},

@@ -1,17 +1,18 @@
 """fdpp: fused denoising steps and block-wise decoding for masked-diffusion language models."""
 
-from fdpp.dawn import Dawn
-from fdpp.decoding.config import DiffusionGenerationConfig, DiffusionGenerationOutput
-from fdpp.klass import Klass
+from fdpp import moved
+from fdpp.decoding.output import DiffusionGenerationOutput
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.models.configuration import LLaDAConfig
 from fdpp.models.llada import LLaDAModelLM
-from fdpp.ops import select
 from fdpp.patching import patch, unpatch
-from fdpp.reference import Selection
-from fdpp.rules import EntropyBound, Factor, Frechet, LocalLeap, Quota, Rule, Threshold
-from fdpp.step import DenoisingStep
+from fdpp.rules import Dawn, EntropyBound, Factor, Frechet, Klass, LocalLeap, Quota, Rule, Threshold
+from fdpp.selection import Selection
+from fdpp.step import DenoisingStep, select
 
 __version__ = "0.1.0"
+
+moved.install()
 
 __all__ = [
     "Dawn",

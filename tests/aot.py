@@ -1,4 +1,4 @@
-"""Compile what `fdpp.gpu.select` would launch, for GPUs that this machine lacks, and print what came out as JSON.
+"""Compile what `fdpp.step.gpu.select` would launch, for GPUs that this machine lacks, and print what came out as JSON.
 
 A process of its own (`TRITON_INTERPRET=0 python tests/aot.py`): the interpreter's flag decides at import what
 `@triton.jit` makes. `gpu.select` itself runs, on tensors without memory and with a stand-in for Triton's driver that
@@ -21,7 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import fdpp
-from fdpp import gpu, ops
+from fdpp.step import gpu
+from fdpp.step.terms import Terms, pack
 
 V = 126464
 TARGETS = {
@@ -167,11 +168,13 @@ def compiled(variant: Variant, kernel: Compiled) -> dict[str, Any]:
         like(getattr(torch, variant.dtype), B, T, variant.V),
         like(torch.int64, B, T),
         like(torch.bool, B, T) if variant.active else None,
-        ops.pack(variant.rule, "meta"),
-        variant.rule.key(),
-        126336,
-        1.0 if variant.sampled else 0.0,
-        like(torch.int64, B) if variant.sampled else None,
+        Terms(
+            pack(variant.rule, "meta"),
+            variant.rule.key(),
+            126336,
+            1.0 if variant.sampled else 0.0,
+            like(torch.int64, B) if variant.sampled else None,
+        ),
     )
     return {
         "name": variant.name,

@@ -11,7 +11,7 @@ import torch
 import triton
 from aot import TARGETS, Compiled, TargetDriver, facts, like, watched
 
-from fdpp.dawn import decide, edges
+from fdpp.rules.dawn import decide, edges
 
 KERNELS = {"lse_kernel": edges, "column_kernel": edges, "edges_kernel": edges, "independent_kernel": decide}
 """Every kernel and the module that launches it."""

@@ -16,7 +16,9 @@ import triton
 from aot import TARGETS, Compiled, TargetDriver, assembly, facts, like, watched
 
 import fdpp
-from fdpp import attention, ops, project
+from fdpp.attention import split_keys
+from fdpp.step import project
+from fdpp.step.terms import Terms, pack
 
 MATRIX = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma")
 """The matrix instructions of the targets."""
@@ -52,11 +54,13 @@ class Head:
             like(dtype, self.V, self.D),
             like(torch.int64, self.B, self.T),
             None,
-            ops.pack(self.rule, "meta"),
-            self.rule.key(),
-            126336,
-            1.0 if self.sampled else 0.0,
-            like(torch.int64, self.B) if self.sampled else None,
+            Terms(
+                pack(self.rule, "meta"),
+                self.rule.key(),
+                126336,
+                1.0 if self.sampled else 0.0,
+                like(torch.int64, self.B) if self.sampled else None,
+            ),
         )
 
 
@@ -110,7 +114,7 @@ class Block:
         k, v = (states(self.B, self.kv_heads, self.S) for _ in range(2))
         own = [states(rows, self.kv_heads, self.n) for _ in range(2)] if self.branches else [None, None]
         column = like(torch.int64, self.n) if self.branches else None
-        attention.attention_gpu(states(rows, self.heads, self.n), k, v, first, self.d**-0.5, *own, column)
+        split_keys.attention_gpu(states(rows, self.heads, self.n), k, v, first, self.d**-0.5, *own, column)
 
 
 def blocks() -> list[Block]:
@@ -159,8 +163,8 @@ if __name__ == "__main__":
     modules = {
         "project_kernel": project,
         "decide_kernel": project,
-        "attend_kernel": attention,
-        "combine_kernel": attention,
+        "attend_kernel": split_keys,
+        "combine_kernel": split_keys,
     }
     kernels = watched(modules)
     json.dump([facts for variant in (*heads(), *blocks()) for facts in compiled(variant, kernels)], sys.stdout)

@@ -11,7 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from fdpp import EntropyBound, Factor, Frechet, Quota, Rule, Selection, Threshold, cpu, gpu, ops, reference
+from fdpp import EntropyBound, Factor, Frechet, Quota, Rule, Selection, Threshold
+from fdpp.selection import check
+from fdpp.step import cpu, gpu, reference
+from fdpp.step.terms import Terms, pack
 
 TRITON = triton.__version__.rpartition(".")[0]
 """Registers and spills are held to those of Triton 3.7; other versions' are taken as they are."""
@@ -107,15 +110,14 @@ def run(implementation: str, problem: Problem) -> Selection:
     """What an implementation makes of `problem`; the outputs lie on the CPU."""
     device = "cuda" if implementation == "cuda" else "cpu"
     select = cpu.select if implementation == "cpu" else gpu.select
-    params = torch.cat([ops.pack(rule, device) for rule in problem.rules])
+    params = torch.cat([pack(rule, device) for rule in problem.rules])
     logits, tokens, active, seeds = (
         None if tensor is None else to_device(tensor, device)
         for tensor in (problem.logits, problem.tokens, problem.active, problem.seeds)
     )
-    ops.check(logits, tokens, active, seeds)
-    outputs = select(
-        logits, tokens, active, params, problem.rules[0].key(), problem.mask_id, problem.temperature, seeds
-    )
+    check(logits, tokens, active, seeds)
+    terms = Terms(params, problem.rules[0].key(), problem.mask_id, problem.temperature, seeds)
+    outputs = select(logits, tokens, active, terms)
     return Selection(*(output.cpu() for output in outputs))
 
 

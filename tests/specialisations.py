@@ -32,10 +32,9 @@ import triton
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import fdpp.gpu
+import fdpp.step.gpu
 from fdpp.decoding.loop import BlockLoop
-from fdpp.decoding.runners import EagerRunner
-from fdpp.decoding.static import StaticRunner
+from fdpp.decoding.runners import EagerRunner, StaticRunner
 
 HERE = Path(__file__).resolve().parent
 GPU = torch.device("cuda", 0)
@@ -135,7 +134,7 @@ def stand_in() -> None:
     torch.compile = lambda function=None, **_: function or (lambda inner: inner)
     torch.library.opcheck = lambda operator, args, **_: operator._backend_fns["cuda"](*args)
     torch.testing.assert_close = lambda *_, **__: None
-    fdpp.gpu.kept_zeros = lambda n, device: torch.zeros(n, dtype=torch.int32, device=device)
+    fdpp.step.gpu.kept_zeros = lambda n, device: torch.zeros(n, dtype=torch.int32, device=device)
     three_forwards(EagerRunner)
     three_forwards(StaticRunner)
     first_and_last_block(BlockLoop)

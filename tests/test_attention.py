@@ -14,8 +14,8 @@ from inputs import IMPLEMENTATIONS, INTERPRETED, generator, on_gpu, to_device
 from small import left_pad, prompts, small_model
 from torch import Tensor
 
-from fdpp import Frechet, attention, cache
-from fdpp.attention import block_attention
+from fdpp import Frechet
+from fdpp.attention import block_attention, cache, split_keys
 from fdpp.kernels import attend, launch
 from fdpp.kernels.launch import ATTEND_KEYS, ATTEND_SPLITS, attend_launch
 
@@ -67,8 +67,8 @@ def run(
     column = torch.tensor([column]) if isinstance(column, int) else column
     given = (q, k, v, first, *(own or (None, None)), column)
     q, k, v, first, own_k, own_v, column = (None if x is None else to_device(x, device) for x in given)
-    attention.check(q, k, v, first, own and (own_k, own_v), column)
-    take = attention.attention_cpu if implementation == "cpu" else attention.attention_gpu
+    split_keys.check(q, k, v, first, own and (own_k, own_v), column)
+    take = split_keys.attention_cpu if implementation == "cpu" else split_keys.attention_gpu
     scale = q.shape[3] ** -0.5 if scale is None else scale
     return take(q, k, v, first, scale, own_k, own_v, column).transpose(1, 2).cpu()
 
@@ -498,11 +498,11 @@ def test_the_call_takes_branches(implementation: str) -> None:
 def test_opcheck(padded: bool, device: str) -> None:
     first = torch.tensor([0, 4], device=device) if padded else None
     q, k, v = (x.to(device) for x in random_inputs(0, 2, 4, 2, 3, 9, 8))
-    torch.library.opcheck(attention.attention_op, (q, k, v, first, 0.3))
+    torch.library.opcheck(split_keys.attention_op, (q, k, v, first, 0.3))
     q, k, v, own = random_branches(0, 2, 3, 4, 2, 3, 2, 9, 8)
     q, k, v, own_k, own_v = (x.to(device) for x in (q, k, v, *own))
     column = torch.arange(5, 7, device=device)
-    torch.library.opcheck(attention.attention_op, (q, k, v, first, 0.3, own_k, own_v, column))
+    torch.library.opcheck(split_keys.attention_op, (q, k, v, first, 0.3, own_k, own_v, column))
 
 
 @pytest.mark.slow
@@ -530,12 +530,12 @@ def split(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
     def kernel(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, *own: Tensor) -> Tensor:
         assert first is None or k.shape[0] == first.shape[0]
         seen.append((k.shape[0], q.shape[0] // k.shape[0], first is not None))
-        return attention.attention_gpu(q, k, v, first, scale, *own)
+        return split_keys.attention_gpu(q, k, v, first, scale, *own)
 
     def short(q: Tensor, k: Tensor, branches: int = 1) -> bool:
         return q.shape[1] // k.shape[1] * q.shape[2] // branches <= cache.SHORT
 
-    monkeypatch.setattr(attention, "attention_cpu", kernel)
+    monkeypatch.setattr(split_keys, "attention_cpu", kernel)
     monkeypatch.setattr(cache, "splits_keys", short)
     return seen
 

@@ -24,7 +24,7 @@ from small import MASK, prompts, small_model
 from torch import Tensor
 
 import fdpp
-from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.decoding.settings import DiffusionGenerationConfig
 
 SETTINGS: list[dict[str, Any]] = [
     {"rule": fdpp.Quota(), "steps": 7},

@@ -8,7 +8,7 @@ from small import MASK, left_pad, prompts, small_model
 from torch import Tensor
 
 from fdpp import LLaDAModelLM
-from fdpp.cache import BlockCache, tree_mask
+from fdpp.attention.cache import BlockCache, tree_mask
 
 ATOL = 2e-4
 """Of logits of about 5: float32 sums in another order."""

@@ -16,7 +16,8 @@ from small import exact_model, left_pad, prompts, small_model
 from torch import Tensor, nn
 
 import fdpp
-from fdpp import LLaDAModelLM, cache
+from fdpp import LLaDAModelLM
+from fdpp.attention import cache
 from fdpp.decoding import graphs, static
 from fdpp.decoding.forwards import Forwards
 from fdpp.decoding.loop import BlockLoop

@@ -19,8 +19,8 @@ import torch
 
 import fdpp
 from fdpp import cli, tiny
-from fdpp.chat import Chat
-from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.cli.conversation import Chat
+from fdpp.decoding.settings import DiffusionGenerationConfig
 
 ROOT = Path(__file__).parents[1]
 PROBLEMS = [problem.prompt for problem in tiny.generate("held-out", 3, steps=4)]

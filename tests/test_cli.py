@@ -14,7 +14,7 @@ import torch
 import fdpp
 from fdpp import cli, tiny
 from fdpp.cli.options import config_of
-from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.decoding.settings import DiffusionGenerationConfig
 
 PROMPT = (
     "Mia has 12 apples . In May she finds 5 . In June she loses 3 . In July she buys 4 . In August she sells 6 . "

@@ -23,14 +23,15 @@ from inputs import IMPLEMENTATIONS, INTERPRETED, TRITON, on_gpu
 from torch import Tensor
 
 import fdpp
-from fdpp import dawn
-from fdpp.cache import BlockCache, tree_mask
-from fdpp.dawn import Dawn, Probe, decide
-from fdpp.dawn import edges as edges_by
-from fdpp.dawn import reference as reference_dawn
-from fdpp.dawn.edges import pack_bits, unpack_bits
+from fdpp.attention import Probe
+from fdpp.attention.cache import BlockCache, tree_mask
 from fdpp.kernels.dependency import averaged_attention
 from fdpp.models.llada import LLaDAModelLM
+from fdpp.rules import dawn
+from fdpp.rules.dawn import Dawn, decide
+from fdpp.rules.dawn import edges as edges_by
+from fdpp.rules.dawn import reference as reference_dawn
+from fdpp.rules.dawn.edges import pack_bits, unpack_bits
 
 KERNELS = IMPLEMENTATIONS[1:]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from fdpp import cli, demo, live, tiny
+from fdpp import cli, tiny
+from fdpp.cli import held_out, live
 
 RULES = ("one per step", "threshold 0.9", "factor 0.75", "Fréchet 0.25")
 
@@ -30,7 +31,7 @@ def surroundings(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("LINES", "24")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(demo, "PAUSE", 0.0)
+    monkeypatch.setattr(held_out, "PAUSE", 0.0)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -93,10 +94,10 @@ def test_plain_lines_without_a_terminal(capsys):
 def test_figures_count_forwards_and_response_tokens():
     model, tokenizer = tiny.load()
     problems = tiny.generate("held-out", 3)
-    decoded = demo.decode(model, tokenizer, problems, demo.RULES["Fréchet 0.25"], "dual")
+    decoded = held_out.decode(model, tokenizer, problems, held_out.RULES["Fréchet 0.25"], "dual")
     assert decoded.tokens == sum(len(tokenizer(text)["input_ids"]) for text in decoded.texts)
-    assert demo.decode(model, tokenizer, problems, demo.RULES["Fréchet 0.25"], "dual").texts == decoded.texts
-    one_by_one = [demo.decode(model, tokenizer, [p], demo.RULES["Fréchet 0.25"], "dual") for p in problems]
+    assert held_out.decode(model, tokenizer, problems, held_out.RULES["Fréchet 0.25"], "dual").texts == decoded.texts
+    one_by_one = [held_out.decode(model, tokenizer, [p], held_out.RULES["Fréchet 0.25"], "dual") for p in problems]
     assert decoded.nfe == sum(single.nfe for single in one_by_one)
     assert decoded.texts == [single.texts[0] for single in one_by_one]
 
@@ -108,8 +109,8 @@ def test_a_correct_answer_is_called_correct(monkeypatch, capsys):
         (problem.response, "correct: 9"),
         ("Answer : 99", f"wrong, the answer is {problem.answer}: 9"),
     ):
-        monkeypatch.setattr(demo, "decode", lambda *args, text=text: demo.Decoded([text], 9, 3, 1.0))
-        demo.show(model, tokenizer, problem, "dual")
+        monkeypatch.setattr(held_out, "decode", lambda *args, text=text: held_out.Decoded([text], 9, 3, 1.0))
+        held_out.show(model, tokenizer, problem, "dual")
         assert capsys.readouterr().out.splitlines()[1:3] == [
             text,
             f"{verdict} tokens, 3 forwards, 3.00 tokens per forward",
@@ -200,7 +201,7 @@ def test_generate_streams_to_a_terminal(monkeypatch, capsys):
 def test_the_table_without_an_accent_where_the_output_has_none(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="replace")
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(demo, "RULES", {name: demo.RULES[name] for name in ("Fréchet 0.25",)})
+    monkeypatch.setattr(held_out, "RULES", {name: held_out.RULES[name] for name in ("Fréchet 0.25",)})
     assert cli.main(["demo", "--problems", "1"]) == 0
     text = out.buffer.getvalue().decode("ascii")
     assert text.count("Frechet 0.25") == 2 and "?" in text and os.linesep in text

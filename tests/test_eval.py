@@ -20,7 +20,7 @@ import fdpp
 from fdpp import cli, tiny
 from fdpp.cli import eval as eval_command
 from fdpp.cli.options import config_of
-from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.integrations.evaluation import likelihood
 from fdpp.integrations.evaluation.code_answers import definitions, humaneval_programs
 from fdpp.integrations.evaluation.evaluator import Evaluator, Request

@@ -17,8 +17,9 @@ import torch
 from golden import Trajectory, model, seen_by_rows, trajectories
 from torch import Tensor
 
-from fdpp import dawn
-from fdpp.dawn import Dawn, Probe
+from fdpp.attention import Probe
+from fdpp.rules import dawn
+from fdpp.rules.dawn import Dawn
 
 MASK = 500
 RUNS = [t for t in trajectories("dawn") if t.run["mode"] == "dawn" and t.run["stable"]]

@@ -7,7 +7,7 @@ import torch
 from golden import forward_arrays, model
 from torch import Tensor
 
-from fdpp.cache import BlockCache
+from fdpp.attention.cache import BlockCache
 from fdpp.models.layers import rotary_angles, rotate
 from fdpp.models.llada import LLaDAModelLM
 

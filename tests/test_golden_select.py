@@ -17,8 +17,9 @@ from golden import SelectorCase, selector_case, selector_index
 from torch import Tensor
 
 import fdpp
-from fdpp import gpu, ops
-from fdpp.reference import Selection
+from fdpp.selection import Selection
+from fdpp.step import gpu, operators
+from fdpp.step.terms import Terms, pack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -69,7 +70,7 @@ Select = Callable[[Tensor, Tensor, Tensor, list[fdpp.Rule], int], Selection]
 
 def reference(logits: Tensor, tokens: Tensor, active: Tensor, rules: list[fdpp.Rule], mask_id: int) -> Selection:
     rows = [
-        fdpp.reference.select(logits[b : b + 1], tokens[b : b + 1], rule, mask_id, active[b : b + 1])
+        fdpp.step.reference.select(logits[b : b + 1], tokens[b : b + 1], rule, mask_id, active[b : b + 1])
         for b, rule in enumerate(rules)
     ]
     return Selection(*map(torch.cat, zip(*rows, strict=True)))
@@ -78,14 +79,14 @@ def reference(logits: Tensor, tokens: Tensor, active: Tensor, rules: list[fdpp.R
 def cpu(logits: Tensor, tokens: Tensor, active: Tensor, rules: list[fdpp.Rule], mask_id: int) -> Selection:
     if all(rule == rules[0] for rule in rules):
         return fdpp.select(logits, tokens, rule=rules[0], mask_id=mask_id, active=active)
-    params = torch.cat([ops.pack(rule) for rule in rules])
-    return ops.select_packed(logits, tokens, active, params, rules[0], mask_id)
+    params = torch.cat([pack(rule) for rule in rules])
+    return operators.prefix_step(logits, tokens, active, Terms(params, rules[0].key(), mask_id))
 
 
 def kernel(logits: Tensor, tokens: Tensor, active: Tensor, rules: list[fdpp.Rule], mask_id: int) -> Selection:
-    params = torch.cat([ops.pack(rule, DEVICE) for rule in rules])
+    params = torch.cat([pack(rule, DEVICE) for rule in rules])
     logits, tokens, active = logits.to(DEVICE), tokens.to(DEVICE), active.to(DEVICE)
-    outputs = gpu.select(logits, tokens, active, params, rules[0].key(), mask_id, 0.0, None)
+    outputs = gpu.select(logits, tokens, active, Terms(params, rules[0].key(), mask_id))
     return Selection(*(output.cpu() for output in outputs))
 
 

@@ -17,20 +17,10 @@ from inputs import Problem, assert_as_specified, assert_equal, expected, generat
 from torch import Tensor
 
 import fdpp
-from fdpp import (
-    DenoisingStep,
-    EntropyBound,
-    Frechet,
-    Quota,
-    Rule,
-    Selection,
-    Threshold,
-    gpu,
-    ops,
-    project,
-    reference,
-)
+from fdpp import DenoisingStep, EntropyBound, Frechet, Quota, Rule, Selection, Threshold
 from fdpp.attention import block_attention
+from fdpp.step import gpu, operators, project, reference
+from fdpp.step.terms import Terms, pack
 
 pytestmark = pytest.mark.gpu
 
@@ -271,8 +261,8 @@ def test_another_device_than_the_current_one() -> None:
 def test_the_dispatcher_leads_to_the_kernel() -> None:
     problem = problems()[0]
     device = on_device(problem)
-    arguments = (device.logits, device.tokens, None, ops.pack(problem.rules[0], DEVICE), problem.rules[0].key())
-    out = ops.select_op(*arguments, problem.mask_id, 0.0, None)
+    arguments = (device.logits, device.tokens, None, pack(problem.rules[0], DEVICE), problem.rules[0].key())
+    out = operators.select_op(*arguments, problem.mask_id, 0.0, None)
     assert_equal(Selection(*out), call(step_for(problem), device))
 
 
@@ -302,12 +292,11 @@ def test_fused_head_in_a_graph(temperature: float) -> None:
     hidden = torch.randn(4, 8, 21, device=DEVICE, dtype=torch.bfloat16)
     weight = torch.randn(300, 21, device=DEVICE, dtype=torch.bfloat16)
     tokens = torch.where(torch.rand(4, 8, device=DEVICE) < 0.6, 299, 1)
-    params, seeds = ops.pack(Frechet(0.1), DEVICE), torch.arange(4, device=DEVICE)
+    params, seeds = pack(Frechet(0.1), DEVICE), torch.arange(4, device=DEVICE)
 
     def step(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Selection:
-        return project.project_select_packed(
-            hidden, weight, tokens, None, params, Frechet(0.1), 299, temperature, seeds
-        )
+        terms = Terms(params, Frechet.key(), 299, temperature, seeds)
+        return project.prefix_step(hidden, weight, tokens, None, terms)
 
     replayed(step, hidden, weight, tokens)
 
@@ -354,13 +343,13 @@ def test_fused_head_of_llada(B: int, T: int) -> None:
     ).bfloat16()
     tokens = torch.full((B, T), mask_id, device=DEVICE)
     tokens[:, ::3] = 5
-    params = ops.pack(Threshold(0.9), DEVICE)
-    arguments = (hidden, weight, tokens, None, params, Threshold(0.9), mask_id)
-    project.project_select_packed(*arguments)
+    params = pack(Threshold(0.9), DEVICE)
+    arguments = (hidden, weight, tokens, None, Terms(params, Threshold.key(), mask_id))
+    project.prefix_step(*arguments)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = project.project_select_packed(*arguments)
+    out = project.prefix_step(*arguments)
     assert torch.cuda.max_memory_allocated() - before < 0.05 * B * T * V * weight.element_size()
     rows = hidden[tokens == mask_id].float()
     logits = torch.cat([rows @ part.float().T for part in weight.split(16384)], dim=1)

@@ -17,7 +17,7 @@ import torch
 from gpu_check import Stage
 from inputs import INTERPRETED
 
-from fdpp import project
+from fdpp.step import project
 
 SLEEP = "import time; time.sleep(60)"
 

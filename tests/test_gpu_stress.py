@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_gpu import DEVICE, call, captured, on_device, problems, step_for
 
-from fdpp import gpu
+from fdpp.step import gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from inputs import INTERPRETED, assert_as_specified, assert_equal, on_gpu, random_problem, run
 from torch import Tensor
 
-from fdpp import EntropyBound, Frechet, Quota, Rule, gpu
+from fdpp import EntropyBound, Frechet, Quota, Rule
 from fdpp.kernels import launch
 from fdpp.kernels.launch import MERGE_TILE, select_launch
+from fdpp.step import gpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
 

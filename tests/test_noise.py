@@ -11,8 +11,8 @@ import triton.language as tl
 from inputs import INTERPRETED, generator
 from torch import Tensor
 
-from fdpp import noise
 from fdpp.kernels.noise import gumbel as gumbel_in_kernel
+from fdpp.step import noise
 
 KERNEL_DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")),

@@ -12,14 +12,16 @@ from inputs import RULES, Problem, assert_as_specified, assert_equal, on_gpu, ra
 from torch import Tensor
 
 import fdpp
-from fdpp import EntropyBound, Frechet, Quota, Rule, Selection, Threshold, ops
+from fdpp import EntropyBound, Frechet, Quota, Rule, Selection, Threshold
+from fdpp.step import operators
+from fdpp.step.terms import pack
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def operator_arguments(problem: Problem, device: str) -> tuple[Any, ...]:
     tensors = (problem.logits, problem.tokens, problem.active)
-    params = torch.cat([ops.pack(rule, device) for rule in problem.rules])
+    params = torch.cat([pack(rule, device) for rule in problem.rules])
     seeds = None if problem.seeds is None else problem.seeds.to(device)
     return (
         *(None if tensor is None else tensor.to(device) for tensor in tensors),
@@ -45,7 +47,7 @@ def operator_arguments(problem: Problem, device: str) -> tuple[Any, ...]:
 )
 def test_opcheck(device: str, rule: Rule, dtype: torch.dtype, active: bool, temperature: float) -> None:
     problem = random_problem(0, 2, 5, 21, rule, dtype=dtype, active=active, temperature=temperature)
-    torch.library.opcheck(ops.select_op, operator_arguments(problem, device))
+    torch.library.opcheck(operators.select_op, operator_arguments(problem, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -61,7 +63,7 @@ def test_opcheck_of_awkward_arguments(device: str) -> None:
     )
     empty = Problem(torch.zeros(2, 0, 7), torch.zeros(2, 0, dtype=torch.int64), (Frechet(0.1),), 6)
     for awkward in (transposed, empty):
-        torch.library.opcheck(ops.select_op, operator_arguments(awkward, device))
+        torch.library.opcheck(operators.select_op, operator_arguments(awkward, device))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -70,7 +72,7 @@ def test_select_is_the_implementation(rule: Rule) -> None:
     out = fdpp.select(problem.logits, problem.tokens, rule=rule, mask_id=problem.mask_id, active=problem.active)
     assert isinstance(out, Selection)
     assert_equal(out, run("cpu", problem))
-    assert_equal(Selection(*ops.select_op(*operator_arguments(problem, "cpu"))), out)
+    assert_equal(Selection(*operators.select_op(*operator_arguments(problem, "cpu"))), out)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -159,9 +161,9 @@ def test_errors_name_what_was_expected_and_what_came(changes: dict[str, Any], me
 
 def test_packed_numbers() -> None:
     """Float64 and a tensor: 0.1 is no float32."""
-    assert ops.pack(Frechet(0.1, 0.3)).tolist() == [[0.1, 0.0, 0.3]]
-    assert ops.pack(Quota(3)).tolist() == [[3.0, 0.0, 0.0]]
-    assert ops.pack(Threshold(0.9)).dtype == torch.float64
+    assert pack(Frechet(0.1, 0.3)).tolist() == [[0.1, 0.0, 0.3]]
+    assert pack(Quota(3)).tolist() == [[3.0, 0.0, 0.0]]
+    assert pack(Threshold(0.9)).dtype == torch.float64
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

@@ -18,7 +18,8 @@ from inputs import assert_as_specified, assert_equal
 from small import prompts, small_model
 from two_processes import DECODES, MODELS, QUESTIONS, answers, decode, in_float64, problems
 
-from fdpp import EntropyBound, Frechet, LLaDAConfig, LLaDAModelLM, cpu, parallel, tiny
+from fdpp import EntropyBound, Frechet, LLaDAConfig, LLaDAModelLM, tiny
+from fdpp.step import cpu, parallel
 
 TESTS = Path(__file__).parent
 HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None

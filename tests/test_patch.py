@@ -171,8 +171,8 @@ def problem(B: int = 2, L: int = 12, V: int = 40, seed: int = 0) -> dict[str, An
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The arguments of every step of ours that a script takes."""
     seen: list[Any] = []
-    step = scripts.select_packed
-    monkeypatch.setattr(scripts, "select_packed", lambda *args: seen.append(args) or step(*args))
+    step = scripts.prefix_step
+    monkeypatch.setattr(scripts, "prefix_step", lambda *args: seen.append(args) or step(*args))
     return seen
 
 

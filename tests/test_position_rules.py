@@ -11,7 +11,8 @@ from small import EOS, MASK, exact_model, prompts
 from torch import Tensor
 
 import fdpp
-from fdpp import klass, reference
+from fdpp.rules import klass
+from fdpp.step import reference
 
 LEAP = "get_transfer_index_localleap"
 LEAP_CASES = [case["id"] for case in selector_index() if case["group"] in ("std", "attn", "edge")]

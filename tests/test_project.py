@@ -23,9 +23,11 @@ from inputs import (
 )
 from torch import Tensor
 
-from fdpp import EntropyBound, Frechet, LocalLeap, Quota, Rule, Selection, ops, project
+from fdpp import EntropyBound, Frechet, LocalLeap, Quota, Rule, Selection
 from fdpp.kernels import project as kernel
 from fdpp.kernels.launch import PROJECT_MERGE_TILE, project_launch
+from fdpp.step import operators, project
+from fdpp.step.terms import Terms, pack
 
 # The interpreter computes with NumPy, which warns of the infinities and NaN that `tl.where` then leaves out.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
@@ -87,13 +89,14 @@ def run(implementation: str, head: Head, hidden: Tensor | None = None, weight: T
     """What an implementation makes of it; the outputs lie on the CPU."""
     device, step = "cuda" if implementation == "cuda" else "cpu", head.step
     take = project.project_cpu if implementation == "cpu" else project.project_gpu
-    params = torch.cat([ops.pack(rule, device) for rule in step.rules])
+    params = torch.cat([pack(rule, device) for rule in step.rules])
     tensors = (hidden if hidden is not None else head.hidden, weight if weight is not None else head.weight)
     hidden, weight, tokens, active, seeds = (
         None if x is None else inputs.to_device(x, device) for x in (*tensors, step.tokens, step.active, step.seeds)
     )
     project.check(hidden, weight, tokens, active, seeds)
-    outputs = take(hidden, weight, tokens, active, params, step.rules[0].key(), step.mask_id, step.temperature, seeds)
+    terms = Terms(params, step.rules[0].key(), step.mask_id, step.temperature, seeds)
+    outputs = take(hidden, weight, tokens, active, terms)
     return Selection(*(output.cpu() for output in outputs))
 
 
@@ -463,7 +466,7 @@ def test_as_select() -> None:
         for how in ({}, {"temperature": 0.7, "seed": 3}, {"active": call.tokens == 39}):
             ours = project.project_select(call.hidden, call.weight, call.tokens, rule=rule, mask_id=39, **how)
             logits = call.hidden @ call.weight.T
-            theirs = ops.select(logits, call.tokens, rule=rule, mask_id=39, **how)
+            theirs = operators.select(logits, call.tokens, rule=rule, mask_id=39, **how)
             for a, b in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
@@ -494,7 +497,7 @@ def test_errors(changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_opcheck(temperature: float, device: str) -> None:
     head = random_head(0, B, T, D, V, Frechet(0.1), dtype=torch.bfloat16, temperature=temperature)
-    params, rule = ops.pack(Frechet(0.1), device), Frechet(0.1).key()
+    params, rule = pack(Frechet(0.1), device), Frechet(0.1).key()
     hidden, weight, tokens = (x.to(device) for x in (head.hidden, head.weight, head.step.tokens))
     seeds = None if head.step.seeds is None else head.step.seeds.to(device)
     arguments = (hidden, weight, tokens, None, params, rule, head.step.mask_id, temperature, seeds)
@@ -504,10 +507,10 @@ def test_opcheck(temperature: float, device: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_without_a_graph_break(dynamic: bool) -> None:
-    params = ops.pack(Frechet(0.1))
+    params = pack(Frechet(0.1))
 
     def step(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
-        return project.project_select_packed(hidden, weight, tokens, None, params, Frechet(0.1), 39).tokens
+        return project.prefix_step(hidden, weight, tokens, None, Terms(params, Frechet.key(), 39)).tokens
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     assert compiled(Calls.hidden, Calls.weight, Calls.tokens).equal(step(Calls.hidden, Calls.weight, Calls.tokens))

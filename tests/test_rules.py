@@ -18,8 +18,7 @@ from inputs import IMPLEMENTATIONS, Problem, assert_as_specified, on_gpu, random
 
 import fdpp
 from fdpp import EntropyBound, Factor, Frechet, Quota, Rule, Threshold
-from fdpp.kernels import predicates
-from fdpp.reference import accepted
+from fdpp.step.reference import accepted
 
 NAN, INF = math.nan, math.inf
 NO_NUMBERS: list[Any] = [NAN, INF, -INF, None, "0.5", True, False, [0.5], 1j, torch.tensor(0.5)]
@@ -225,8 +224,8 @@ def test_frechet_is_a_factor_with_a_heterogeneity_bonus(c: list[float], margin: 
         score = (n + 1) * c[n - 1] - n + bonus
         assert bonus >= 0 and abs(score - scores(c)[n - 1]) < 1e-12
         if abs(score - margin) > 1e-9:
-            by_factor = accepts(predicates.factor, n, costs, 1 - margin + bonus)
-            assert accepts(predicates.frechet, n, costs, margin) == by_factor
+            by_factor = accepts(fdpp.Factor.predicate, n, costs, 1 - margin + bonus)
+            assert accepts(fdpp.Frechet.predicate, n, costs, margin) == by_factor
 
 
 @few
@@ -236,8 +235,8 @@ def test_calibration_lowers_the_score_by_n_plus_one(c: list[float], eta: float) 
     c.sort(reverse=True)
     costs = [min(1.0, 1.0 - x + eta) for x in c]
     for n, score in enumerate(scores(c), start=1):
-        assert accepts(predicates.frechet, n, costs, score - (n + 1) * eta - 1e-9)
-        assert not accepts(predicates.frechet, n, costs, score - (n + 1) * eta + 1e-9)
+        assert accepts(fdpp.Frechet.predicate, n, costs, score - (n + 1) * eta - 1e-9)
+        assert not accepts(fdpp.Frechet.predicate, n, costs, score - (n + 1) * eta + 1e-9)
     assert scores([0.9, 0.2], 0.5)[1] > scores([0.9, 0.2])[1] - 3 * 0.5
 
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdpp
-from fdpp import LLaDAModelLM, cpu, project
+from fdpp import LLaDAModelLM
 from fdpp.decoding import static
 from fdpp.decoding.forwards import Forwards
 from fdpp.decoding.loop import BlockLoop
 from fdpp.decoding.static import steps_of
+from fdpp.step import cpu, project
 
 RULES = [
     fdpp.Quota(),

@@ -17,9 +17,10 @@ from small import left_pad, prompts, small_model
 from torch import Tensor
 
 import fdpp
-from fdpp import LLaDAModelLM, gpu
+from fdpp import LLaDAModelLM
 from fdpp.decoding import static
 from fdpp.models import joined
+from fdpp.step import gpu
 
 THREADS, DECODES = 8, 200
 RULES = (fdpp.Frechet(0.1), fdpp.Quota(2), fdpp.Threshold(0.5))

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import fdpp
 from fdpp import tiny
-from fdpp.cache import BlockCache
+from fdpp.attention.cache import BlockCache
 from fdpp.tiny import problems, train
 from fdpp.tiny.tokenizer import SPECIAL, build_tokenizer
 

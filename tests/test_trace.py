@@ -11,7 +11,7 @@ from small import EOS, MASK, exact_model, prompts, small_model
 
 import fdpp
 from fdpp import cli, tiny
-from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.trace import criteria
 from fdpp.trace.page import data_of, render
 from fdpp.trace.record import record

@@ -22,7 +22,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers.distributed import DistributedConfig
 
 import fdpp
-from fdpp import Dawn, EntropyBound, Factor, Frechet, Klass, LLaDAModelLM, LocalLeap, Quota, Threshold, ops, parallel
+from fdpp import Dawn, EntropyBound, Factor, Frechet, Klass, LLaDAModelLM, LocalLeap, Quota, Threshold
+from fdpp.step import operators, parallel
+from fdpp.step.terms import Terms, pack
 
 INF, NAN = float("inf"), float("nan")
 V, MASK = 41, 6
@@ -100,17 +102,11 @@ def select_all() -> dict[str, Any]:
         numbers.clear()
         mine = problem.logits[..., :cut] if rank == 0 else problem.logits[..., cut:]
         before = mine.clone()
-        selection = parallel.select_packed(
-            mine,
-            problem.tokens,
-            problem.active,
-            torch.cat([ops.pack(rule) for rule in problem.rules]),
-            problem.rules[0],
-            problem.mask_id,
-            problem.temperature,
-            problem.seeds,
-            first_id=0 if rank == 0 else cut,
-        )
+        params = torch.cat([pack(rule) for rule in problem.rules])
+        terms = Terms(params, problem.rules[0].key(), problem.mask_id, problem.temperature, problem.seeds)
+        first_id = 0 if rank == 0 else cut
+        step = parallel.prefix_step(mine, problem.tokens, problem.active, terms, first_id=first_id)
+        selection = operators.decided(step, problem.tokens, problem.active, problem.rules[0], problem.mask_id)
         unchanged = mine.equal(before) or bool(before.isnan().any())
         results[name] = selection, list(numbers), unchanged
     logits, tokens = torch.randn(2, 5, V, generator=torch.Generator().manual_seed(0)), torch.full((2, 5), MASK)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fdpp import tiny
-from fdpp.chat import Chat
+from fdpp.cli.conversation import Chat
+from fdpp.cli.live import is_live, paint
 from fdpp.cli.options import add_decoding_options, add_model_options, add_rule_options, config_of, load_model
-from fdpp.live import is_live, paint
 
 ASK = "> "
 

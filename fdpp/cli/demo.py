@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fdpp import demo
+from fdpp.cli import held_out
 from fdpp.cli.options import reported, whole
-from fdpp.decoding.config import CACHES
+from fdpp.decoding.settings import CACHES
 
 
 def add(commands: Any) -> None:
@@ -25,4 +25,4 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with reported(FileNotFoundError):
-        return demo.run(args.problems, args.cache)
+        return held_out.run(args.problems, args.cache)

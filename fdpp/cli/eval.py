@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 
 from fdpp.cli.options import (
-    RULES,
     CommandError,
     add_decoding_options,
     add_model_options,
     add_rule_options,
     config_of,
     load_model,
+    option_of,
     reported,
     whole,
 )
@@ -108,10 +108,9 @@ def resolve(args: argparse.Namespace) -> None:
             args.num_fewshot = preset.shots
         args.chat_template, args.multiturn = True, args.multiturn or preset.multiturn
         if isinstance(args.rule, Default):
-            args.rule, options = next(
-                (name, options) for name, (rule, options) in RULES.items() if rule is type(preset.rule)
-            )
-            for option, field in options.items():
+            args.rule = preset.rule.name
+            for field, number in preset.rule.numbers.items():
+                option = option_of(field, number)
                 if getattr(args, option) is None:
                     setattr(args, option, getattr(preset.rule, field))
         for field in ("cache", "gen_length", "block_length", "drafts"):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from fdpp.cli.live import LiveView, is_live
 from fdpp.cli.options import (
     CommandError,
     add_decoding_options,
@@ -21,7 +22,6 @@ from fdpp.cli.options import (
     load_model,
     reported,
 )
-from fdpp.live import LiveView, is_live
 
 EXAMPLES = """examples:
   fdpp generate --stream --cache none --prompt 'Mia has 12 apples . In May she finds 5 . In June she loses 3 .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,19 +16,8 @@ from safetensors import SafetensorError
 
 import fdpp
 from fdpp import tiny
-from fdpp.decoding.config import BRANCHES, CACHES, HEADS, REMASKINGS, DiffusionGenerationConfig
-
-RULES: dict[str, tuple[type[fdpp.Rule], dict[str, str]]] = {
-    "quota": (fdpp.Quota, {"k": "k"}),
-    "threshold": (fdpp.Threshold, {"tau": "tau"}),
-    "factor": (fdpp.Factor, {"factor": "f"}),
-    "frechet": (fdpp.Frechet, {"margin": "margin", "calibration": "calibration"}),
-    "entropy": (fdpp.EntropyBound, {"gamma": "gamma"}),
-    "localleap": (fdpp.LocalLeap, {"tau": "threshold", "relaxed": "relaxed", "radius": "radius"}),
-    "klass": (fdpp.Klass, {"confidence": "confidence", "kl": "kl", "window": "window"}),
-    "dawn": (fdpp.Dawn, {field.name: field.name for field in dataclasses.fields(fdpp.Dawn)}),
-}
-"""Every rule with its options: name on the command line, field of the dataclass."""
+from fdpp.decoding.settings import BRANCHES, CACHES, HEADS, REMASKINGS, DiffusionGenerationConfig
+from fdpp.rules.rule import Number
 
 
 class CommandError(Exception):
@@ -77,36 +65,34 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=text)
 
 
+def option_of(field: str, number: Number) -> str:
+    """The attribute of the parsed arguments that holds a rule's field; its option is the same with dashes."""
+    return number.option or field
+
+
+def rule_options() -> dict[str, list[tuple[type[fdpp.Rule], str]]]:
+    """The options that the rules take, each with the rules and their fields that it sets."""
+    found: dict[str, list[tuple[type[fdpp.Rule], str]]] = {}
+    for rule in fdpp.Rule.named().values():
+        for field, number in rule.numbers.items():
+            found.setdefault(option_of(field, number), []).append((rule, field))
+    return found
+
+
 def add_rule_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("rule: which predictions of a forward are committed together").add_argument
-    text = (
-        "quota: a fixed number of tokens; threshold: all confident ones; factor, frechet: as many of the most "
-        "confident as are likely to be right together; entropy: the most certain, up to a budget; localleap: all "
-        "confident ones and, near those, less confident ones; klass: those that have stopped changing; dawn: those "
-        "that do not depend on each other, by the model's attention (default: frechet)"
-    )
-    add("--rule", choices=tuple(RULES), default="frechet", help=text)
-    for option, kind, metavar, text in (
-        ("--margin", float, "M", "frechet: lead over any other reading, 0 or more; less is faster (default: 0.25)"),
-        ("--calibration", float, "E", "frechet: taken off every confidence first, 0 to 1 (default: 0)"),
-        ("--tau", float, "P", "threshold, localleap: confidence, 0 to 1; less is faster (default: 0.9)"),
-        ("--factor", float, "F", "factor: bound on (n + 1)(1 - confidence), above 0; more is faster (default: 0.75)"),
-        ("--gamma", float, "NATS", "entropy: budget in nats, 0 or more; more is faster (default: 0.1)"),
-        ("--relaxed", float, "P", "localleap: confidence near a confident token, 0 to 1 (default: 0.75)"),
-        ("--radius", whole(0), "N", "localleap: how many tokens away is near (default: 4)"),
-        ("--confidence", float, "P", "klass: confidence, 0 to 1; less is faster (default: 0.6)"),
-        ("--kl", float, "NATS", "klass: most that a prediction may change in a forward (default: 0.015)"),
-        ("--window", whole(1), "N", "klass: forwards over which it may not change more (default: 2)"),
-        ("--tau-sink", float, "A", "dawn: mean attention that makes a column a sink (default: 0.01)"),
-        ("--tau-edge", float, "A", "dawn: attention that makes a dependency (default: 0.07)"),
-        ("--tau-induce", float, "P", "dawn: confidence beside a committed token it depends on (default: 0.7)"),
-        ("--tau-low", float, "P", "dawn: confidence of tokens free of dependencies (default: 0.75)"),
-        ("--tau-high", float, "P", "dawn: confidence of tokens that commit in any case (default: 0.9)"),
-        ("--layers", whole(1), "N", "dawn: how many of the last layers' attention counts (default: an eighth)"),
-        ("--k", whole(1), "N", "quota: tokens a forward (default: 1, or as --steps asks)"),
-        ("--steps", whole(1), "N", "quota: forwards for the whole answer, shared out evenly (default: one a token)"),
-    ):
-        add(option, type=kind, metavar=metavar, help=text)
+    rules = fdpp.Rule.named()
+    text = "; ".join(f"{name}: {rule.about}" for name, rule in rules.items())
+    add("--rule", choices=tuple(rules), default="frechet", help=f"{text} (default: frechet)")
+    for option, takers in rule_options().items():
+        rule, field = takers[0]
+        number, default = rule.numbers[field], getattr(rule, field)
+        names = ", ".join(str(taker.name) for taker, _ in takers)
+        about = f"{names}: {number.about}" + ("" if default is None else f" (default: {default:g})")
+        kind = whole(int(number.interval)) if number.whole else float
+        add(f"--{option.replace('_', '-')}", type=kind, metavar=number.unit, help=about)
+    text = "quota: forwards for the whole answer, shared out evenly (default: one a token)"
+    add("--steps", type=whole(1), metavar="N", help=text)
 
 
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
@@ -144,9 +130,10 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
 
 def rule_of(args: argparse.Namespace) -> fdpp.Rule:
     """The rule that the options name."""
-    rule, options = RULES[args.rule]
-    own = {*options, "steps"} if rule is fdpp.Quota else {*options}
-    for option in ("steps", *(name for _, names in RULES.values() for name in names)):
+    rule = fdpp.Rule.named()[args.rule]
+    options = {option_of(field, number): field for field, number in rule.numbers.items()}
+    own = {*options, "steps"} if rule().takes_steps() else {*options}
+    for option in ("steps", *rule_options()):
         if option not in own and getattr(args, option) is not None:
             takes = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(own))
             raise CommandError(

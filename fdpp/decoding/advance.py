@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fdpp.cache import BlockCache
-from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.attention import BlockCache
+from fdpp.decoding.choice import Choice
 from fdpp.decoding.drafts import Chain
 from fdpp.decoding.evidence import Evidence
 from fdpp.decoding.forwards import Forwards
+from fdpp.decoding.model import DiffusionModel
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.state import BlockState, Outcome, Window, ends
-from fdpp.klass import Klass
-from fdpp.reference import Selection
+from fdpp.selection import Selection
+from fdpp.step.terms import Terms
 
 STEP_STRIDE = 0x5851F42D4C957F2D
 """Odd, so a sequence's steps draw from different noise streams (Knuth's multiplier for 64-bit generators)."""
@@ -35,16 +36,16 @@ class Advance:
 
     def __init__(
         self,
-        model: Any,
+        model: DiffusionModel,
         config: DiffusionGenerationConfig,
         eos: Tensor | None,
         processor: Callable[..., Tensor] | None = None,
     ) -> None:
         assert config.mask_token_id is not None
-        self.config, self.mask_id = config, config.mask_token_id
+        self.config, self.rule, self.mask_id = config, config.rule, config.mask_token_id
         self.forwards = Forwards(model, config, processor)
+        self.step = Choice(config, self.forwards.step)
         self.eos = eos
-        self.carries_evidence = config.drafts != 1 or isinstance(config.rule, Klass)
 
     def __call__(
         self, state: BlockState, window: Window, schedule: Tensor, cache: BlockCache | None, drafts: int
@@ -55,9 +56,9 @@ class Advance:
         """
         states = self.draft(state, window, schedule, drafts)
         index = state.steps[:, None] + torch.arange(drafts, device=states.device)
-        evidence, anchors = self.forwards(state, states, window, cache)
-        chosen = self.select(state, evidence, states, index, schedule, window)
-        chain = Chain(states, chosen, self.mask_id, self.eos)
+        evidence = self.forwards(state, states, window, cache)
+        chosen = self.choose(state, evidence, states, index, schedule, window)
+        chain = Chain(states, chosen, self.mask_id, self.eos, self.rule.revokes)
 
         sequences, commit_step = state.sequences.clone(), state.commit_step.clone()
         sequences[:, window.block] = chain.tokens
@@ -67,19 +68,22 @@ class Advance:
             offered, accepted = offered.clone(), accepted.clone()
             offered[:, : drafts - 1] += chain.offered
             accepted[:, : drafts - 1] += chain.right[:, 1:]
+        carried = self.config.drafts != 1 or evidence.memory is not None
         after = state._replace(
             sequences=sequences,
             commit_step=commit_step,
             nfe=state.nfe + 1,
             steps=state.steps + chain.accepted,
-            query_tokens=state.query_tokens + drafts * window.width() * self.config.passes,
+            query_tokens=state.query_tokens + self.forwards.queries(state, window, drafts),
             offered=offered,
             accepted=accepted,
-            evidence=evidence.each(chain.last_state) if self.carries_evidence else None,
-            anchors=anchors,
+            evidence=evidence.each(chain.last_state) if carried else None,
         )
 
         ended = ends(chain.tokens, self.mask_id, self.eos)
+        if self.rule.revokes:
+            # Until then the EOS may be taken back.
+            ended = ended & (chain.remaining == 0)
         remaining = chain.remaining.masked_fill(ended, 0)
         counts = [chain.nonfinite, ended, remaining == 0, remaining, chain.accepted]
         if state.fillers is not None:
@@ -94,12 +98,12 @@ class Advance:
         after = state.evidence
         for depth in range(drafts - 1):
             assert after is not None
-            after = after.unchanged()
-            guess = self.select(state, after, states[:, -1:], state.steps[:, None] + depth, schedule, window)
+            after = after.unchanged(self.rule)
+            guess = self.choose(state, after, states[:, -1:], state.steps[:, None] + depth, schedule, window)
             states = torch.cat((states, guess.tokens), dim=1)
         return states
 
-    def select(
+    def choose(
         self, state: BlockState, evidence: Evidence, states: Tensor, index: Tensor, schedule: Tensor, window: Window
     ) -> Selection:
         """One step on each of the `states` `[b, D, T]` by its `evidence`; fields of shape `[b, D, ...]`.
@@ -111,15 +115,5 @@ class Advance:
         else:
             params = schedule[(index - state.first_step[:, None]).clamp(max=schedule.shape[0] - 1).flatten()]
         seeds = None if state.streams is None else (state.streams[:, None] + index * STEP_STRIDE).flatten()
-        return evidence.select(
-            self.config.rule,
-            states,
-            params,
-            step=self.forwards.step,
-            mask_id=self.mask_id,
-            first=window.first,
-            temperature=self.config.temperature,
-            seeds=seeds,
-            last=self.config.last_ids,
-            random=self.config.remasking == "random",
-        )
+        terms = Terms(params, self.rule.key(), self.mask_id, self.config.temperature, seeds)
+        return self.step(evidence, states, terms, window.block)

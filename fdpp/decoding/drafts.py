@@ -12,16 +12,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdpp.cache import BlockCache
-from fdpp.decoding.config import MAX_DRAFTS, DiffusionGenerationConfig
+from fdpp.attention import BlockCache
+from fdpp.decoding.settings import MAX_DRAFTS, DiffusionGenerationConfig
 from fdpp.decoding.state import ends
-from fdpp.reference import Selection
+from fdpp.selection import Selection
 
 
 class Chain:
     """What one forward over the `states` `[b, D, T]` has shown, given the step `chosen` from each of them.
 
-    No step is taken from a state that ends its sequence (`state.ends`, with its `mask_id` and `eos`).
+    No step is taken from a state that ends its sequence (`state.ends`, with its `mask_id` and `eos`), or its block. A
+    rule that `revokes` may take a committed token back; an EOS then ends nothing before the block is finished.
 
     Attributes:
         accepted: `[b]` int64, how many of the states are right, at least 1.
@@ -29,8 +30,8 @@ class Chain:
         remaining, nonfinite: `[b]`, of the steps from right states.
     """
 
-    def __init__(self, states: Tensor, chosen: Selection, mask_id: int, eos: Tensor | None) -> None:
-        self.states, self.chosen = states, chosen
+    def __init__(self, states: Tensor, chosen: Selection, mask_id: int, eos: Tensor | None, revokes: bool) -> None:
+        self.states, self.chosen, self.mask_id, self.revokes = states, chosen, mask_id, revokes
         if states.shape[1] == 1:
             self.accepted = torch.ones(states.shape[:1], dtype=torch.int64, device=states.device)
             self.right = torch.ones_like(self.accepted, dtype=torch.bool)[:, None]
@@ -38,9 +39,11 @@ class Chain:
                 value[:, 0] for value in (chosen.tokens, chosen.remaining, chosen.nonfinite)
             )
             return
-        over = ends(states, mask_id, eos)
         # A draft that is complete or over has no step of its own to save.
-        self.offered = chosen.committed[:, 1:].any(2) & ~over[:, 1:]
+        if revokes:
+            self.offered = (chosen.tokens != states)[:, 1:].any(2) & (chosen.remaining[:, :-1] > 0)
+        else:
+            self.offered = chosen.committed[:, 1:].any(2) & ~ends(states, mask_id, eos)[:, 1:]
         self.agrees = self.offered & (chosen.tokens[:, :-1] == states[:, 1:]).all(2)
         self.accepted = 1 + self.agrees.long().cumprod(1).sum(1)
         self.tokens = self.last(chosen.tokens)
@@ -60,11 +63,25 @@ class Chain:
         return self.last(value)[:, None]
 
     def commit_step(self, index: Tensor, before: Tensor) -> Tensor:
-        """`before` `[b, T]` with the step's number, of `index` `[b, D]`, at what the steps from right states commit."""
+        """`before` `[b, T]` with the step's number, of `index` `[b, D]`, at what the steps from right states commit.
+
+        What they take back has -1.
+        """
+        if self.revokes:
+            return self.last_event(index, before)
         if index.shape[1] == 1:
             return torch.where(self.chosen.committed[:, 0], index, before)
         commits = self.chosen.committed & self.right[:, :, None]
         return torch.where(commits.any(1), (commits * index[:, :, None]).sum(1), before)
+
+    def last_event(self, index: Tensor, before: Tensor) -> Tensor:
+        """`commit_step` where a position may be committed and taken back by turns."""
+        taken = (self.states != self.mask_id) & (self.chosen.tokens == self.mask_id)
+        for depth in range(index.shape[1]):
+            event = torch.where(taken[:, depth], -1, index[:, depth, None])
+            changed = (self.chosen.committed | taken)[:, depth] & self.right[:, depth, None]
+            before = torch.where(changed, event, before)
+        return before
 
 
 def most_drafts(drafts: int | str) -> int:

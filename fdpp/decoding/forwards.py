@@ -3,97 +3,119 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fdpp import dawn, klass
-from fdpp.attention import visible
-from fdpp.cache import BlockCache, seen
-from fdpp.dawn import Dawn
-from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.attention import BlockCache, Probe, visible
+from fdpp.attention.cache import seen
 from fdpp.decoding.evidence import Evidence
 from fdpp.decoding.guidance import guided, with_unconditional
 from fdpp.decoding.head import head_of
+from fdpp.decoding.model import DiffusionModel
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.shaping import processed, without
 from fdpp.decoding.state import BlockState, Window
-from fdpp.klass import Klass
-from fdpp.ops import select_packed
+from fdpp.rules import Rows, Rule, Sight
+from fdpp.selection import MAX_POSITIONS
+from fdpp.step.operators import prefix_step
+from fdpp.step.terms import Terms
 
 
 class Forwards:
     """Runs a model over columns of a decode's sequences.
 
     Args:
-        model: has `model(input_ids, attention_mask, position_ids, cache, start, wanted)`, `project(hidden)`, `config`.
-        config: what its rule asks for beyond the logits is read off too; its `branches` are the layout of several
-            states in one forward, see `fdpp.cache.BlockCache`.
+        model: the model.
+        config: what its rule needs beyond the logits is read off too; its `branches` are the layout of several
+            states in one forward, see `fdpp.attention.BlockCache`.
         processor: changes the logits, see `fdpp.decoding.shaping.processed`.
     """
 
     def __init__(
-        self, model: Any, config: DiffusionGenerationConfig, processor: Callable[..., Tensor] | None = None
+        self,
+        model: DiffusionModel,
+        config: DiffusionGenerationConfig,
+        processor: Callable[..., Tensor] | None = None,
     ) -> None:
         assert config.mask_token_id is not None
-        self.processor, self.cfg_scale = processor, config.cfg_scale
+        self.processor, self.cfg_scale, self.passes = processor, config.cfg_scale, config.passes
         self.never = config.eos_ids if config.logits_eos_inf else ()
         self.model, self.rule, self.layout, self.mask_id = model, config.rule, config.branches, config.mask_token_id
+        needs = config.rule.needs
+        self.watches = type(config.rule).observe is not Rule.observe
+        # Everything that is fed is read, not the block alone.
+        self.reads_all = needs.attention or needs.fed or needs.rows
         self.project, self.step = head_of(model, config.rule, config.head == "fused")
         by_id = processor is not None or bool(self.never or config.last_ids)
         if by_id:
             # Ids are columns of the whole vocabulary, not of a process's slice.
-            self.project, self.step = model.project, select_packed
-        plain = not by_id and config.passes == 1
-        self.only_masked = (
-            plain and self.step is select_packed and config.drafts == 1 and not isinstance(config.rule, Klass)
-        )
+            self.project, self.step = model.project, prefix_step
+        plain = not by_id and config.passes == 1 and not (needs.logits or needs.block or self.reads_all)
+        self.only_masked = plain and self.step is prefix_step and config.drafts == 1
 
-    def __call__(
-        self, state: BlockState, states: Tensor, window: Window, cache: BlockCache | None
-    ) -> tuple[Evidence, Tensor | None]:
-        """A forward with `states` `[b, D, T]` in the block: the evidence of each, and the state's new anchors.
+    def __call__(self, state: BlockState, states: Tensor, window: Window, cache: BlockCache | None) -> Evidence:
+        """A forward with `states` `[b, D, T]` in the block, and the evidence of each.
 
-        The head sees the block's positions alone, on a CPU the masked ones where nobody asks for more, and all that
-        are fed where the rule asks how sure the model is of committed ones.
+        The head sees the block's positions alone, on a CPU the masked ones where nobody asks for more, and what the
+        rule needs.
         """
-        D = states.shape[1]
+        D, n = states.shape[1], window.width()
         tokens = state.sequences[:, window.fed][:, None].repeat(1, D, 1)
         tokens[:, :, window.inner] = states
         if cache is not None:
             cache.branches = D
             padding = state.padding if window.padding is None else window.padding
             cache.pad(0 if padding is None else padding, state.fillers)
-        probe = None
-        if isinstance(self.rule, Dawn):
-            probe = dawn.Probe(self.rule.probed(self.model.config.n_layers), cache, branches=D, layout=self.layout)
-        if probe is not None:
-            hidden = self.hidden(state, tokens, window, probe, self.mask(state, window, D) if cache is None else None)
-            logits = self.shaped(self.project(hidden[:, :, window.inner]), state, states, window)
-            evidence = Evidence(logits)
-            return self.with_dependencies(evidence, probe, state, tokens, hidden, window)
-        fed = state
+        needs, probe = self.rule.needs, None
+        if needs.attention:
+            layers = self.rule.probed(self.model.config.n_layers)
+            probe = Probe(layers, cache, branches=D, layout=self.layout)
+        fed, fed_tokens = state, tokens
         if self.cfg_scale > 0.0:
-            fed, tokens = with_unconditional(state, tokens, window, self.mask_id)
+            fed, fed_tokens = with_unconditional(state, tokens, window, self.mask_id)
         mask = self.mask(fed, window, D) if cache is None else None
-        hidden = self.hidden(fed, tokens, window, cache, mask, of_block=True)
+        if needs.rows:
+            hidden, beside = self.with_rows(state, tokens, window)
+        else:
+            hidden, beside = self.hidden(fed, fed_tokens, window, probe or cache, mask, not self.reads_all), None
+        of_block = hidden[:, :, window.inner] if self.reads_all else hidden
         if self.only_masked and hidden.device.type == "cpu":
-            return Evidence(self.project(hidden[states == self.mask_id])), state.anchors
-        evidence = Evidence(self.shaped(self.project(hidden), state, states, window))
-        if isinstance(self.rule, Klass):
-            stable, before = torch.zeros_like(states), state.evidence
-            if before is not None and before.stable is not None:
-                stable = klass.stable_steps(evidence.logits, before.logits[:, 0], before.stable[:, 0], self.rule)
-            evidence = evidence._replace(stable=stable)
-        return evidence, state.anchors
+            return Evidence(self.project(of_block[states == self.mask_id]))
+        logits = self.shaped(self.project(of_block), state, states, window)
+        if not self.watches:
+            return Evidence(logits)
+        sight = Sight(
+            states=states,
+            logits=logits,
+            tokens=tokens,
+            block=window.block,
+            fed=window.fed,
+            full=window.full,
+            length=state.sequences.shape[1],
+            padding=state.padding,
+            mask_id=self.mask_id,
+            rows=None if beside is None else self.project(beside),
+            probe=probe,
+            fed_confidence=lambda: self.confidence(self.project(hidden).flatten(0, 1)).view(-1, D, n),
+        )
+        return Evidence(logits, self.rule.observe(sight, state.evidence))
 
     def shaped(self, logits: Tensor, state: BlockState, states: Tensor, window: Window) -> Tensor:
         """The logits `[b, D, T, V]` that decide, from the model's."""
         if self.cfg_scale > 0.0:
             logits = guided(logits, self.cfg_scale)
         if self.processor is not None:
-            logits = processed(self.processor, logits, states, state.sequences[:, : window.first], self.mask_id)
+            logits = processed(self.processor, logits, states, state.sequences[:, : window.block_start], self.mask_id)
         return without(logits, self.never) if self.never else logits
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        """The confidence a masked position with these `logits` `[N, n, V]` would have: float32 `[N, n]`."""
+        tokens = torch.full(logits.shape[:2], self.mask_id, dtype=torch.int64, device=logits.device)
+        # Whatever the rule would commit: its numbers are not read.
+        terms = Terms(torch.zeros(1, 3, dtype=torch.float64, device=logits.device), self.rule.key(), self.mask_id)
+        parts = zip(logits.split(MAX_POSITIONS, 1), tokens.split(MAX_POSITIONS, 1), strict=True)
+        return torch.cat([prefix_step(rows, masks, None, terms).confidence for rows, masks in parts], dim=1)
 
     def mask(self, state: BlockState, window: Window, D: int) -> Tensor | None:
         """What D states of every sequence may see without a cache, which would say it itself; None: everything."""
@@ -110,7 +132,7 @@ class Forwards:
         window: Window,
         cache: BlockCache | None,
         mask: Tensor | None,
-        of_block: bool = False,
+        of_block: bool,
     ) -> Tensor:
         """Hidden states `[b, D, n, d_model]` of `tokens` `[b, D, n]`, which stand in the window's fed columns.
 
@@ -131,26 +153,40 @@ class Forwards:
         ).unflatten(together[0], (D, n) if tree else (b, D))
         return hidden[:, :, window.inner] if of_block and not early else hidden
 
-    def with_dependencies(
-        self,
-        evidence: Evidence,
-        probe: dawn.Probe,
-        state: BlockState,
-        tokens: Tensor,
-        hidden: Tensor,
-        window: Window,
-    ) -> tuple[Evidence, Tensor]:
-        """`evidence` with the dependency graph of the `probe` and how sure the model is of committed columns."""
-        assert isinstance(self.rule, Dawn) and isinstance(window.fed, slice) and state.anchors is not None
-        b, D, _ = tokens.shape
-        mask = None if state.padding is None else visible(state.padding, state.sequences.shape[1])
-        key_mask = mask if mask is None or probe.shared else mask.repeat_interleave(D, dim=0)
-        T = evidence.logits.shape[2]
-        edges = probe.edges(self.rule, window.fed.start, window.first, T, key_mask).unflatten(0, (b, D))
-        if not window.full:
-            return evidence._replace(edges=edges, anchors=state.anchors[:, None].expand(b, D, -1)), state.anchors
-        sure = dawn.softmax_maximum(self.project(hidden).flatten(0, 1), self.mask_id).unflatten(0, (b, D))
-        anchors = sure.masked_fill(tokens == self.mask_id, 0.0)
-        if mask is not None:
-            anchors = anchors.masked_fill(~mask[:, None], 0.0)
-        return evidence._replace(edges=edges, anchors=anchors), anchors[:, 0]
+    def with_rows(self, state: BlockState, tokens: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        """Hidden states of `tokens` `[b, 1, n]`, a full forward's, and of the rows that the rule feeds beside them."""
+        b, _, n = tokens.shape
+        rows = self.rows(state, window)
+        E = rows.columns.shape[0]
+        beside = torch.full((b, E), self.mask_id, dtype=torch.int64, device=tokens.device)
+        hidden = self.model.model(
+            torch.cat((tokens[:, 0], beside), dim=1),
+            attention_mask=self.mask_beside(state, window, rows),
+            position_ids=torch.cat((state.position_ids[:, window.fed], state.position_ids[:, rows.columns]), dim=1),
+            cache=None,
+            start=0,
+            wanted=None,
+        )[:, None]
+        return hidden[:, :, :n], hidden[:, :, n:]
+
+    def queries(self, state: BlockState, window: Window, drafts: int) -> int:
+        """How many positions of a sequence a forward feeds to the model, all passes of it."""
+        beside = self.rows(state, window).columns.shape[0] if self.rule.needs.rows else 0
+        return (drafts * window.width() + beside) * self.passes
+
+    def rows(self, state: BlockState, window: Window) -> Rows:
+        block, length = window.block, state.sequences.shape[1]
+        if isinstance(block, slice):
+            block = torch.arange(block.start, block.stop, device=state.sequences.device)
+        return self.rule.rows(block, length)
+
+    def mask_beside(self, state: BlockState, window: Window, rows: Rows) -> Tensor:
+        """`[b, 1, n + E, n + E]` bool: no column sees a row, a row sees what it says; nobody sees padding."""
+        length, n, E = state.sequences.shape[1], window.width(), rows.columns.shape[0]
+        device = state.sequences.device
+        upper = torch.arange(n + E, device=device).lt(n).expand(n, -1)
+        sees = torch.cat((upper, torch.cat((rows.sees[:, :length][:, window.fed], rows.sees[:, length:]), dim=1)))
+        if state.padding is None or window.padding is not None:
+            return sees.expand(state.row.shape[0], 1, -1, -1)
+        real = torch.nn.functional.pad(visible(state.padding, n), (0, E), value=True)
+        return (sees & real[:, None])[:, None]

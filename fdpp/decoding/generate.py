@@ -8,15 +8,16 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from fdpp.decoding.config import DiffusionGenerationConfig
 from fdpp.decoding.loop import BlockLoop
+from fdpp.decoding.model import DiffusionModel
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.static import steps_for
 
 TOKEN_IDS = ("mask_token_id", "eos_token_id", "pad_token_id", "eot_token_id")
@@ -109,8 +110,9 @@ class DiffusionGenerationMixin:
                 **({} if streamer is None else {"streamer": streamer}),
                 **own,
             )
-        with steps_for(self, config, input_ids.device, processors or None) as static:
-            loop = BlockLoop(self, input_ids, attention_mask, config, processors or None, static)
+        model = cast(DiffusionModel, self)
+        with steps_for(model, config, input_ids.device, processors or None) as static:
+            loop = BlockLoop(model, input_ids, attention_mask, config, processors or None, static)
             decode(loop, streamer, criteria, input_ids)
         return loop.output() if config.return_dict_in_generate else loop.sequences
 
@@ -141,10 +143,11 @@ class DiffusionGenerationMixin:
             ragged = torch.ones_like(ids, dtype=torch.bool)
             ragged[0, 0] = False
             masks.append(ragged)
-        with steps_for(self, config, ids.device) as static:
+        model = cast(DiffusionModel, self)
+        with steps_for(model, config, ids.device) as static:
             if static is not None:
                 for mask in masks:
-                    BlockLoop(self, ids, mask, config, None, static).warm_up()
+                    BlockLoop(model, ids, mask, config, None, static).warm_up()
 
     def settled(
         self, generation_config: DiffusionGenerationConfig | None, overrides: dict[str, Any]

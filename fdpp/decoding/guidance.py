@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdpp.cache import marked
+from fdpp.attention.cache import marked
 from fdpp.decoding.state import BlockState, Window
 
 

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from fdpp.dawn import Dawn
+from fdpp.attention import BlockCache
 from fdpp.decoding.advance import Advance, stop_ids
-from fdpp.decoding.config import DiffusionGenerationConfig, DiffusionGenerationOutput
+from fdpp.decoding.arena import graph_size
 from fdpp.decoding.drafts import cache_for, depth_after, most_drafts
-from fdpp.decoding.runners import EagerRunner
+from fdpp.decoding.model import DiffusionModel
+from fdpp.decoding.output import DiffusionGenerationOutput
+from fdpp.decoding.runners import EagerRunner, StaticRunner
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.state import BlockState, Outcome, Window
-from fdpp.decoding.static import LENGTH_BUCKET, StaticRunner, StaticSteps, bucket_for, graph_size
-from fdpp.ops import pack, streams
+from fdpp.decoding.static import LENGTH_BUCKET, StaticSteps, bucket_for
+from fdpp.step.terms import pack, streams
+
+
+def check_settings(config: DiffusionGenerationConfig, processor: Callable[..., Tensor] | None) -> None:
+    """Raise `ValueError` unless the loop can run with these settings."""
+    if config.mask_token_id is None or config.pad_token_id is None:
+        raise ValueError("BlockLoop: expected a config with its mask and padding ids filled in")
+    if processor is not None and config.head == "fused":
+        raise ValueError("head='fused' keeps no logits, which logits_processor reads")
 
 
 class BlockLoop:
@@ -33,41 +43,50 @@ class BlockLoop:
 
     def __init__(
         self,
-        model: Any,
+        model: DiffusionModel,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         config: DiffusionGenerationConfig,
         processor: Callable[..., Tensor] | None = None,
         static: StaticSteps | None = None,
     ) -> None:
-        if config.mask_token_id is None or config.pad_token_id is None:
-            raise ValueError("BlockLoop: expected a config with its mask and padding ids filled in")
-        if processor is not None and config.head == "fused":
-            raise ValueError("head='fused' keeps no logits, which logits_processor reads")
-        self.mask_id, self.pad_id = config.mask_token_id, config.pad_token_id
+        check_settings(config, processor)
+        self.mask_id, self.pad_id = int(config.mask_token_id or 0), int(config.pad_token_id or 0)
         self.config, self.device, self.static = config, input_ids.device, static
-        B, P = input_ids.shape
-        self.live = torch.arange(B, device=self.device)
         self.eos = torch.tensor(config.eos_token_id, dtype=torch.int64, device=self.device)
-        self.extra = 0 if static is None else -(P + config.max_new_tokens) % LENGTH_BUCKET
-        self.prompt_length = P + self.extra
+        self.extra = 0 if static is None else -(input_ids.shape[1] + config.max_new_tokens) % LENGTH_BUCKET
+        self.prompt_length = input_ids.shape[1] + self.extra
         self.length = self.prompt_length + config.max_new_tokens
+        self.live = torch.arange(input_ids.shape[0], device=self.device)
         padding = None if attention_mask is None else (~attention_mask).sum(1)
-        self.padding: int | None = self.extra
-        if padding is not None:
-            least, most = padding.aminmax()
-            # What all have alike a static full forward leaves out, and needs no mask; an eager one masks it.
-            self.padding = self.extra + int(least) if static is not None and bool(least == most) else None
-        if static is not None:
-            padding = torch.zeros_like(self.live) if padding is None else padding
-            padding, input_ids = padding + self.extra, F.pad(input_ids, (self.extra, 0), value=self.pad_id)
-        self.whole = self.initial(input_ids, padding)
-        if static is not None:
-            self.bucket = bucket_for(static, config, self.device, B, self.length)
-            stops, self.cache = self.bucket.eos, self.bucket.cache
-        else:
-            stops, self.cache = stop_ids(config, self.device), cache_for(config)
+        self.padding = self.padding_of_all(padding)
+        self.whole = self.initial(*self.in_bucket(input_ids, padding))
+        self.cache, stops = self.memory()
         self.advance = Advance(model, config, stops, processor)
+
+    def padding_of_all(self, padding: Tensor | None) -> int | None:
+        """Columns on the left that no full forward feeds, given each prompt's padding `[B]`; None: a mask hides them.
+
+        What all have alike a static full forward leaves out, and needs no mask; an eager one masks it.
+        """
+        if padding is None:
+            return self.extra
+        least, most = padding.aminmax()
+        return self.extra + int(least) if self.static is not None and bool(least == most) else None
+
+    def in_bucket(self, input_ids: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Prompts and their padding, filled up on the left to a multiple of the static steps' lengths."""
+        if self.static is None:
+            return input_ids, padding
+        padding = torch.zeros_like(self.live) if padding is None else padding
+        return F.pad(input_ids, (self.extra, 0), value=self.pad_id), padding + self.extra
+
+    def memory(self) -> tuple[BlockCache | None, Tensor | None]:
+        """The cache, and the ids that end a sequence: those of a bucket stand at fixed addresses."""
+        if self.static is None:
+            return cache_for(self.config), stop_ids(self.config, self.device)
+        self.bucket = bucket_for(self.static, self.config, self.device, self.live.shape[0], self.length)
+        return self.bucket.cache, self.bucket.eos
 
     def runner(self, state: BlockState, block: int) -> EagerRunner | StaticRunner:
         """Who runs the forwards of `block`."""
@@ -129,8 +148,6 @@ class BlockLoop:
         if self.config.drafts != 1:
             depths = most_drafts(self.config.drafts) - 1
             state = state._replace(offered=none.new_zeros(B, depths), accepted=none.new_zeros(B, depths))
-        if isinstance(self.config.rule, Dawn):
-            state = state._replace(anchors=torch.zeros(sequences.shape, dtype=torch.float32, device=self.device))
         return state
 
     @property
@@ -172,7 +189,7 @@ class BlockLoop:
             if any_ended:
                 self.end_after_eos(outcome.row[outcome.ended], columns.start)
             if closed:
-                runner.keep(self.seated(outcome.row[outcome.remaining.nonzero().flatten()]))
+                runner.go_on_with(self.seated(outcome.row[outcome.remaining.nonzero().flatten()]))
             window, drafts = others, min(depth_after(most_accepted, self.config.drafts), most_remaining)
             yield outcome
 

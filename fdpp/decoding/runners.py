@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fdpp.cache import BlockCache
+from fdpp.attention import BlockCache
 from fdpp.decoding.advance import Advance
+from fdpp.decoding.arena import Bucket, Step, graph_size
 from fdpp.decoding.state import BlockState, Outcome, Window
+from fdpp.decoding.static import StaticSteps
 
 
 class EagerRunner:
@@ -26,6 +29,63 @@ class EagerRunner:
         # The forward's only synchronisation: all that the host must know, in one transfer.
         return outcome, outcome.summary.tolist()
 
-    def keep(self, sequences: Tensor) -> None:
+    def go_on_with(self, sequences: Tensor) -> None:
         """Go on with `sequences` `[c]`, in the order of the cache's rows."""
         self.state = self.state.take(self.state.places(sequences))
+
+
+class StaticRunner:
+    """Runs a block's forwards on the arenas of a bucket; the interface of `EagerRunner`.
+
+    Batches run at a `graph_size`: they are padded with copies of their first sequence, whose results are discarded (see
+    `BlockState.fillers`).
+    """
+
+    def __init__(
+        self, held: StaticSteps, bucket: Bucket, advance: Advance, state: BlockState, schedule: Tensor, T: int
+    ) -> None:
+        self.held, self.bucket, self.advance, self.fresh = held, bucket, advance, True
+        last = torch.full((T,), schedule.shape[0] - 1, device=schedule.device)
+        self.schedule = schedule[torch.minimum(torch.arange(T, device=schedule.device), last)]
+        self.load(state)
+
+    def load(self, state: BlockState) -> None:
+        """Fill an arena with the sequences of `state`."""
+        self.size = state.row.shape[0]
+        size = graph_size(self.size)
+        rows = torch.arange(size, device=state.row.device)
+        fillers = rows >= self.size
+        state = state._replace(fillers=None).take(rows.masked_fill(fillers, 0))
+        if size > 1 and graph_size(size - 1) == size:  # then smaller batches run at it, too
+            state = state._replace(fillers=fillers)
+        self.arena = self.bucket.arena(state, self.schedule)
+
+    @property
+    def state(self) -> BlockState:
+        return self.arena.state.each(lambda field: field[: self.size])
+
+    def prepared(self, window: Window, drafts: int) -> Step:
+        """The next step. More states are evaluated where that needs no capture of its own: it changes no token."""
+        setting = self.advance.config.drafts
+        if drafts > 1:
+            drafts = setting if isinstance(setting, int) else 1 << (drafts - 1).bit_length()
+        step, new = self.arena.step(window, drafts, self.fresh)
+        if new:
+            self.bucket.sound = False
+            self.held.capture(self.bucket, self.arena, step, self.advance)
+        return step
+
+    def step(self, window: Window, drafts: int) -> tuple[Outcome, list[int]]:
+        """A forward of all sequences: what came of it, and its summary on the host."""
+        step = self.prepared(window, drafts)
+        self.fresh = False
+        summary = step.replay(self.arena, self.advance)
+        self.bucket.sound = True
+        return step.outcome.front(self.size), summary
+
+    def go_on_with(self, sequences: Tensor) -> None:
+        """Go on with `sequences` `[c]`, in the order of the cache's rows."""
+        if sequences.shape[0]:
+            state = self.state
+            self.load(state.take(state.places(sequences)))
+        self.size = sequences.shape[0]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fdpp.noise import philox_bits
+from fdpp.step.noise import philox_bits
 
 NO_TOKEN = 0xFFFFFFFF
 """Counter of the noise that is drawn for a position and not for an id at it: no vocabulary is that large."""

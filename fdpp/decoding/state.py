@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdpp.decoding.evidence import Evidence
-from fdpp.reference import Selection
+from fdpp.selection import Selection
 
 
 class Window(NamedTuple):
@@ -19,7 +19,7 @@ class Window(NamedTuple):
         fed: `n` columns of the sequence that are fed to the model.
         block: the block's `T` columns of the sequence.
         inner: the block's place within what is fed.
-        first: the block's first column, for rules that look beyond the block.
+        block_start: the block's first column; -1 in a captured step, which serves every block.
         full: whether everything is fed.
         padding: the columns on the left that hold no token, where all sequences have as many and the host knows it: a
             full forward feeds none of them. None: `BlockState.padding` says it, sequence by sequence.
@@ -28,7 +28,7 @@ class Window(NamedTuple):
     fed: slice | Tensor
     block: slice | Tensor
     inner: slice | Tensor
-    first: int
+    block_start: int
     full: bool
     padding: int | None = 0
 
@@ -71,7 +71,6 @@ class BlockState(NamedTuple):
         offered, accepted: `[b, drafts - 1]` int64, how many drafts were offered and accepted, by depth.
         evidence: of the state before the current one, `[b, 1, ...]`, where drafts or the rule need it; None before a
             block's first forward.
-        anchors: `[b, L]` float32, for `Dawn`: the model's confidence at committed columns in its last full forward.
     """
 
     row: Tensor
@@ -88,7 +87,6 @@ class BlockState(NamedTuple):
     offered: Tensor | None = None
     accepted: Tensor | None = None
     evidence: Evidence | None = None
-    anchors: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> BlockState:
         """With `change` applied to every tensor that is there."""
@@ -99,7 +97,7 @@ class BlockState(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """All that are there, those of the evidence last."""
         own = [field for field in self if isinstance(field, Tensor)]
-        return own + ([] if self.evidence is None else [part for part in self.evidence if part is not None])
+        return own + ([] if self.evidence is None else self.evidence.tensors())
 
     def take(self, rows: Tensor) -> BlockState:
         """The sequences at `rows`, int64 indices `[c]`."""

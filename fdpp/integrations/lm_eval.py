@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 import fdpp
 from fdpp import tiny
-from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.integrations.evaluation.evaluator import Evaluator, Request, Tally
 
 MISSING = "this needs {name}, which is not installed: pip install 'fdpp[eval]'"
@@ -31,17 +31,6 @@ try:
     from lm_eval.utils import simple_parse_args_string
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(MISSING.format(name=f"lm-evaluation-harness (module {error.name})")) from error
-
-RULES: dict[str, type[fdpp.Rule]] = {
-    "quota": fdpp.Quota,
-    "threshold": fdpp.Threshold,
-    "factor": fdpp.Factor,
-    "frechet": fdpp.Frechet,
-    "entropy": fdpp.EntropyBound,
-    "localleap": fdpp.LocalLeap,
-    "klass": fdpp.Klass,
-    "dawn": fdpp.Dawn,
-}
 
 
 def processes() -> Any:
@@ -101,9 +90,10 @@ class FdppLM(LM):
             given["cache"] = "none"  # what the harness reads as None in a string of arguments
         pretrained, dtype, device = (given.pop(name, None) for name in ("pretrained", "dtype", "device"))
         name = given.pop("rule", "frechet")
-        if name not in RULES:
-            raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {name!r}")
-        rule = RULES[name](**taken(given, RULES[name]))
+        rules = fdpp.Rule.named()
+        if name not in rules:
+            raise ValueError(f"rule: expected one of {', '.join(rules)}, got {name!r}")
+        rule = rules[name](**taken(given, rules[name]))
         config = DiffusionGenerationConfig(rule=rule, **taken(given, DiffusionGenerationConfig))
         unknown = sorted(given.keys() - {"gen_length", "batch_size", "mc_num", "check_greedy", "resume"})
         if unknown:

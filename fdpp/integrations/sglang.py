@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fdpp.rules import EntropyBound, Factor, Frechet, LocalLeap, Quota, Rule, Threshold
-from fdpp.step import DenoisingStep
+from fdpp.step.module import DenoisingStep
 
 try:
     from sglang.srt.dllm.algorithm import algo_name_to_cls

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from fdpp import parallel
-from fdpp.cache import BlockCache, attend
+from fdpp.attention.cache import BlockCache, attend
 from fdpp.decoding.generate import DiffusionGenerationMixin
 from fdpp.decoding.identity import places
 from fdpp.models.configuration import LLaDAConfig
 from fdpp.models.joined import Joined, is_plain, is_untouched
 from fdpp.models.layers import Angles, attention_inputs, block_output, compiled, rms_norm, rotary_angles, rotate
 from fdpp.models.linear import Linear, linear
+from fdpp.step import parallel
 
 
 class RMSNorm(nn.Module):

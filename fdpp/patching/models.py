@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.models.configuration import LLaDAConfig
 from fdpp.models.llada import LLaDAModelLM
-from fdpp.step import DenoisingStep
+from fdpp.step.module import DenoisingStep
 
 SUPPORTED = "a LLaDAModelLM of the published remote code (model.transformer.wte, .blocks, .ln_f and .ff_out)"
 

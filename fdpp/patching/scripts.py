@@ -17,10 +17,14 @@ departs from its own formula, or leaves the choice open:
 - Positions whose logits hold NaN or +inf commit last.
 - No position outside `mask_index` is ever reported as committed, however large `num_transfer_tokens` is.
 
-Calls that our step has no equal for go to the original: `temperature` above 0 and `remasking="random"`, whose noise
-comes from torch's global generator (so that the same `torch.manual_seed` gives the same tokens as before); another
-`remasking`; logits in float64; masked positions more than 1024 columns apart (in a compiled caller an error);
-arguments that do not fit.
+Calls that the fused step cannot reproduce go to the original:
+
+- `temperature` above 0 and `remasking="random"`, whose noise comes from torch's global generator, so that the same
+  `torch.manual_seed` gives the same tokens as before;
+- another `remasking`;
+- logits in float64;
+- masked positions more than 1024 columns apart (in a compiled caller an error);
+- arguments that do not fit.
 
 A call reads the masks on the host, as the published loops do after every step anyway.
 """
@@ -36,8 +40,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdpp.ops import DTYPES, MAX_POSITIONS, select_packed
 from fdpp.rules import Factor, Frechet, Quota, Rule, Threshold
+from fdpp.selection import DTYPES, MAX_POSITIONS
+from fdpp.step.operators import prefix_step
+from fdpp.step.terms import Terms
 
 Criterion = tuple[type[Rule], Any]
 """A rule and its number, one for all sequences or a tensor with one for each."""
@@ -146,7 +152,7 @@ def transfer(logits: Tensor, mask_index: Tensor, x: Tensor, params: Tensor, rule
     mask_id = held[0] if len(held) == 1 else -1
     active = mask_index[:, block]
     tokens = x[:, block].masked_fill(active, mask_id)
-    selection = select_packed(logits[:, block].detach(), tokens, active, params, Rule.registry[rule](), mask_id)
+    selection = prefix_step(logits[:, block].detach(), tokens, active, Terms(params, rule, mask_id))
     x0[:, block] = selection.proposal
     transfer_index[:, block] = selection.committed
     return x0, transfer_index

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from fdpp.rules import Rule
-from fdpp.step import DenoisingStep
+from fdpp.step.module import DenoisingStep
 
 PARAMETERS = ("logits", "tokens", "active", "seeds")
 ATTRIBUTES = ("rule", "mask_id")

@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from fdpp.decoding.config import CACHES
+from fdpp.decoding.settings import CACHES
 from fdpp.models.llada import LLaDAConfig, LLaDAModelLM
 from fdpp.rules import Quota
 from fdpp.tiny.problems import MAX_STEPS, MIN_STEPS, Problem, generate, is_exact

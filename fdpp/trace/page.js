@@ -263,12 +263,12 @@ function drawPosition() {
   const rows = past[chosen].map(([number, rank]) => {
     const s = steps[number];
     const cells = [number + 1, s.forward + 1, word(s.proposals[rank]), percent(s.missing[rank]), rank + 1];
-    if (s.stable) cells.push(s.stable[rank]);
+    for (const name of Object.keys(s.shown || {})) cells.push(s.shown[name][rank]);
     return element("tr", number === step ? { class: "current" } : {},
       ...cells.map((cell, i) => element("td", i === 2 ? {} : { class: "number" }, String(cell))));
   });
   const names = ["step", "forward", "proposal", "confidence", "rank"];
-  if (steps[0].stable) names.push("held still");
+  names.push(...Object.keys(steps[0].shown || {}));
   const table = element("table", {}, element("thead", {}, element("tr", {},
     ...names.map((name, i) => element("th", { scope: "col", ...(i === 2 ? {} : { class: "number" }) }, name)))),
     element("tbody", {}, ...rows));

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.rules import EntropyBound, Rule
 from fdpp.trace import criteria
 from fdpp.trace.record import Step, Trace
@@ -53,8 +53,8 @@ def step_data(step: Step, rule: Rule, pieces: Pieces) -> dict[str, Any]:
     }
     if step.entropies:
         data["entropies"] = [float(f"{h:.4g}") for h in step.entropies]
-    if step.stable:
-        data["stable"] = step.stable
+    if step.shown:
+        data["shown"] = step.shown
     return data
 
 
@@ -84,8 +84,8 @@ def data_of(trace: Trace, tokenizer: Any, model: str) -> dict[str, Any]:
         "commit": trace.commit_step,
         "end": ends[0] if ends and config.stop_at_eos else None,
         "blocks": config.blocks(),
-        "rule": criteria.name(rule, config.steps),
-        "others": [criteria.name(other) for other in criteria.others(rule)],
+        "rule": rule.label(config.steps),
+        "others": [other.label() for other in criteria.others(rule)],
         "curves": [{"name": curve.name, "limit": curve.limit} for curve in criteria.curves(rule, [])],
         "lines": criteria.confidence_lines(rule),
         "gamma": rule.gamma if isinstance(rule, EntropyBound) else None,

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from fdpp.decoding.advance import Advance
-from fdpp.decoding.config import DiffusionGenerationConfig, DiffusionGenerationOutput
 from fdpp.decoding.evidence import Evidence
 from fdpp.decoding.generate import check_prompt
 from fdpp.decoding.loop import BlockLoop
+from fdpp.decoding.model import DiffusionModel
+from fdpp.decoding.output import DiffusionGenerationOutput
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.state import BlockState, Window
-from fdpp.reference import Selection
+from fdpp.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Step:
         missing: 1 - confidence, in float64: near 1 a confidence has lost the digits that tell positions apart.
         committed: bools, which of the positions the step committed.
         entropies: nats, empty unless the rule sorts by them.
-        stable: for `fdpp.Klass`, steps over which a prediction held still; empty for other rules.
+        shown: what the rule shows of its memory, by name; for `fdpp.Klass` "held still", steps over
+            which a prediction did so.
     """
 
     forward: int
@@ -37,7 +40,7 @@ class Step:
     missing: list[float]
     committed: list[bool]
     entropies: list[float]
-    stable: list[int]
+    shown: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,20 @@ class RecordingAdvance(Advance):
     A guess at a draft is kept under the number of the step it guesses, until that step itself overwrites it.
     """
 
-    def __init__(self, model: Any, config: DiffusionGenerationConfig, eos: Tensor | None, prompt_length: int) -> None:
+    def __init__(
+        self, model: DiffusionModel, config: DiffusionGenerationConfig, eos: Tensor | None, prompt_length: int
+    ) -> None:
         super().__init__(model, config, eos)
         self.prompt_length = prompt_length
         self.seen: dict[int, Step] = {}
 
-    def select(
+    def choose(
         self, state: BlockState, evidence: Evidence, states: Tensor, index: Tensor, schedule: Tensor, window: Window
     ) -> Selection:
-        chosen = super().select(state, evidence, states, index, schedule, window)
+        chosen = super().choose(state, evidence, states, index, schedule, window)
         for depth, number in enumerate(index[0].tolist()):
             self.seen[number] = self.look(
-                int(state.nfe), evidence, states, chosen, depth, window.first - self.prompt_length
+                int(state.nfe), evidence, states, chosen, depth, window.block_start - self.prompt_length
             )
         return chosen
 
@@ -94,6 +99,7 @@ class RecordingAdvance(Advance):
         if self.config.last_ids:
             # Confidences among the other tokens, which are not those of the logits.
             missing = 1.0 - chosen.confidence[0, depth, masked].double()
+        shown = {} if evidence.memory is None else self.rule.shown(evidence.memory)
         order = missing.argsort(stable=True)
         masked, log_p = masked[order], log_p[order]
         by_entropy = self.config.rule.order == "entropy"
@@ -104,7 +110,7 @@ class RecordingAdvance(Advance):
             missing=missing[order].tolist(),
             committed=chosen.committed[0, depth, masked].tolist(),
             entropies=(-(log_p.exp() * log_p).nan_to_num(nan=0.0).sum(1)).tolist() if by_entropy else [],
-            stable=[] if evidence.stable is None else evidence.stable[0, depth, masked].tolist(),
+            shown={name: value[0, depth, masked].tolist() for name, value in shown.items()},
         )
 
 

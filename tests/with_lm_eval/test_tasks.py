@@ -19,9 +19,8 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 import fdpp  # noqa: E402
 from fdpp import cli, tiny  # noqa: E402
-from fdpp.cli import options  # noqa: E402
-from fdpp.decoding.config import DiffusionGenerationConfig  # noqa: E402
-from fdpp.integrations.lm_eval import RULES, FdppLM  # noqa: E402
+from fdpp.decoding.settings import DiffusionGenerationConfig  # noqa: E402
+from fdpp.integrations.lm_eval import FdppLM  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CHAT = "{% for message in messages %}Mia {{ message['content'] }} now {% endfor %}"
@@ -164,8 +163,9 @@ def test_the_name_is_registered_and_takes_flat_arguments():
             FdppLM.create_from_arg_string(arguments)
 
 
-def test_rules_have_the_names_of_the_command_line():
-    assert {name: rule for name, (rule, _) in options.RULES.items()} == RULES
+@pytest.mark.parametrize("name", fdpp.Rule.named())
+def test_every_rule_goes_by_its_name(name):
+    assert type(FdppLM.create_from_arg_string(f"rule={name}").evaluator.config.rule) is fdpp.Rule.named()[name]
 
 
 def test_humaneval_in_chat_form_is_checked_by_its_tests(monkeypatch, loaded):

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import fdpp
-from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.integrations.evaluation.journal import Journal, fingerprint, key_of
 from fdpp.integrations.evaluation.likelihood import Pair, log_likelihoods
 from fdpp.integrations.evaluation.responses import respond

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fdpp.dawn import Dawn
 from fdpp.rules import Frechet, Quota, Rule, Threshold
+from fdpp.rules.dawn import Dawn
 
 
 @dataclass(frozen=True)

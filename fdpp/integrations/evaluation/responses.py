@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from fdpp.decoding.config import DiffusionGenerationConfig
+from fdpp.decoding.settings import DiffusionGenerationConfig
 
 
 @dataclass(frozen=True)

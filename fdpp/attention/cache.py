@@ -1,0 +1,284 @@
+"""Keys and values of a block-wise decode, and how queries meet them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fdpp.attention.split_keys import block_attention, visible
+from fdpp.selection import DTYPES
+
+SHORT = 256
+"""Queries per head of keys up to which attention waits for memory: they do 256 FLOP a byte of bfloat16 keys, which is
+what an H200 has for each byte it reads (990 TFLOP/s at 4.3 TB/s are 230). Derived, not measured."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention of `q` `[b, H, n, hd]` over `k`, `v` `[b, kv_heads, S, hd]`; `mask`: what may be seen."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def splits_keys(q: Tensor, k: Tensor, branches: int = 1) -> bool:
+    """Whether `q` `[b, H, branches * n, hd]` over cached keys `k` goes to `block_attention`: a short block on a GPU."""
+    queries = q.shape[1] // k.shape[1] * q.shape[2] // branches
+    return q.is_cuda and q.dtype in DTYPES and q.shape[3] <= 128 and queries <= SHORT
+
+
+class BlockCache:
+    """Keys (after the rotary embedding) and values `[b, kv_heads, L, head_size]` of every layer, in place.
+
+    One rule serves Fast-dLLM's caches (arXiv 2505.22618, section 3.1): a forward over columns `start..start+n` replaces
+    the keys and values there and attends over all L. A full forward feeds `0..L`; the prefix cache then feeds from the
+    block's start to the end, so only what lies before the block is reused; the dual cache feeds the block alone.
+
+    A forward may evaluate several branches, alternative contents of the same columns, that share everything else and
+    none of which is written over the others:
+
+    - `"batch"`: the branches of sequence i are rows `i * branches ..` of the queries.
+    - `"tree"`: the branches follow each other in one row, `n` columns each.
+
+    A short block on a GPU goes to `block_attention`, in either layout and padded or not. Elsewhere, in batch layout the
+    scores against the shared keys and against a branch's own are taken apart and normalised together, so no key is
+    copied; in tree layout the first branch stands in the cache's columns and the others in spare ones behind it, and a
+    mask keeps them apart (`tree_mask`).
+
+    The first full forward allocates; from then on everything is written in place, and every forward, the first as well,
+    attends over what is stored. A block starts with `seat`.
+
+    Attributes:
+        keys, values: one tensor per layer, of the sequences held now; with spare columns behind the L of the sequence.
+        allocated: the tensors that `keys` and `values` are the front rows of.
+        order: which sequence each row belongs to.
+        branches: how many branches the next forward holds, 1 unless set.
+        layout: "batch" or "tree".
+        passes: rows of each sequence, side by side, with keys and values of their own: 2 with guidance.
+        padding: how many columns on the left hold no token and are not attended to: an int for all rows alike, which
+            cuts them off, or int64 `[rows]` (see `pad`).
+        fillers: bool `[rows]`, rows that nothing is written for; None: every row is.
+    """
+
+    def __init__(self, layout: str = "batch", spare: int = 0, passes: int = 1) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.allocated: list[tuple[Tensor, Tensor]] = []
+        self.order: list[int] = []
+        self.branches, self.layout, self.spare, self.passes = 1, layout, spare, passes
+        self.padding: Tensor | int = 0
+        self.fillers: Tensor | None = None
+        self.made: dict[tuple[str | int, torch.device], Any] = {}
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[2] - self.spare
+
+    @property
+    def size(self) -> int:
+        """How many sequences are held."""
+        return self.keys[0].shape[0] // self.passes
+
+    def pad(self, padding: Tensor | int = 0, fillers: Tensor | None = None) -> None:
+        """Say of the next forward's sequences how many columns on their left hold no token, and which are fillers.
+
+        An int where the host knows it and all have as many; those columns must not be fed. Else int64 `[b]`. `fillers`,
+        bool `[b]`, are there for the size of the batch: nothing is written for them.
+        """
+        self.padding = padding if isinstance(padding, int) else padding.repeat_interleave(self.passes)
+        self.fillers = None if fillers is None else fillers.repeat_interleave(self.passes)
+        self.made = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | Tensor) -> Tensor:
+        """Attention of fed positions `q` `[rows, H, m, hd]`, some or all of those with keys and values `k` and `v`.
+
+        `start` is the column of the first, or an int64 tensor of their columns `[n]`. `mask` is what may be seen where
+        that is another matter than padding and branches; None leaves it to the cache.
+        """
+        if self.branches > 1:
+            by_rows = self.layout == "batch"
+            if mask is None and splits_keys(q, self.keys[layer], 1 if by_rows else self.branches):
+                return self.attend_own(layer, q, k, v, start)
+            if by_rows:
+                return self.attend_shared(layer, q, k, v, mask, start)
+        keys, values = self.write(layer, k, v, start)
+        if mask is None and self.branches == 1 and splits_keys(q, keys):
+            return block_attention(q, keys, values, self.first(q.device))
+        n = k.shape[2] // self.branches
+        return attend(q, keys, values, self.mask(start, n, q.device) if mask is None else mask)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Store `k` and `v` `[b, kv_heads, n * branches, hd]` from column `start` on; returns what may be seen.
+
+        The first forward of a decode sets L, so it must be a full one.
+        """
+        cut = self.padding if isinstance(self.padding, int) else 0
+        n = k.shape[2] // self.branches
+        if layer == len(self.keys):
+            if layer == len(self.allocated):
+                if not isinstance(start, int) or start != cut or self.branches > 1:
+                    raise ValueError(f"an empty cache needs a full forward first, got columns from {start}")
+                self.allocate(k, start + n)
+            rows = k.shape[0]
+            self.keys.append(self.allocated[layer][0][:rows])
+            self.values.append(self.allocated[layer][1][:rows])
+        columns, seen = columns_from(start, n), self.length + (self.branches - 1) * n
+        if (isinstance(columns, slice) and columns.stop > self.length) or seen > self.keys[layer].shape[2]:
+            raise ValueError(
+                f"the cache holds {self.length} columns and {self.spare} spare ones, "
+                f"got columns {start} to {start + n} in {self.branches} branches"
+            )
+        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
+            self.put(stored, columns, new[:, :, :n])
+            if self.branches > 1:
+                self.put(stored, slice(self.length, seen), new[:, :, n:])
+        return self.keys[layer][:, :, cut:seen], self.values[layer][:, :, cut:seen]
+
+    def allocate(self, like: Tensor, length: int) -> None:
+        """Room for one more layer. Zeros, because a mask takes away the weight of a column but not a NaN in it."""
+        rows, kv_heads, _, hd = like.shape
+        k, v = (like.new_zeros(rows, kv_heads, length + self.spare, hd) for _ in range(2))
+        self.allocated.append((k, v))
+
+    def put(self, stored: Tensor, columns: slice | Tensor, new: Tensor) -> None:
+        if self.fillers is not None:
+            new = torch.where(self.fillers.to(new.device)[:, None, None, None], stored[:, :, columns], new)
+        stored[:, :, columns] = new
+
+    def first(self, device: torch.device) -> Tensor | None:
+        """Every row's first column with a token, int64 `[rows]`; None where columns without one are cut off."""
+        return None if isinstance(self.padding, int) else self.padding.to(device)
+
+    def mask(self, start: int | Tensor, n: int, device: torch.device) -> Tensor | None:
+        """What the queries of a forward over `n` columns from `start` on may see, for all layers; None: everything."""
+        branches = self.branches if self.layout == "tree" else 1
+        key = (branches, device)
+        if key not in self.made:
+            self.made[key] = seen(self.first(device), self.length, columns_from(start, n), n, branches, device)
+        return self.made[key]
+
+    def attend_own(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int | Tensor) -> Tensor:
+        """Attention of a short block's branches, each with its own keys and values in the place of the cache's."""
+        keys, values = (stored[:, :, : self.length] for stored in (self.keys[layer], self.values[layer]))
+        tree, D = self.layout == "tree", self.branches
+        if tree:
+            q, k, v = (x.unflatten(2, (D, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        key = ("column", q.device)
+        if key not in self.made:
+            if isinstance(start, int):
+                start = torch.full((1,), start, dtype=torch.int64, device=q.device)
+            self.made[key] = start.to(q.device)
+        out = block_attention(q, keys, values, self.first(q.device), own=(k, v), column=self.made[key])
+        return out.unflatten(0, (-1, D)).transpose(1, 2).flatten(2, 3) if tree else out
+
+    def attend_shared(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | Tensor
+    ) -> Tensor:
+        """Attention of branches in batch layout: `q`, `k`, `v` have `b * branches` rows, the cache b."""
+        keys, values = self.keys[layer], self.values[layer]
+        b, kv_heads, L, hd = keys.shape
+        rows, heads, wanted, _ = q.shape
+        n, queries = k.shape[2], heads // kv_heads * wanted
+        grouped = (q * hd**-0.5).reshape(b, self.branches, kv_heads, queries, hd).transpose(1, 2)
+        own_k = k.view(b, self.branches, kv_heads, n, hd).transpose(1, 2)
+        own_v = v.view(b, self.branches, kv_heads, n, hd).transpose(1, 2)
+
+        shared = (grouped.flatten(2, 3) @ keys.transpose(2, 3)).view(b, kv_heads, self.branches, queries, L)
+        hidden = marked(torch.zeros(1, 1, 1, 1, L, dtype=torch.bool, device=q.device), columns_from(start, n))
+        if mask is not None:
+            hidden = hidden | ~mask.view(b, self.branches, 1, 1, L).transpose(1, 2)
+        elif (first := self.first(q.device)) is not None:
+            hidden = hidden | ~visible(first, L)[:, None, None, None]
+        scores = torch.cat((shared.masked_fill(hidden, -torch.inf), grouped @ own_k.transpose(3, 4)), dim=-1)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+        out = (weights[..., :L].flatten(2, 3) @ values).view(b, kv_heads, self.branches, queries, hd)
+        out = out + weights[..., L:] @ own_v
+        return out.transpose(1, 2).reshape(rows, heads, wanted, hd)
+
+    def hold(self, b: int) -> None:
+        """Hold the sequences of the first `b` rows."""
+        self.keys = [k[: b * self.passes] for k, _ in self.allocated]
+        self.values = [v[: b * self.passes] for _, v in self.allocated]
+
+    def seat(self, sequences: Sequence[int]) -> list[int]:
+        """Hold `sequences`, by their numbers in `order`; returns them in the order of their rows, the first ones.
+
+        Those that stand further back change places with others, which keep their keys and values there. An empty cache
+        gives them rows in the order in which they come.
+        """
+        if not self.order:
+            rows = self.allocated[0][0].shape[0] // self.passes if self.allocated else 0
+            self.order = list(range(rows)) or list(sequences)
+        wanted, b = set(sequences), len(sequences)
+        out = [place for place in range(b) if self.order[place] not in wanted]
+        back = [place for place in range(b, len(self.order)) if self.order[place] in wanted]
+        for i, j in zip(out, back, strict=True):
+            self.order[i], self.order[j] = self.order[j], self.order[i]
+        if out and self.allocated:
+            to, of = (
+                [place * self.passes + i for place in places for i in range(self.passes)]
+                for places in (out + back, back + out)
+            )
+            for stored in (tensor for pair in self.allocated for tensor in pair):
+                stored[to] = stored[of]
+        self.hold(b)
+        return self.order[:b]
+
+    def front(self, b: int) -> BlockCache:
+        """Another cache in the same memory, of the sequences of the first `b` rows."""
+        other = BlockCache(self.layout, self.spare, self.passes)
+        other.allocated = self.allocated
+        other.hold(b)
+        return other
+
+
+def columns_from(start: int | Tensor, n: int) -> slice | Tensor:
+    """The columns of `n` fed positions: those from `start` on, or `start` itself."""
+    return slice(start, start + n) if isinstance(start, int) else start
+
+
+def marked(mask: Tensor, columns: slice | Tensor, value: bool = True) -> Tensor:
+    """`mask` `[..., L]` with `value` at `columns`, in place.
+
+    Not by `mask[..., columns] = value`: with a tensor of columns PyTorch copies the value to the device and waits for
+    it, which a capture refuses.
+    """
+    if isinstance(columns, slice):
+        mask[..., columns] = value
+        return mask
+    return mask.index_fill_(-1, columns, value)
+
+
+def seen(
+    padding: Tensor | None, length: int, fed: slice | Tensor, n: int, branches: int, device: torch.device
+) -> Tensor | None:
+    """What queries in the n columns `fed` may see of `length` columns, for `attend`; None: everything.
+
+    `padding` `[b]` are the columns on the left without a token, None where there are none. Several `branches` are in
+    tree layout (`tree_mask`).
+    """
+    real = None if padding is None else visible(padding, length)
+    if branches > 1:
+        return tree_mask(length, fed, n, branches, device, real)
+    return None if real is None else real[:, None, None]
+
+
+def tree_mask(
+    length: int, fed: slice | Tensor, n: int, branches: int, device: torch.device, real: Tensor | None = None
+) -> Tensor:
+    """What branches in tree layout may see: bool `[b, 1, branches * n, length + (branches - 1) * n]`.
+
+    Branch 0 stands in the n columns `fed` and sees all `length` columns; branch j sees its own n columns instead of
+    them. `real` `[b, length]` are the columns with a token, None (and b = 1) where all have one.
+    """
+    sees = torch.zeros(branches, length + (branches - 1) * n, dtype=torch.bool, device=device)
+    sees[:, :length] = True
+    marked(sees[1:], fed, False)
+    for branch in range(1, branches):
+        first = length + (branch - 1) * n
+        sees[branch, first : first + n] = True
+    sees = sees.repeat_interleave(n, dim=0)[None]
+    if real is not None:
+        sees = sees & torch.cat((real, real[:, fed].repeat(1, branches - 1)), dim=1)[:, None]
+    return sees[:, None]

@@ -1,0 +1,40 @@
+"""Queries and keys of a forward, kept for a rule that wants to see them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fdpp.attention.cache import BlockCache
+from fdpp.attention.cache import attend as attend_uncached
+
+
+class Probe(BlockCache):
+    """Stands in for the `cache` of one forward: attends as it does, and keeps what the rule wants to see.
+
+    A model hands every layer's queries and keys to its cache anyway, so probing costs other rules nothing.
+
+    Attributes:
+        queries, own: per probed layer the fed positions' queries `[rows, H, n, hd]` and keys `[rows, kv_heads, n, hd]`,
+            a row per sequence and branch, in either layout of the branches.
+        shared: per probed layer the cache's keys `[b, kv_heads, L, hd]`; empty after a full forward.
+    """
+
+    def __init__(
+        self, layers: range, cache: BlockCache | None = None, branches: int = 1, layout: str = "batch"
+    ) -> None:
+        super().__init__(layout)
+        self.layers, self.cache, self.branches = layers, cache, branches
+        self.queries: list[Tensor] = []
+        self.own: list[Tensor] = []
+        self.shared: list[Tensor] = []
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | Tensor) -> Tensor:
+        out = attend_uncached(q, k, v, mask) if self.cache is None else self.cache.attend(layer, q, k, v, mask, start)
+        if layer in self.layers:
+            if self.layout == "tree" and self.branches > 1:
+                q, k = (x.unflatten(2, (self.branches, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k))
+            self.queries.append(q)
+            self.own.append(k)
+            if self.cache is not None and k.shape[2] < self.cache.length:
+                self.shared.append(self.cache.keys[layer][:, :, : self.cache.length])
+        return out

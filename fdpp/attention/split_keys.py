@@ -1,0 +1,241 @@
+"""Attention of a block's queries over a cache of left-padded sequences.
+
+PyTorch's flash kernel cuts the keys into splits where `batch * heads * ceil(n / 64)` is below 0.8 times twice the
+multiprocessors (`set_params_splitkv` in its `flash_api.cpp`, which `scaled_dot_product_attention` leaves the number
+to), so a short block keeps the device busy. But it takes no mask, which padding needs: then the memory-efficient kernel
+runs, one program per head and tile of queries, 32 for a block of LLaDA where there are 108 multiprocessors or more.
+With cuDNN above 9.15, PyTorch asks that first on sm_90 and sm_100, masked or not; how it cuts its work is not public.
+
+Nor does it take branches, alternative contents of one block that share the rest of a sequence, unless each has a copy
+of the cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from fdpp.kernels.attend import attend_kernel, combine_kernel
+from fdpp.kernels.launch import attend_launch
+from fdpp.selection import DTYPES
+
+Own = tuple[Tensor, Tensor]
+"""Keys and values of a block that stand in the place of the cache's."""
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, own: Own | None = None, column: Tensor | None = None
+) -> None:
+    """Raise `ValueError` that names the argument, what was expected and what came."""
+    if q.dim() != 4 or q.dtype not in DTYPES:
+        raise ValueError(f"q: expected [B, H, n, d] in bfloat16, float16 or float32, got {list(q.shape)} in {q.dtype}")
+    if (own is None) != (column is None):
+        raise ValueError(f"own and column: expected both or neither, got {'column' if own is None else 'own'} alone")
+    rows, H, _, d = q.shape
+    for name, x in (("k", k), ("v", v)):
+        fits = x.dim() == 4 and x.shape[1] > 0 and H % x.shape[1] == 0 and x.shape[3] == d
+        fits = fits and (x.shape[0] == rows or (own is not None and x.shape[0] > 0 and rows % x.shape[0] == 0))
+        if not fits or x.shape != k.shape or x.dtype != q.dtype or x.device != q.device:
+            B = rows if own is None else f"a divisor of {rows}"
+            raise ValueError(
+                f"{name}: expected [{B}, a divisor of {H}, S, {d}] {q.dtype} on {q.device}, both alike, "
+                f"got {list(x.shape)} {x.dtype} on {x.device}"
+            )
+    B, kv_heads, S, _ = k.shape
+    if own is not None:
+        if len(own) != 2:
+            raise ValueError(f"own: expected keys and values, got {len(own)} tensors")
+        for i, x in enumerate(own):
+            fits = x.dim() == 4 and (*x.shape[:2], x.shape[3]) == (rows, kv_heads, d) and x.shape[2] <= S
+            if not fits or x.shape != own[0].shape or x.dtype != q.dtype or x.device != q.device:
+                raise ValueError(
+                    f"own[{i}]: expected [{rows}, {kv_heads}, at most {S}, {d}] {q.dtype} on {q.device}, both alike, "
+                    f"got {list(x.shape)} {x.dtype} on {x.device}"
+                )
+    if column is not None and (column.dtype != torch.int64 or column.numel() == 0 or column.device != q.device):
+        raise ValueError(
+            f"column: expected int64 of at least one element on {q.device}, "
+            f"got {list(column.shape)} {column.dtype} on {column.device}"
+        )
+    if first is not None:
+        wrong = tuple(first.shape) != (B,) or first.dtype not in (torch.int32, torch.int64)
+        if wrong or first.device != q.device:
+            raise ValueError(
+                f"first: expected [{B}] int32 or int64 on {q.device}, "
+                f"got {list(first.shape)} {first.dtype} on {first.device}"
+            )
+
+
+def visible(first: Tensor, length: int) -> Tensor:
+    """Which of `length` columns hold a token, bool `[b, length]`: those from `first` `[b]` on."""
+    return torch.arange(length, device=first.device) >= first[:, None]
+
+
+def attention_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    scale: float,
+    own_k: Tensor | None = None,
+    own_v: Tensor | None = None,
+    column: Tensor | None = None,
+) -> Tensor:
+    """`fdpp::block_attention` by PyTorch's own kernels; branches get a copy of the cache each."""
+    mask = None
+    if first is not None:
+        mask = visible(first, k.shape[2])[:, None, None]
+    if own_k is not None and own_v is not None and column is not None and len(q):
+        branches = len(q) // len(k)
+        columns = column.flatten()[0] + torch.arange(own_k.shape[2], device=k.device)
+        k = k.repeat_interleave(branches, dim=0).index_copy_(2, columns, own_k)
+        v = v.repeat_interleave(branches, dim=0).index_copy_(2, columns, own_v)
+        if mask is not None:
+            mask = mask.repeat_interleave(branches, dim=0).index_fill_(3, columns, True)
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).contiguous()
+
+
+def attention_gpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    scale: float,
+    own_k: Tensor | None = None,
+    own_v: Tensor | None = None,
+    column: Tensor | None = None,
+) -> Tensor:
+    """`fdpp::block_attention` in one launch, or two where the keys are split (see `fdpp.kernels.attend`)."""
+    (rows, H, n, d), (B, kv_heads, S, _) = q.shape, k.shape
+    out = torch.empty(rows, n, H, d, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    # Arguments that are None are constants of the kernel, and cost its other launches nothing.
+    n_own: int | None = None
+    own_strides: tuple[int | None, ...] = (None,) * 6
+    if own_k is not None and own_v is not None:
+        own_k, own_v = (x if x.stride(3) == 1 else x.contiguous() for x in (own_k, own_v))
+        n_own, own_strides = own_k.shape[2], (*own_k.stride()[:3], *own_v.stride()[:3])
+    group = H // kv_heads
+    exact = q.dtype == torch.float32
+    config = attend_launch(rows * kv_heads, group * n, S, exact)
+    part, part_max, part_sum = out, out, out
+    if config.splits > 1:
+        part = torch.empty(rows * n * H, config.splits, d, dtype=torch.float32, device=q.device)
+        part_max, part_sum = torch.empty(2, rows * n * H, config.splits, dtype=torch.float32, device=q.device)
+    shape = {
+        "HEAD_SIZE": d,
+        "SPLITS": config.splits,
+        "BLOCK_D": max(triton.next_power_of_2(d), 16),
+        "num_warps": config.num_warps,
+        "enable_fp_fusion": True,
+    }
+    with torch.cuda.device_of(q):
+        attend_kernel[(rows * kv_heads * triton.cdiv(group * n, config.block_m), config.splits)](
+            q,
+            k,
+            v,
+            own_k,
+            own_v,
+            q if first is None else first.contiguous(),
+            column,
+            out,
+            part,
+            part_max,
+            part_sum,
+            S,
+            n,
+            n_own,
+            scale * math.log2(math.e),
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *own_strides,
+            config.split_len,
+            HEADS=H,
+            GROUP=group,
+            HAS_FIRST=first is not None,
+            HAS_OWN=own_k is not None,
+            BRANCHES=rows // B,
+            BLOCK_M=config.block_m,
+            BLOCK_S=config.block_s,
+            # Three products of TF32 are as good as one of float32, for which NVIDIA has no matrix instruction.
+            PRECISION="tf32x3" if exact and torch.version.hip is None else "ieee",
+            num_stages=config.num_stages,
+            **shape,
+        )
+        if config.splits > 1:
+            combine_kernel[(rows * n * H,)](part, part_max, part_sum, out, **shape)
+    return out
+
+
+@torch.library.custom_op("fdpp::block_attention", mutates_args=(), device_types="cpu")
+def attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    scale: float,
+    own_k: Tensor | None = None,
+    own_v: Tensor | None = None,
+    column: Tensor | None = None,
+) -> Tensor:
+    """`fdpp::block_attention`, with the heads of a query side by side: `[B * branches, m, H, d]`, contiguous."""
+    return attention_cpu(q, k, v, first, scale, own_k, own_v, column)
+
+
+@attention_op.register_kernel("cuda")
+def _(q, k, v, first, scale, own_k=None, own_v=None, column=None):  # type: ignore[no-untyped-def]
+    return attention_gpu(q, k, v, first, scale, own_k, own_v, column)
+
+
+@attention_op.register_fake
+def _(q, k, v, first, scale, own_k=None, own_v=None, column=None):  # type: ignore[no-untyped-def]
+    rows, H, m, d = q.shape
+    return q.new_empty((rows, m, H, d))
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    own: Own | None = None,
+    column: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of a block's queries over all keys of a cache but the padding: `[B * branches, H, m, d]`.
+
+    With `own` and `column`, which come together, rows may be branches: alternative contents of the same columns of a
+    sequence. They share its cache, and each has its own keys and values there.
+
+    Args:
+        q: `[B * branches, H, m, d]` bfloat16, float16 or float32; row r belongs to sequence r // branches. One branch
+            unless `own` is given.
+        k, v: `[B, kv_heads, S, d]` of the same dtype, any strides; head h reads head h // (H / kv_heads).
+        first: `[B]` int32 or int64: the keys of sequence b are columns `first[b]` to S, what is to the left is padding
+            and not read. Where nothing is left to see, the result is zeros. None: all S columns.
+        scale: of the scores, 1 / sqrt(d) unless given.
+        own: keys and values `[B * branches, kv_heads, n, d]` of the same dtype, any strides, n at most S: they stand
+            in the place of the n columns of `k` and `v` from `column` on, which are not read. They are no padding: a
+            row sees all n of them, also to the left of `first`.
+        column: int64 of at least one element: the first is the first column of the block, from 0 to S - n. It is read
+            where the attention is computed, so a captured graph may change it between replays, and on a GPU it is not
+            checked: outside that range no other memory is read, but the result means nothing.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or one of `own` and `column` without the other.
+        IndexError: on a CPU, a block that does not fit into the S columns.
+    """
+    check(q, k, v, first, own, column)
+    run = attention_cpu if q.device.type == "cpu" else attention_gpu
+    run = attention_op if torch.compiler.is_compiling() else run
+    block = () if own is None else (*own, column)
+    return run(q, k, v, first, q.shape[3] ** -0.5 if scale is None else float(scale), *block).transpose(1, 2)

@@ -1,0 +1,74 @@
+"""The steps that a rule takes on what a forward says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fdpp.decoding.evidence import Evidence
+from fdpp.decoding.settings import DiffusionGenerationConfig
+from fdpp.decoding.shaping import drawn, ranked_last
+from fdpp.rules import Rule
+from fdpp.selection import Selection, candidates, recommit
+from fdpp.step import cpu
+from fdpp.step.operators import prefix_step
+from fdpp.step.terms import Terms
+
+
+class Choice:
+    """Takes one step on each of some states.
+
+    Args:
+        config: its rule decides. Positions that propose one of `last_ids` rank last. With random remasking a rule that
+            counts draws its k positions at random.
+        step: the prefix test's step on the head's logits, called as `fdpp.step.operators.prefix_step`.
+    """
+
+    def __init__(self, config: DiffusionGenerationConfig, step: Callable[..., Selection]) -> None:
+        self.rule, self.step, self.last = config.rule, step, config.last_ids
+        self.random = config.remasking == "random"
+        self.decides = type(config.rule).decide is not Rule.decide
+
+    def __call__(self, evidence: Evidence, states: Tensor, terms: Terms, block: slice | Tensor) -> Selection:
+        """One step on each of the `states` `[b, D, T]` of the columns `block`; fields of shape `[b, D, ...]`.
+
+        `terms` are for the `b * D` states.
+        """
+        tokens = states.flatten(0, 1)
+        only_masked = evidence.logits.dim() == 2
+        flat = evidence if only_masked else evidence.each(lambda part: part.flatten(0, 1))
+        logits = flat.logits if flat.memory is None else self.rule.weigh(flat.logits, flat.memory)
+        if self.last:
+            proposal = prefix_step(logits, tokens, None, terms).proposal
+            logits = ranked_last(logits, proposal, self.last, terms.mask_id)
+        if only_masked:
+            step = Selection(*cpu.select(logits, tokens, None, terms))
+        else:
+            step = (
+                self.everywhere(logits, tokens, terms) if self.rule.needs.block else self.masked(logits, tokens, terms)
+            )
+        chosen = step
+        if self.decides or self.random:
+            candidate = candidates(tokens, terms.mask_id)
+            chosen = self.rule.decide(step, tokens, candidate, flat.memory, block, terms.mask_id)
+        if self.random:
+            assert terms.seeds is not None
+            k = terms.params[:, 0]
+            chosen = recommit(chosen, tokens, candidate, drawn(tokens, k, terms.seeds, terms.mask_id))
+        return Selection(*(field.unflatten(0, states.shape[:2]) for field in chosen))
+
+    def masked(self, logits: Tensor, tokens: Tensor, terms: Terms) -> Selection:
+        return self.step(logits, tokens, None, terms)
+
+    def everywhere(self, logits: Tensor, tokens: Tensor, terms: Terms) -> Selection:
+        """The step as if all positions were masked; at those that are not, of the most likely token."""
+        masks = torch.full_like(tokens, terms.mask_id)
+        step = self.step(logits, masks, None, terms)
+        if not terms.sampled:
+            return step
+        sure = self.step(logits, masks, None, terms._replace(temperature=0.0))
+        masked = tokens == terms.mask_id
+        proposal = torch.where(masked, step.proposal, sure.proposal)
+        return step._replace(proposal=proposal, confidence=torch.where(masked, step.confidence, sure.confidence))

@@ -1,0 +1,44 @@
+"""What a decode asks of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from fdpp.step.parallel import VocabularySlice
+
+
+class DiffusionModel(Protocol):
+    """A masked-diffusion model as the block loop sees it; `fdpp.LLaDAModelLM` is one.
+
+    Attributes:
+        config: with `vocab_size`, `n_layers` and `max_sequence_length`.
+        model: the transformer without its head. `model(input_ids, attention_mask=, position_ids=, cache=, start=,
+            wanted=)` of ids `[B, n]` returns hidden states `[B, n, d_model]`, or with `wanted`, a slice or indices
+            `[m]` of the n positions, those alone. With a cache every layer hands its queries, keys and values to
+            `cache.attend`, and the n positions stand at its columns from `start` on, or at the columns `start`, an
+            int64 tensor. Without one a bool mask `[B, 1, n, n]` says what a position may see, None: everything.
+    """
+
+    config: Any
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of hidden states `[..., d_model]`, of the whole vocabulary."""
+
+    def project_slice(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., v]` of the ids of `vocabulary_slice()`."""
+
+    def vocabulary_slice(self) -> VocabularySlice | None:
+        """The ids this process has logits of under tensor parallelism, None where it has them all."""
+
+    def head_weight(self) -> Tensor:
+        """The head as one matrix `[V, d_model]`; `ValueError` where it is more than that."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...

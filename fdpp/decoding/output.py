@@ -1,0 +1,34 @@
+"""What a decode returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class DiffusionGenerationOutput(ModelOutput):
+    """What `generate` returns.
+
+    Attributes:
+        sequences: `[B, P + max_new_tokens]` int64, prompt and response.
+        nfe: `[B]` int64, the forwards each sequence took part in, full and cached ones alike; all drafts that are
+            evaluated together are one, and so are the two passes of a guided step.
+        tokens_per_forward: `[B]` float64, response tokens before the first EOS over `nfe`.
+        commit_step: `[B, max_new_tokens]` int64, the step (from 0) of its sequence that committed a position, -1 where
+            none did.
+        query_tokens: `[B]` int64, positions fed to the model over all forwards, drafts and both passes of a guided step
+            included. A row is fed as many drafts as those beside it, which static steps round up: unlike tokens and
+            steps, it depends on the batch and the engine, and with drafts="auto" so does `nfe`.
+        acceptance: `[drafts - 1]` float64, the share of offered drafts that were accepted, by depth (NaN where none was
+            offered); None without drafts.
+    """
+
+    sequences: torch.Tensor | None = None
+    nfe: torch.Tensor | None = None
+    tokens_per_forward: torch.Tensor | None = None
+    commit_step: torch.Tensor | None = None
+    query_tokens: torch.Tensor | None = None
+    acceptance: torch.Tensor | None = None

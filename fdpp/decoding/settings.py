@@ -1,0 +1,193 @@
+"""What a decode is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeGuard
+
+from fdpp.decoding.saved import SavedSettings
+from fdpp.rules import Frechet, Rule
+from fdpp.selection import MAX_POSITIONS, check_temperature
+from fdpp.step.terms import check_rule
+
+CACHES = ("none", "prefix", "dual")
+REMASKINGS = ("low_confidence", "random")
+BRANCHES = ("batch", "tree")
+ENGINES = ("auto", "eager", "static")
+HEADS = ("library", "fused")
+MAX_DRAFTS = 64
+
+
+@dataclass(frozen=True)
+class DiffusionGenerationConfig(SavedSettings):
+    """Settings of `generate`. Token ids left at None come from the model's `generation_config`, then its `config`.
+
+    `save_pretrained` and `from_pretrained` write and read them as `generation_config.json`, with a model or alone.
+
+    Attributes:
+        max_new_tokens: length of the response, at least 1.
+        block_length: positions decoded together, 1 to 1024; the last block may be shorter.
+        rule: which proposals of a step are committed.
+        steps: with `Quota()` alone, the steps of the whole response, shared out evenly over its blocks, and a block's
+            masks over its steps (LLaDA's schedule). None commits one position a step.
+        cache: "none" (every forward is a full one), "prefix" or "dual" (Fast-dLLM, arXiv 2505.22618).
+        stop_at_eos: end a sequence once EOS is committed with everything before it; the rest becomes padding.
+        drafts: states a forward evaluates (FreeDave, arXiv 2510.00294): the current one and `drafts - 1` guesses of
+            what follows. The result is that of `drafts=1`, in fewer forwards. "auto" doubles what was last accepted.
+        branches: how the drafted states share the cache, "batch" or "tree" (see `fdpp.attention.BlockCache`).
+        engine: "static" runs steps on static tensors, captured as CUDA graphs on first use (`fdpp.decoding.static`);
+            "eager" runs every operation as it comes. "auto" is "static" on a CUDA device, where it can be. Same tokens.
+        head: "library" is PyTorch's matrix product: on a CPU of the masked positions alone, on a GPU of the block's.
+            "fused" makes the logits of masked positions tile by tile and keeps none of them (`fdpp.step.project`). It
+            saves memory and has not been timed on a GPU; not with what reads logits.
+        temperature: 0 for greedy proposals.
+        seed: with a temperature or random remasking, sequence b samples from the stream seed + b.
+        remasking: which positions keep their masks. "low_confidence" is what the rule leaves; "random" draws those that
+            a `Quota` commits uniformly.
+        cfg_scale: above 0, classifier-free guidance: every sequence is also fed with its prompt masked, and the logits
+            are u + (cfg_scale + 1)(l - u). Both passes are one forward of twice the rows.
+        logits_eos_inf: EOS is never proposed (all of `eos_token_id`).
+        confidence_eos_eot_inf: positions that propose EOS or EoT rank last, with confidence 0; the confidence of others
+            is that among the other tokens. For rules that rank by confidence.
+        return_dict_in_generate: False returns the sequences alone.
+        mask_token_id, eos_token_id, pad_token_id, eot_token_id: token ids; `eos_token_id` may be several. EoT (LLaDA's
+            end of a turn) is read for `confidence_eos_eot_inf` alone, and need not exist.
+
+    `remasking`, `cfg_scale` and the EOS options are those of LLaDA's own `generate` (arXiv 2502.09992, appendix B.4),
+    save that there the ids of EOS and EoT are fixed; that with a temperature only EoT's confidence is lowered, for
+    that of EOS is lowered in the noisy logits, which nothing reads any more; that guidance fails without an attention
+    mask; and that random positions come from the global generator, so that they depend on the rest of the batch.
+    """
+
+    max_new_tokens: int = 256
+    block_length: int = 32
+    rule: Rule = field(default_factory=Frechet)
+    steps: int | None = None
+    cache: str = "dual"
+    stop_at_eos: bool = True
+    drafts: int | str = 1
+    branches: str = "batch"
+    engine: str = "auto"
+    head: str = "library"
+    temperature: float = 0.0
+    seed: int | None = None
+    remasking: str = "low_confidence"
+    cfg_scale: float = 0.0
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    return_dict_in_generate: bool = True
+    mask_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    eot_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, high in (("max_new_tokens", None), ("block_length", MAX_POSITIONS), ("steps", None)):
+            value = getattr(self, name)
+            if value is None and name == "steps":
+                continue
+            if not is_int(value) or value < 1 or (high is not None and value > high):
+                limit = "of at least 1" if high is None else f"from 1 to {high}"
+                raise ValueError(f"{name}: expected an int {limit}, got {value!r}")
+        check_rule(self.rule)
+        if type(self.rule).__hash__ is None:
+            raise ValueError(f"rule: expected a dataclass with frozen=True, {type(self.rule).__name__} can change")
+        if self.steps is not None and not self.rule.takes_steps():
+            raise ValueError(f"steps={self.steps} is a schedule for rule=Quota(); {self.rule} decides by itself")
+        if self.cache not in CACHES:
+            raise ValueError(f"cache: expected one of {', '.join(CACHES)}, got {self.cache!r}")
+        if self.drafts != "auto" and not (is_int(self.drafts) and 1 <= self.drafts <= MAX_DRAFTS):
+            raise ValueError(f'drafts: expected an int from 1 to {MAX_DRAFTS} or "auto", got {self.drafts!r}')
+        if self.branches not in BRANCHES:
+            raise ValueError(f"branches: expected one of {', '.join(BRANCHES)}, got {self.branches!r}")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if self.head not in HEADS:
+            raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {self.head!r}")
+        check_temperature(self.temperature)
+        if self.seed is not None and not (is_int(self.seed) and -(2**63) <= self.seed < 2**63):
+            raise ValueError(f"seed: expected an int of 64 bits with its sign, got {self.seed!r}")
+        if self.temperature > 0.0 and self.seed is None:
+            raise ValueError(f"temperature={self.temperature} samples: expected a seed")
+        self.check_llada_options()
+        self.check_needs()
+
+    def check_llada_options(self) -> None:
+        if self.remasking not in REMASKINGS:
+            raise ValueError(f"remasking: expected one of {', '.join(REMASKINGS)}, got {self.remasking!r}")
+        if not isinstance(self.cfg_scale, (int, float)) or not 0.0 <= self.cfg_scale < float("inf"):
+            raise ValueError(f"cfg_scale: expected a finite number of at least 0, got {self.cfg_scale!r}")
+        for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+        if self.confidence_eos_eot_inf and self.rule.order != "confidence":
+            raise ValueError(f"confidence_eos_eot_inf: {self.rule} ranks positions by {self.rule.order}")
+        if self.remasking != "random":
+            return
+        if not self.rule.counts:
+            raise ValueError(f"remasking='random' needs a number of positions, rule=Quota(...), got {self.rule}")
+        if self.confidence_eos_eot_inf:
+            raise ValueError("confidence_eos_eot_inf: remasking='random' ranks no position by its confidence")
+        if self.seed is None:
+            raise ValueError("remasking='random' draws positions: expected a seed")
+
+    def check_needs(self) -> None:
+        """Refuse settings beside which the rule cannot see what it needs."""
+        needs = self.rule.needs
+        if self.head == "fused" and self.reads_logits is not None:
+            raise ValueError(f"head='fused' keeps no logits, which {self.reads_logits} reads")
+        if self.cfg_scale > 0.0 and needs.attention:
+            raise ValueError(f"cfg_scale={self.cfg_scale} joins two passes; {self.rule} reads the attention of one")
+        if not needs.rows:
+            return
+        if self.cache != "none":
+            raise ValueError(f"cache={self.cache!r} has no columns for the rows that {self.rule} feeds beside a block")
+        if self.drafts != 1:
+            raise ValueError(f"drafts={self.drafts!r}: what the rows of {self.rule} are for a draft is not defined")
+        if self.cfg_scale > 0.0:
+            raise ValueError(f"cfg_scale={self.cfg_scale} joins two passes; {self.rule} adds rows to one")
+
+    @property
+    def reads_logits(self) -> str | None:
+        """What of the settings needs the logits of whole positions, None if nothing does."""
+        if self.rule.needs.logits or self.rule.needs.rows:
+            return str(self.rule)
+        options = ("cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf")
+        return next((name for name in options if getattr(self, name)), None)
+
+    @property
+    def draws(self) -> bool:
+        """Whether steps draw noise."""
+        return self.temperature > 0.0 or self.remasking == "random"
+
+    @property
+    def passes(self) -> int:
+        """Rows that a forward feeds for every sequence and draft: with guidance also the unconditional one."""
+        return 2 if self.cfg_scale > 0.0 else 1
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """`eos_token_id` as a tuple."""
+        eos = self.eos_token_id
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+    @property
+    def last_ids(self) -> tuple[int, ...]:
+        """Ids whose proposals rank last."""
+        if not self.confidence_eos_eot_inf:
+            return ()
+        return self.eos_ids if self.eot_token_id is None else (*self.eos_ids, self.eot_token_id)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Start and end of every block, counted from the response's first position."""
+        starts = range(0, self.max_new_tokens, self.block_length)
+        return [(start, min(start + self.block_length, self.max_new_tokens)) for start in starts]
+
+    def block_rules(self) -> list[list[Rule]]:
+        """For every block the rules of its successive steps; the last one goes on for as long as is needed."""
+        N = self.max_new_tokens
+        return [self.rule.successive(start, stop, N, self.steps) for start, stop in self.blocks()]
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,59 @@
+"""A fixed number of positions per step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import triton
+import triton.language as tl  # noqa: F401  (Triton's interpreter insists on seeing it)
+
+from fdpp.rules.rule import Rule, whole
+
+
+@triton.jit
+def quota(n, last, total, p0, p1):  # type: ignore[no-untyped-def]
+    return n <= p0
+
+
+@dataclass(frozen=True)
+class Quota(Rule):
+    """The k most confident positions: LLaDA's low-confidence remasking (arXiv 2502.09992, section 2.4).
+
+    `k=None` is for `generate` alone: the step schedule, which shares a block's masks out evenly over its steps.
+    """
+
+    k: int | None = whole(None, 1, "tokens a forward (default: 1, or as --steps asks)")
+    predicate: ClassVar = quota
+    name: ClassVar = "quota"
+    about: ClassVar = "a fixed number of tokens"
+    counts: ClassVar = True
+
+    def params(self) -> tuple[float, float]:
+        if self.k is None:
+            raise ValueError("Quota: k is None, which only `generate` can fill in from its step schedule")
+        return float(self.k), 0.0
+
+    def takes_steps(self) -> bool:
+        return self.k is None
+
+    def successive(self, start: int, stop: int, length: int, steps: int | None) -> list[Rule]:
+        """LLaDA's schedule: a block's steps are proportional to its length, and its masks are shared out over them."""
+        if self.k is not None:
+            return [self]
+        N, total = length, steps or length
+        return [Quota(k) for k in shares(stop - start, max(total * stop // N - total * start // N, 1))]
+
+    def label(self, steps: int | None = None) -> str:
+        if self.k is not None:
+            return f"quota {self.k}"
+        return "one per step" if steps is None else f"schedule of {steps} steps"
+
+    def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
+        return len(residuals) <= self.params()[0]
+
+
+def shares(total: int, parts: int) -> list[int]:
+    """`total` in at most `parts` whole positive parts that differ by at most 1, the larger ones first."""
+    base, larger = divmod(total, parts)
+    return [base + (part < larger) for part in range(min(parts, total))]

@@ -1,0 +1,142 @@
+"""`select` on a GPU: outputs and scratch around the one kernel launch."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from fdpp.kernels.launch import select_launch
+from fdpp.kernels.select import select_kernel
+from fdpp.step.terms import Terms
+
+TICKETS = 4096
+"""Sequences per launch a stream's tickets serve: 16 kB, made once."""
+
+FOR_GRAPHS = 16 * TICKETS
+"""Tickets made at a time for captured launches, each of which keeps its own: 256 kB."""
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+tickets: dict[tuple[torch.device, int], Tensor] = {}
+slabs: list[Tensor] = []
+spare: dict[torch.device, Tensor] = {}
+"""What captures have left of a device's latest slab. Slabs are kept for good, since graphs know their addresses."""
+
+lock = threading.Lock()
+"""Held while tickets are made or given to a graph: two graphs must not have the same."""
+
+
+def ticket_for(device: torch.device, B: int) -> Tensor:
+    """Zeroed arrival counters `[>= B]` int32 of the current stream. Kernels on one stream never overlap, and the last
+    program of a launch leaves its counter at zero, so one set serves every launch of the stream."""
+    if device.type != "cuda":
+        return torch.zeros(B, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return ticket_of_graph(device, B)
+    if device not in spare or spare[device].numel() < TICKETS:
+        with lock:
+            spare[device] = kept_zeros(FOR_GRAPHS, device)
+            slabs.append(spare[device])
+    if B > TICKETS:
+        return torch.zeros(B, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in tickets:
+        # Of two threads on one stream the first one's stay: launches may be on their way.
+        tickets.setdefault(key, kept_zeros(TICKETS, device))
+    return tickets[key]
+
+
+def kept_zeros(n: int, device: torch.device) -> Tensor:
+    """Counters `[n]` for good, allocated by another thread: what the calling one allocates may go to the pool of a
+    graph of `torch.compile`, which warms up there and then fails over anything in it that outlives the call."""
+    stream = torch.cuda.current_stream(device)
+
+    def make() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.zeros(n, dtype=torch.int32, device=device)
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(make).result()
+
+
+def ticket_of_graph(device: torch.device, B: int) -> Tensor:
+    """Counters of a captured launch, its own: graphs may be replayed side by side. The launch before the capture, which
+    compiles the kernel, has made them; without one a fill is captured as well."""
+    with lock:
+        left = spare.get(device)
+        if left is None or left.numel() < B:
+            return torch.zeros(B, dtype=torch.int32, device=device)
+        # Multiples of 16 bytes: for another alignment Triton would compile the kernel anew, amid the capture.
+        spare[device] = left[-(-B // 4) * 4 :]
+        return left[:B]
+
+
+def reset_tickets() -> None:
+    """Forget all arrival counters. Call it after a launch was aborted half-way, which leaves them above zero."""
+    tickets.clear()
+    for slab in slabs:
+        slab.zero_()
+
+
+def empty_outputs(tokens: Tensor) -> Outputs:
+    """Room for the fields of `fdpp.Selection`, of a step from `tokens` `[B, T]`."""
+    B, T = tokens.shape
+    return (
+        tokens.new_empty((B, T)),
+        tokens.new_empty((B, T)),
+        tokens.new_empty((B, T), dtype=torch.float32),
+        tokens.new_empty((B, T), dtype=torch.bool),
+        tokens.new_empty((B,), dtype=torch.int32),
+        tokens.new_empty((B,), dtype=torch.int32),
+    )
+
+
+def select(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> Outputs:
+    """See `fdpp.step.operators.select_op`; one launch, no host synchronisation, no allocation that depends on data."""
+    B, T, V = logits.shape
+    if logits.stride(2) != 1:
+        logits = logits.contiguous()
+    tokens = tokens.contiguous()
+    outputs = empty_outputs(tokens)
+    if B == 0 or T == 0:
+        for count in outputs[4:]:
+            count.zero_()
+        return outputs
+    config = select_launch(B, T, V)
+    partial = torch.empty(5, B, T, config.splits, dtype=torch.float32, device=tokens.device)
+    partial_token = torch.empty(B, T, config.splits, dtype=torch.int32, device=tokens.device)
+    with torch.cuda.device_of(logits):
+        select_kernel[(B * T * config.splits,)](
+            logits,
+            tokens,
+            tokens if active is None else active.contiguous(),
+            terms.params,
+            tokens if terms.seeds is None else terms.seeds.contiguous(),
+            *outputs,
+            partial,
+            partial_token,
+            ticket_for(tokens.device, B),
+            B,
+            T,
+            V,
+            logits.stride(0),
+            logits.stride(1),
+            terms.params.stride(0) if terms.params.shape[0] > 1 else 0,
+            config.split_len,
+            terms.mask_id,
+            float(terms.temperature),
+            ACCEPTS=terms.kind.predicate,
+            BY_ENTROPY=terms.by_entropy,
+            SAMPLED=terms.sampled,
+            HAS_ACTIVE=active is not None,
+            SPLITS=config.splits,
+            BLOCK_V=config.block_v,
+            BLOCK_T=config.block_t,
+            COUNT_RANKS=config.count_ranks,
+            num_warps=config.num_warps,
+            enable_fp_fusion=True,
+        )
+    return outputs

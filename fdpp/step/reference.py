@@ -1,0 +1,98 @@
+"""The specification: one denoising step in plain float64 PyTorch, as short as the formulas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdpp.rules import Rule
+from fdpp.selection import Selection
+from fdpp.step.noise import gumbel
+
+
+def residual(logits: Tensor, proposal: int) -> float:
+    """r = sum over v != proposal of exp(l_v - l_proposal), so that c = 1 / (1 + r) and 1 - c = r / (1 + r)."""
+    weights = (logits.double() - logits[proposal].double()).exp()
+    weights[proposal] = 0.0
+    return float(weights.sum())
+
+
+def entropy(logits: Tensor) -> float:
+    """H = -sum_v p_v log p_v in nats."""
+    log_p = logits.double().log_softmax(-1)
+    return float(-(log_p.exp() * log_p).nan_to_num(nan=0.0).sum())
+
+
+def accepted(rule: Rule, residuals: list[float], entropies: list[float]) -> int:
+    """The largest n whose prefix `rule` accepts, 0 if none, of a profile that is already sorted."""
+    prefixes = range(1, len(residuals) + 1)
+    return max((n for n in prefixes if rule.accepts(residuals[:n], entropies[:n])), default=0)
+
+
+def select(
+    logits: Tensor,
+    tokens: Tensor,
+    rule: Rule,
+    mask_id: int,
+    active: Tensor | None = None,
+    temperature: float = 0.0,
+    seeds: Tensor | None = None,
+) -> Selection:
+    """One denoising step; arguments and result as `fdpp.select`, the confidence in float64.
+
+    It is `prefix_step`, and what the rule makes of that, `Rule.reference`.
+    """
+    candidate = tokens == mask_id if active is None else (tokens == mask_id) & active
+    step = prefix_step(logits, tokens, rule, mask_id, active, temperature, seeds)
+    return rule.reference(step, tokens, candidate, None, None, mask_id)
+
+
+def prefix_step(
+    logits: Tensor,
+    tokens: Tensor,
+    rule: Rule,
+    mask_id: int,
+    active: Tensor | None = None,
+    temperature: float = 0.0,
+    seeds: Tensor | None = None,
+) -> Selection:
+    """The step that the rule's prefix test decides, position by position; arguments as those of `select`.
+
+    1. A masked position's proposal is its largest logit, the mask id left out (the lowest id of equals); with a
+       temperature, the largest of logit + temperature * Gumbel noise.
+    2. The profile is sorted by confidence (or entropy), the lower position first among equals, unusable rows last.
+    3. The longest accepted prefix of the usable part is committed, and at least one position.
+    """
+    B, T, V = logits.shape
+    candidate = tokens == mask_id if active is None else (tokens == mask_id) & active
+    proposal, committed = tokens.clone(), torch.zeros_like(candidate)
+    confidence = torch.zeros(B, T, dtype=torch.float64, device=logits.device)
+    unusable = torch.zeros(B, dtype=torch.int32, device=logits.device)
+    for b in range(B):
+        profile = []
+        for t in candidate[b].nonzero().flatten().tolist():
+            row = logits[b, t].double()
+            score = row.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+            if temperature > 0.0:
+                assert seeds is not None
+                position = torch.tensor([t], device=row.device)
+                score = score + temperature * gumbel(seeds[b : b + 1], position, V, torch.float64)[0]
+            if 0 <= mask_id < V:
+                score[mask_id] = -torch.inf
+            choice = int(score.argmax())
+            proposal[b, t] = choice
+            if row.isnan().any() or (row == torch.inf).any() or score[choice] == -torch.inf:
+                unusable[b] += 1
+                profile.append((True, 0.0, t, torch.inf, torch.inf))
+                continue
+            r, h = residual(row, choice), entropy(row) if rule.order == "entropy" else 0.0
+            confidence[b, t] = 1.0 / (1.0 + r)
+            profile.append((False, h if rule.order == "entropy" else r, t, r, h))
+        profile.sort()
+        usable = [entry for entry in profile if not entry[0]]
+        n = accepted(rule, [entry[3] for entry in usable], [entry[4] for entry in usable])
+        for entry in profile[: max(n, 1)]:
+            committed[b, entry[2]] = True
+    remaining = (candidate & ~committed).sum(1).int()
+    tokens_after = torch.where(committed, proposal, tokens)
+    return Selection(tokens_after, proposal, confidence, committed, remaining, unusable)

@@ -1,0 +1,64 @@
+"""What every rule is tested with, whoever wrote it: settings drawn from its own limits, and its specification."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fdpp
+from fdpp.decoding.evidence import Evidence
+from fdpp.rules.rule import Number
+from fdpp.step import reference
+from fdpp.step.terms import Terms
+
+SETTINGS = 2
+"""Drawn of every rule, beside its defaults."""
+
+
+def value(number: Number, default: Any, draw: random.Random) -> Any:
+    """A value that the field may have; where all up to infinity may be, one of the lower ones."""
+    if number.whole:
+        return int(number.interval) + draw.randrange(2)
+    low, high = (float(bound) for bound in number.interval[1:-1].split(","))
+    return low + (min(high, low + 2.0) - low) * draw.uniform(0.01, 0.99)
+
+
+def settings_of(kind: type[fdpp.Rule]) -> list[fdpp.Rule]:
+    """The rule's defaults and some other settings, always the same ones."""
+    draw, found = random.Random(kind.name), [kind()]
+    while len(found) <= SETTINGS:
+        numbers = {field: value(number, getattr(kind, field), draw) for field, number in kind.numbers.items()}
+        try:
+            found.append(kind(**numbers))
+        except ValueError:  # two fields that do not go together
+            continue
+    return found
+
+
+def specified(
+    rule: fdpp.Rule, evidence: Evidence, states: Tensor, terms: Terms, block: slice | Tensor
+) -> fdpp.Selection:
+    """The step from each of the `states` `[b, D, T]` as the rule specifies it, without noise; fields `[b * D, ...]`."""
+    tokens = states.flatten(0, 1)
+    candidate = tokens == terms.mask_id
+    if evidence.logits.dim() == 2:
+        # The rows of masked positions alone.
+        logits = torch.zeros(*tokens.shape, evidence.logits.shape[1], dtype=torch.float64)
+        logits[candidate] = evidence.logits.double()
+        memory = None
+    else:
+        flat = evidence.each(lambda part: part.flatten(0, 1))
+        memory = flat.memory
+        logits = flat.logits.double() if memory is None else rule.weigh(flat.logits, memory).double()
+    asked = torch.full_like(tokens, terms.mask_id) if rule.needs.block else tokens
+    steps = []
+    for n in range(tokens.shape[0]):
+        params = terms.params[min(n, terms.params.shape[0] - 1)]
+        own = dataclasses.replace(rule, k=int(params[0])) if rule.takes_steps() else rule  # type: ignore[type-var]
+        steps.append(reference.prefix_step(logits[n : n + 1], asked[n : n + 1], own, terms.mask_id))
+    step = fdpp.Selection(*map(torch.cat, zip(*steps, strict=True)))
+    return rule.reference(step, tokens, candidate, memory, block, terms.mask_id)

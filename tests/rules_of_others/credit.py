@@ -1,0 +1,97 @@
+"""CreditDecoding (arXiv 2510.06133), as in dInfer: evidence that adds up over a block's steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fdpp
+from fdpp.rules import Needs, Sight, number
+from fdpp.selection import recommit
+
+
+class Accumulated(NamedTuple):
+    """What the rule remembers: `credit` `[b, D, T, V]` float32."""
+
+    credit: Tensor
+
+
+@dataclass(frozen=True)
+class Credit(fdpp.Rule):
+    """`Threshold(threshold)` on logits + alpha ln(1 + W), and whatever is within 1e-5 of the most confident one.
+
+    Every step multiplies the credit W by beta and adds c^gamma at each masked position's most likely token.
+    """
+
+    threshold: float = number(0.9, "[0, 1]", "confidence, 0 to 1; less is faster", option="tau", line=True)
+    alpha: float = number(0.7, "[0, inf)", "weight of the credit", unit="A")
+    gamma: float = number(0.2, "[0, inf)", "power of a confidence", unit="G", option="boost")
+    beta: float = number(0.8, "[0, 1]", "decay of the credit", unit="B")
+    predicate: ClassVar = fdpp.Quota.predicate
+    needs: ClassVar = Needs(logits=True)
+    name: ClassVar = "credit"
+    title: ClassVar = "credit"
+    about: ClassVar = "confident ones, by evidence that adds up"
+
+    def params(self) -> tuple[float, float]:
+        return 1.0, 0.0
+
+    def observe(self, sight: Sight, before: tuple[Tensor, Accumulated] | None) -> Accumulated:
+        masked = sight.states == sight.mask_id
+        credit = None if before is None else before[1].credit[:, 0]
+        found = []
+        for depth in range(sight.states.shape[1]):
+            credit = self.more(credit, sight.logits[:, depth], masked[:, depth])
+            found.append(credit)
+        return Accumulated(torch.stack(found, dim=1))
+
+    def again(self, logits: Tensor, memory: Accumulated) -> Accumulated:
+        # As if every position were masked: a guess need not be right.
+        every = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        return Accumulated(self.more(memory.credit, logits, every))
+
+    def more(self, credit: Tensor | None, logits: Tensor, masked: Tensor) -> Tensor:
+        top, token = logits.float().softmax(-1).max(-1, keepdim=True)
+        before = torch.zeros_like(logits, dtype=torch.float32) if credit is None else credit * self.beta
+        return before.scatter_add(-1, token, top.pow(self.gamma) * masked[..., None])
+
+    def weigh(self, logits: Tensor, memory: Accumulated) -> Tensor:
+        return logits + self.alpha * memory.credit.log1p().to(logits.dtype)
+
+    def decide(
+        self,
+        step: fdpp.Selection,
+        tokens: Tensor,
+        candidate: Tensor,
+        memory: Accumulated | None,
+        block: slice | Tensor | None,
+        mask_id: int,
+    ) -> fdpp.Selection:
+        if not tokens.shape[1]:
+            return step
+        confidence = step.confidence.masked_fill(~candidate, -1.0)
+        least = (confidence.amax(1, keepdim=True) - 1e-5).clamp(max=self.threshold)
+        return recommit(step, tokens, candidate, candidate & (confidence >= least))
+
+    def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
+        return len(residuals) == 1
+
+    def reference(
+        self,
+        step: fdpp.Selection,
+        tokens: Tensor,
+        candidate: Tensor,
+        memory: Accumulated | None,
+        block: slice | Tensor | None,
+        mask_id: int,
+    ) -> fdpp.Selection:
+        committed = step.committed.clone()
+        for b, row in enumerate(step.confidence.tolist()):
+            masked = candidate[b].nonzero().flatten().tolist()
+            least = min(self.threshold, max((row[t] for t in masked), default=0.0) - 1e-5)
+            for t in masked:
+                committed[b, t] = row[t] >= least
+        return recommit(step, tokens, candidate, committed)
