@@ -32,7 +32,7 @@ SAMPLE = (
     "tests/test_ops.py::test_opcheck_of_awkward_arguments",
     "tests/test_rules.py",
     "tests/test_bench.py::test_a_step_is_checked_before_it_is_timed",
-    "tests/test_readme.py",
+    "tests/test_docs.py::test_python_runs_as_pasted[docs/many-devices.md]",
     "tests/test_layout.py::test_every_imported_package_is_declared",
 )
 """`torch.compile`, an operator check, a file of which hypothesis runs a part, a benchmark, and what needs accelerate or
