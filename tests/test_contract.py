@@ -9,7 +9,7 @@ import pytest
 import torch
 from captures import captured_on_cpu
 from contract import settings_of, specified
-from rules_of_others import credit, hierarchy, wino
+from rules_of_others import credit, editing, hierarchy, wino
 from small import EOS, MASK, PAD, exact_model, left_pad, prompts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -24,7 +24,7 @@ from fdpp.step import operators
 from fdpp.trace.page import data_of, render
 from fdpp.trace.record import record
 
-THEIRS = (hierarchy.Hierarchy, credit.Credit, wino.Wino)
+THEIRS = (hierarchy.Hierarchy, credit.Credit, wino.Wino, editing.Editing)
 KINDS = list(fdpp.Rule.named().values())
 RULES = [rule for kind in KINDS for rule in settings_of(kind)]
 SIZES: dict[str, Any] = {"max_new_tokens": 20, "block_length": 8, "stop_at_eos": True}
@@ -34,6 +34,15 @@ CACHES = ("none", "prefix", "dual")
 @pytest.fixture(scope="module")
 def llada() -> fdpp.LLaDAModelLM:
     return exact_model()
+
+
+def fond_of_eos(seed: int) -> fdpp.LLaDAModelLM:
+    """A model that often says EOS, and takes it back."""
+    model = exact_model(seed)
+    plain, lift = model.project, torch.zeros(64)
+    lift[EOS] = 4.0
+    model.project = lambda hidden: plain(hidden) + lift
+    return model
 
 
 def ragged(B: int = 3) -> tuple[Tensor, Tensor]:
@@ -60,16 +69,23 @@ def test_the_registry_has_ours_and_theirs() -> None:
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_it_ends(rule: fdpp.Rule, cache: str) -> None:
-    """No mask is left, no prompt is written, and no forward is without a gain; where EOS is likely and where not."""
+    """No mask is left, no prompt is written, no forward is without a gain.
+
+    An EOS changes nothing before it and nothing comes after it, so one that can still be taken back ends no sequence.
+    """
+    prompt, mask = ragged()
     for seed in range(2):
-        model = exact_model(seed)
-        prompt, mask = ragged()
-        for stop in (False, True):
-            out = decode(model, prompt, mask, rule=rule, cache=kept(rule, cache), stop_at_eos=stop)
+        whole, stopped = (
+            decode(fond_of_eos(seed), prompt, mask, rule=rule, cache=kept(rule, cache), stop_at_eos=stop)
+            for stop in (False, True)
+        )
+        for out in (whole, stopped):
             assert not (out.sequences == MASK).any() and int(out.nfe.max()) <= SIZES["max_new_tokens"]
             assert out.sequences[:, : prompt.shape[1]].equal(prompt)
-            for row in out.sequences[:, prompt.shape[1] :] if stop else ():
-                assert (row[(row == EOS).cumsum(0).cumsum(0) > 1] == PAD).all()
+        assert (whole.sequences == EOS).any()
+        after = (whole.sequences[:, prompt.shape[1] :] == EOS).cumsum(1).cumsum(1) > 1
+        expected = whole.sequences[:, prompt.shape[1] :].masked_fill(after, PAD)
+        assert stopped.sequences[:, prompt.shape[1] :].equal(expected)
 
 
 @pytest.mark.parametrize("drafts", [(2, "batch"), (4, "tree"), ("auto", "batch")], ids=str)

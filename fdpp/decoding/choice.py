@@ -44,23 +44,17 @@ class Choice:
             proposal = prefix_step(logits, tokens, None, terms).proposal
             logits = ranked_last(logits, proposal, self.last, terms.mask_id)
         if only_masked:
-            step = Selection(*cpu.select(logits, tokens, None, terms))
+            chosen = Selection(*cpu.select(logits, tokens, None, terms))
+        elif self.rule.needs.block:
+            chosen = self.everywhere(logits, tokens, terms)
         else:
-            step = (
-                self.everywhere(logits, tokens, terms) if self.rule.needs.block else self.masked(logits, tokens, terms)
-            )
-        chosen = step
-        if self.decides or self.random:
+            chosen = self.step(logits, tokens, None, terms)
+        if self.decides:
             candidate = candidates(tokens, terms.mask_id)
-            chosen = self.rule.decide(step, tokens, candidate, flat.memory, block, terms.mask_id)
+            chosen = self.rule.decide(chosen, tokens, candidate, flat.memory, block, terms.mask_id)
         if self.random:
-            assert terms.seeds is not None
-            k = terms.params[:, 0]
-            chosen = recommit(chosen, tokens, candidate, drawn(tokens, k, terms.seeds, terms.mask_id))
+            chosen = self.drawn(chosen, tokens, terms)
         return Selection(*(field.unflatten(0, states.shape[:2]) for field in chosen))
-
-    def masked(self, logits: Tensor, tokens: Tensor, terms: Terms) -> Selection:
-        return self.step(logits, tokens, None, terms)
 
     def everywhere(self, logits: Tensor, tokens: Tensor, terms: Terms) -> Selection:
         """The step as if all positions were masked; at those that are not, of the most likely token."""
@@ -72,3 +66,9 @@ class Choice:
         masked = tokens == terms.mask_id
         proposal = torch.where(masked, step.proposal, sure.proposal)
         return step._replace(proposal=proposal, confidence=torch.where(masked, step.confidence, sure.confidence))
+
+    def drawn(self, step: Selection, tokens: Tensor, terms: Terms) -> Selection:
+        """`step` with as many positions, drawn at random."""
+        assert terms.seeds is not None
+        committed = drawn(tokens, terms.params[:, 0], terms.seeds, terms.mask_id)
+        return recommit(step, tokens, candidates(tokens, terms.mask_id), committed)

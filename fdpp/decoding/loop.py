@@ -22,12 +22,13 @@ from fdpp.decoding.static import LENGTH_BUCKET, StaticSteps, bucket_for
 from fdpp.step.terms import pack, streams
 
 
-def check_settings(config: DiffusionGenerationConfig, processor: Callable[..., Tensor] | None) -> None:
-    """Raise `ValueError` unless the loop can run with these settings."""
+def token_ids(config: DiffusionGenerationConfig, processor: Callable[..., Tensor] | None) -> tuple[int, int]:
+    """The mask and padding ids; raises `ValueError` if the loop cannot run with these settings."""
     if config.mask_token_id is None or config.pad_token_id is None:
         raise ValueError("BlockLoop: expected a config with its mask and padding ids filled in")
     if processor is not None and config.head == "fused":
         raise ValueError("head='fused' keeps no logits, which logits_processor reads")
+    return config.mask_token_id, config.pad_token_id
 
 
 class BlockLoop:
@@ -50,8 +51,7 @@ class BlockLoop:
         processor: Callable[..., Tensor] | None = None,
         static: StaticSteps | None = None,
     ) -> None:
-        check_settings(config, processor)
-        self.mask_id, self.pad_id = int(config.mask_token_id or 0), int(config.pad_token_id or 0)
+        self.mask_id, self.pad_id = token_ids(config, processor)
         self.config, self.device, self.static = config, input_ids.device, static
         self.eos = torch.tensor(config.eos_token_id, dtype=torch.int64, device=self.device)
         self.extra = 0 if static is None else -(input_ids.shape[1] + config.max_new_tokens) % LENGTH_BUCKET

@@ -191,6 +191,10 @@ class Rule:
         cls.numbers = cls.numbers | {field: about["number"] for field, about in own.items() if "number" in about}
         if cls.observe is not Rule.observe and not cls.needs.logits:
             raise TypeError(f"{cls.__name__}.observe sees logits, expected needs = Needs(logits=True, ...)")
+        if cls.needs.block and cls.decide is Rule.decide:
+            raise TypeError(
+                f"{cls.__name__} needs the block's committed positions, and says nothing of them in `decide`"
+            )
         Rule.registry[cls.key()] = cls
 
     def __post_init__(self) -> None:

@@ -1,0 +1,93 @@
+"""Token editing, as LLaDA2.1 decodes: two thresholds, one to commit by and one to change a committed token by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import fdpp
+from fdpp.rules import Needs, number
+from fdpp.rules.rule import Memory
+from fdpp.selection import Selection
+
+
+@dataclass(frozen=True)
+class Editing(fdpp.Rule):
+    """`Threshold(tau)`, and a committed token gives way to another of confidence at least `edit`.
+
+    While a block holds a mask every step commits one, so it ends.
+    """
+
+    tau: float = number(0.7, "[0, 1]", "confidence, 0 to 1; less is faster", line=True)
+    edit: float = number(0.9, "[0, 1]", "confidence of a token that takes the place of another", line=True)
+    predicate: ClassVar = fdpp.Quota.predicate
+    needs: ClassVar = Needs(logits=True, block=True)
+    revokes: ClassVar = True
+    name: ClassVar = "editing"
+    title: ClassVar = "editing"
+    about: ClassVar = "all confident ones; committed ones may change"
+
+    def params(self) -> tuple[float, float]:
+        return 1.0, 0.0
+
+    def decide(
+        self,
+        step: Selection,
+        tokens: Tensor,
+        candidate: Tensor,
+        memory: Memory | None,
+        block: slice | Tensor | None,
+        mask_id: int,
+    ) -> Selection:
+        if not tokens.shape[1]:
+            return step
+        c = step.confidence.masked_fill(~candidate, -1.0)
+        committed = candidate & ((c >= self.tau) | first_of(c))
+        # Outside of a decode there is nothing to edit: no confidence stands at committed positions.
+        edited = ~candidate & (step.proposal != tokens) & (step.confidence >= self.edit) & (block is not None)
+        return written(step, tokens, candidate, committed | (edited & candidate.any(1, keepdim=True)))
+
+    def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
+        return len(residuals) == 1
+
+    def reference(
+        self,
+        step: Selection,
+        tokens: Tensor,
+        candidate: Tensor,
+        memory: Memory | None,
+        block: slice | Tensor | None,
+        mask_id: int,
+    ) -> Selection:
+        committed = torch.zeros_like(candidate)
+        for b, row in enumerate(step.confidence.tolist()):
+            masked = candidate[b].nonzero().flatten().tolist()
+            if not masked:
+                continue
+            committed[b, max(masked, key=lambda t: (row[t], -t))] = True
+            for t, confidence in enumerate(row):
+                if t in masked:
+                    committed[b, t] |= confidence >= self.tau
+                elif block is not None and step.proposal[b, t] != tokens[b, t]:
+                    committed[b, t] = confidence >= self.edit
+        return written(step, tokens, candidate, committed)
+
+
+def first_of(confidence: Tensor) -> Tensor:
+    """The first of each row's largest, bool `[N, T]`."""
+    return torch.zeros_like(confidence, dtype=torch.bool).scatter(1, confidence.argmax(1, keepdim=True), True)
+
+
+def written(step: Selection, tokens: Tensor, candidate: Tensor, committed: Tensor) -> Selection:
+    """`step` with `committed` `[N, T]`, which may name positions that were committed before."""
+    return Selection(
+        tokens=torch.where(committed, step.proposal, tokens),
+        proposal=torch.where(candidate | committed, step.proposal, tokens),
+        confidence=step.confidence.masked_fill(~candidate, 0.0),
+        committed=committed,
+        remaining=(candidate & ~committed).sum(1, dtype=torch.int32),
+        nonfinite=step.nonfinite,
+    )
