@@ -1,69 +1,65 @@
 """A sequence's decision from the summaries of its rows: merge the splits, rank, apply the rule, write all outputs."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from fdpp.kernels.profile import commit_by_count, commit_by_sort, cost, sort_key
-from fdpp.kernels.vocab import decay
+from fdpp.kernels.vocab import Summary, decay
+
+
+class Partial(NamedTuple):
+    """Scratch for the summaries of all splits: `planes` float32 `[5, B, T, SPLITS]`, `token` int32 `[B, T, SPLITS]`.
+
+    The planes are top, rest, score, logit and slope; only those that the launch needs are written and read.
+    """
+
+    planes: tl.tensor
+    token: tl.tensor
 
 
 @triton.jit
-def load_partial(partial, plane, i_b, o_t, o_s, m_ts, other, B, T, SPLITS: tl.constexpr):
-    # .cg: another program wrote these, and the L1 of this multiprocessor must not answer.
+def load_plane(planes, plane, i_b, o_t, o_s, m_ts, other, B, T, SPLITS: tl.constexpr):
+    """Plane `plane` of `planes` `[planes, B, T, SPLITS]` at sequence `i_b`, positions `o_t` and splits `o_s`."""
+    # .cg: other programs wrote these, and the L1 of this multiprocessor must not answer.
     offset = ((plane * B + i_b).to(tl.int64) * T + o_t[:, None]) * SPLITS + o_s[None, :]
-    return tl.load(partial + offset, mask=m_ts, other=other, cache_modifier=".cg")
+    return tl.load(planes + offset, mask=m_ts, other=other, cache_modifier=".cg")
 
 
 @triton.jit
 def store_partial(
-    partial,
-    partial_token,
-    o_bt,
-    i_s,
-    m_bt,
-    top,
-    rest,
-    score,
-    logit,
-    token,
-    slope,
-    B,
-    T,
-    SAMPLED: tl.constexpr,
-    BY_ENTROPY: tl.constexpr,
-    SPLITS: tl.constexpr,
+    partial, o_bt, i_s, m_bt, summary, B, T, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr, SPLITS: tl.constexpr
 ):
-    """Write the summaries of split `i_s` where `load_partial` looks; `o_bt`: the positions, flat, one or a tile."""
+    """Write the summaries of split `i_s` where `load_plane` looks; `o_bt`: the positions, flat, one or a tile."""
     plane = B.to(tl.int64) * T * SPLITS
     offset = o_bt * SPLITS + i_s
-    tl.store(partial + offset, top, mask=m_bt)
-    tl.store(partial + plane + offset, rest, mask=m_bt)
+    tl.store(partial.planes + offset, summary.top, mask=m_bt)
+    tl.store(partial.planes + plane + offset, summary.rest, mask=m_bt)
     if SAMPLED:
-        tl.store(partial + 2 * plane + offset, score, mask=m_bt)
-        tl.store(partial + 3 * plane + offset, logit, mask=m_bt)
+        tl.store(partial.planes + 2 * plane + offset, summary.score, mask=m_bt)
+        tl.store(partial.planes + 3 * plane + offset, summary.logit, mask=m_bt)
     if BY_ENTROPY:
-        tl.store(partial + 4 * plane + offset, slope, mask=m_bt)
-    tl.store(partial_token + offset, token, mask=m_bt)
+        tl.store(partial.planes + 4 * plane + offset, summary.slope, mask=m_bt)
+    tl.store(partial.token + offset, summary.token, mask=m_bt)
 
 
 @triton.jit
-def merge_splits(
-    partial, token, i_b, o_t, m_t, B, T, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr, SPLITS: tl.constexpr
-):
+def merge_splits(partial, i_b, o_t, m_t, B, T, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr, SPLITS: tl.constexpr):
     """Each position's summary from those of its vocabulary splits (see `vocab.merge`)."""
     o_s = tl.arange(0, SPLITS)
     m_ts = m_t[:, None] & (o_s >= 0)[None, :]
-    b_top = load_partial(partial, 0, i_b, o_t, o_s, m_ts, float("-inf"), B, T, SPLITS)
-    b_rest = load_partial(partial, 1, i_b, o_t, o_s, m_ts, 0.0, B, T, SPLITS)
+    b_top = load_plane(partial.planes, 0, i_b, o_t, o_s, m_ts, float("-inf"), B, T, SPLITS)
+    b_rest = load_plane(partial.planes, 1, i_b, o_t, o_s, m_ts, 0.0, B, T, SPLITS)
     if SAMPLED:
-        b_score = load_partial(partial, 2, i_b, o_t, o_s, m_ts, float("-inf"), B, T, SPLITS)
-        b_logit = load_partial(partial, 3, i_b, o_t, o_s, m_ts, float("-inf"), B, T, SPLITS)
+        b_score = load_plane(partial.planes, 2, i_b, o_t, o_s, m_ts, float("-inf"), B, T, SPLITS)
+        b_logit = load_plane(partial.planes, 3, i_b, o_t, o_s, m_ts, float("-inf"), B, T, SPLITS)
     else:
         b_score, b_logit = b_top, b_top
-    b_token = load_partial(token, 0, i_b, o_t, o_s, m_ts, 0, B, T, SPLITS)
+    b_token = load_plane(partial.token, 0, i_b, o_t, o_s, m_ts, 0, B, T, SPLITS)
 
     top = tl.max(b_top, 1)
-    _, i_best = tl.max(b_score, 1, return_indices=True, return_indices_tie_break_left=True)
+    score, i_best = tl.max(b_score, 1, return_indices=True, return_indices_tie_break_left=True)
     m_best = o_s[None, :] == i_best[:, None]
     logit = tl.sum(tl.where(m_best, b_logit, 0.0), 1)
     b_decay = decay(b_top, top[:, None])
@@ -71,16 +67,17 @@ def merge_splits(
     rest = tl.sum(b_rest * b_decay + b_other, 1)
     slope = tl.zeros_like(top)
     if BY_ENTROPY:
-        b_slope = load_partial(partial, 4, i_b, o_t, o_s, m_ts, 0.0, B, T, SPLITS)
+        b_slope = load_plane(partial.planes, 4, i_b, o_t, o_s, m_ts, 0.0, B, T, SPLITS)
         b_weight = b_rest * b_decay + decay(b_logit, top[:, None])
         b_shift = tl.where(b_decay > 0.0, (top[:, None] - b_top) * b_weight, 0.0)
         slope = tl.sum(b_slope * b_decay + b_shift, 1)
-    return top, rest, logit, tl.sum(tl.where(m_best, b_token, 0), 1), slope
+    return Summary(top, rest, score, logit, tl.sum(tl.where(m_best, b_token, 0), 1), slope)
 
 
 @triton.jit
-def residual_and_entropy(top, rest, logit, slope, b_mask_logit, BY_ENTROPY: tl.constexpr):
+def residual_and_entropy(summary, b_mask_logit, BY_ENTROPY: tl.constexpr):
     """Add the mask id's logit to the normaliser; residual, entropy in nats and whether the row is usable."""
+    top, rest, logit = summary.top, summary.rest, summary.logit
     m_usable = (rest == rest) & (top > float("-inf")) & (top < float("inf")) & (b_mask_logit < float("inf"))
     residual = rest * tl.exp(top - logit) + tl.exp(b_mask_logit - logit)
     residual = tl.where(m_usable, residual, float("inf"))
@@ -91,7 +88,7 @@ def residual_and_entropy(top, rest, logit, slope, b_mask_logit, BY_ENTROPY: tl.c
         scale, mask_weight = decay(top, peak), decay(b_mask_logit, peak)
         weight = scale * (rest + decay(logit, top))
         total = weight + mask_weight
-        spread = scale * slope + tl.where(scale > 0.0, (peak - top) * weight, 0.0)
+        spread = scale * summary.slope + tl.where(scale > 0.0, (peak - top) * weight, 0.0)
         spread += tl.where(mask_weight > 0.0, (peak - b_mask_logit) * mask_weight, 0.0)
         log_total = tl.where(logit == peak, log1p(residual), tl.log(total))
         entropy = tl.where(m_usable, tl.maximum(log_total + spread / total, 0.0), float("inf"))
@@ -109,14 +106,8 @@ def decide(
     tokens,
     active,
     numbers,
-    out_tokens,
-    out_proposal,
-    out_confidence,
-    out_committed,
-    out_remaining,
-    out_nonfinite,
+    out,
     partial,
-    partial_token,
     mask_logit,
     i_b,
     B,
@@ -133,7 +124,10 @@ def decide(
     BLOCK_T: tl.constexpr,
     COUNT_RANKS: tl.constexpr,
 ):
-    """All of sequence `i_b`; `mask_logit` points to the mask id's logit at its first position, `stride_mt` apart."""
+    """All of sequence `i_b`; `mask_logit` points to the mask id's logit at its first position, `stride_mt` apart.
+
+    `out` is a `fdpp.Selection` of pointers.
+    """
     o_t = tl.arange(0, BLOCK_T)
     m_t = o_t < T
     o_bt = i_b.to(tl.int64) * T + o_t
@@ -142,13 +136,11 @@ def decide(
     if HAS_ACTIVE:
         m_candidate = m_candidate & (tl.load(active + o_bt, mask=m_t, other=0) != 0)
 
-    top, rest, logit, b_proposal, slope = merge_splits(
-        partial, partial_token, i_b, o_t, m_candidate, B, T, SAMPLED, BY_ENTROPY, SPLITS
-    )
+    summary = merge_splits(partial, i_b, o_t, m_candidate, B, T, SAMPLED, BY_ENTROPY, SPLITS)
     b_mask_id = tl.zeros_like(o_t) + mask_id
     m_mask = m_candidate & (b_mask_id >= 0) & (b_mask_id < V)
     b_mask_logit = tl.load(mask_logit + o_t.to(tl.int64) * stride_mt, mask=m_mask, other=float("-inf")).to(tl.float32)
-    b_residual, b_entropy, m_usable = residual_and_entropy(top, rest, logit, slope, b_mask_logit, BY_ENTROPY)
+    b_residual, b_entropy, m_usable = residual_and_entropy(summary, b_mask_logit, BY_ENTROPY)
     m_usable = m_usable & m_candidate
     b_confidence = tl.where(m_usable, 1.0 / (1.0 + b_residual), 0.0)
 
@@ -161,10 +153,10 @@ def decide(
     else:
         m_commit = commit_by_sort(b_key, calibration, p0, p1, ACCEPTS, BY_ENTROPY, BLOCK_T)
 
-    b_proposal = tl.where(m_candidate, b_proposal.to(tl.int64), b_token)
-    tl.store(out_tokens + o_bt, tl.where(m_commit, b_proposal, b_token), mask=m_t)
-    tl.store(out_proposal + o_bt, b_proposal, mask=m_t)
-    tl.store(out_confidence + o_bt, b_confidence, mask=m_t)
-    tl.store(out_committed + o_bt, m_commit, mask=m_t)
-    tl.store(out_remaining + i_b, tl.sum((m_candidate & (m_commit == 0)).to(tl.int32), 0))
-    tl.store(out_nonfinite + i_b, tl.sum((m_candidate & (m_usable == 0)).to(tl.int32), 0))
+    b_proposal = tl.where(m_candidate, summary.token.to(tl.int64), b_token)
+    tl.store(out.tokens + o_bt, tl.where(m_commit, b_proposal, b_token), mask=m_t)
+    tl.store(out.proposal + o_bt, b_proposal, mask=m_t)
+    tl.store(out.confidence + o_bt, b_confidence, mask=m_t)
+    tl.store(out.committed + o_bt, m_commit, mask=m_t)
+    tl.store(out.remaining + i_b, tl.sum((m_candidate & (m_commit == 0)).to(tl.int32), 0))
+    tl.store(out.nonfinite + i_b, tl.sum((m_candidate & (m_usable == 0)).to(tl.int32), 0))

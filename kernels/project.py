@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fdpp.kernels.decide import decide, store_partial
 from fdpp.kernels.noise import gumbel
-from fdpp.kernels.vocab import merge
+from fdpp.kernels.vocab import Summary, merge
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def summarize_rows(b_logit, o_v, b_seed, o_t, temperature, SAMPLED: tl.constexpr
     slope = tl.zeros_like(top)
     if BY_ENTROPY:
         slope = tl.sum(tl.where(b_weight > 0.0, b_weight * (top[:, None] - b_logit), 0.0), 1)
-    return top, rest, score, logit, token, slope
+    return Summary(top, rest, score, logit, token, slope)
 
 
 @triton.jit(do_not_specialize=["B", "T", "V", "mask_id"], do_not_specialize_on_alignment=["seeds"])
@@ -61,7 +61,6 @@ def project_kernel(
     count,
     seeds,
     partial,
-    partial_token,
     mask_logit,
     B,
     T,
@@ -95,9 +94,8 @@ def project_kernel(
             b_seed = tl.load(seeds + o_b, mask=m_r, other=0)
         start = i_s * split_len
         stop = tl.minimum(start + split_len, V)
-        b_low = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
-        top, rest, score, logit = b_low, tl.zeros([BLOCK_R], dtype=tl.float32), b_low, b_low
-        token, slope = tl.zeros([BLOCK_R], dtype=tl.int32) + start, tl.zeros([BLOCK_R], dtype=tl.float32)
+        b_low, b_zero = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32), tl.zeros([BLOCK_R], dtype=tl.float32)
+        summary = Summary(b_low, b_zero, b_low, b_low, tl.zeros([BLOCK_R], dtype=tl.int32) + start, b_zero)
         for i_v in range(start, stop, BLOCK_V):
             o_v = i_v + tl.arange(0, BLOCK_V)
             m_v = o_v < stop
@@ -107,27 +105,8 @@ def project_kernel(
                 tl.store(mask_logit + o_bt, b_mask_logit, mask=m_r)
             b_logit = tl.where((m_v & (o_v != mask_id))[None, :], b_logit, float("-inf"))
             tile = summarize_rows(b_logit, o_v, b_seed, o_t, temperature, SAMPLED, BY_ENTROPY)
-            top, rest, score, logit, token, slope = merge(
-                top, rest, score, logit, token, slope, tile[0], tile[1], tile[2], tile[3], tile[4], tile[5]
-            )
-        store_partial(
-            partial,
-            partial_token,
-            o_bt,
-            i_s,
-            m_r,
-            top,
-            rest,
-            score,
-            logit,
-            token,
-            slope,
-            B,
-            T,
-            SAMPLED,
-            BY_ENTROPY,
-            SPLITS,
-        )
+            summary = merge(summary, tile)
+        store_partial(partial, o_bt, i_s, m_r, summary, B, T, SAMPLED, BY_ENTROPY, SPLITS)
 
 
 # As in `select_kernel`.
@@ -139,14 +118,8 @@ def decide_kernel(
     tokens,
     active,
     numbers,
-    out_tokens,
-    out_proposal,
-    out_confidence,
-    out_committed,
-    out_remaining,
-    out_nonfinite,
+    out,
     partial,
-    partial_token,
     mask_logit,
     B,
     T,
@@ -171,14 +144,8 @@ def decide_kernel(
         tokens,
         active,
         numbers,
-        out_tokens,
-        out_proposal,
-        out_confidence,
-        out_committed,
-        out_remaining,
-        out_nonfinite,
+        out,
         partial,
-        partial_token,
         mask_logit + i_b.to(tl.int64) * T,
         i_b,
         B,

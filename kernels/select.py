@@ -18,14 +18,8 @@ def select_kernel(
     active,
     numbers,
     seeds,
-    out_tokens,
-    out_proposal,
-    out_confidence,
-    out_committed,
-    out_remaining,
-    out_nonfinite,
+    out,
     partial,
-    partial_token,
     ticket,
     B,
     T,
@@ -62,28 +56,9 @@ def select_kernel(
         row = logits + i_b.to(tl.int64) * stride_lb + i_t.to(tl.int64) * stride_lt
         start = i_s * split_len
         stop = tl.minimum(start + split_len, V)
-        top, rest, score, logit, token, slope = summarize_row(
-            row, start, stop, mask_id, seed, i_t, temperature, SAMPLED, BY_ENTROPY, BLOCK_V
-        )
+        summary = summarize_row(row, start, stop, mask_id, seed, i_t, temperature, SAMPLED, BY_ENTROPY, BLOCK_V)
         i_bt = i_b.to(tl.int64) * T + i_t
-        store_partial(
-            partial,
-            partial_token,
-            i_bt,
-            i_s,
-            None,
-            top,
-            rest,
-            score,
-            logit,
-            token,
-            slope,
-            B,
-            T,
-            SAMPLED,
-            BY_ENTROPY,
-            SPLITS,
-        )
+        store_partial(partial, i_bt, i_s, None, summary, B, T, SAMPLED, BY_ENTROPY, SPLITS)
 
     # Without this barrier nothing orders the other warps' stores before the ticket of the warp that takes it.
     tl.debug_barrier()
@@ -94,14 +69,8 @@ def select_kernel(
             tokens,
             active,
             numbers,
-            out_tokens,
-            out_proposal,
-            out_confidence,
-            out_committed,
-            out_remaining,
-            out_nonfinite,
+            out,
             partial,
-            partial_token,
             logits + i_b.to(tl.int64) * stride_lb + mask_id,
             i_b,
             B,

@@ -1,16 +1,36 @@
 """Softmax confidence of one position, as a reduction over its row of logits.
 
-A summary of some part of a row is (top, rest, score, logit, token): the part's largest logit, the sum of exp(l - top)
-over all of it but the proposal, and the proposal's score, logit and id. Leaving the proposal out of the sum keeps the
-residual r = (sum over v != proposal of exp(l_v)) / exp(l_proposal), from which 1 - c = r / (1 + r) has full relative
-precision; 1 - c computed from a float32 c has none where it matters. `slope`, the sum of exp(l - top) (top - l), is
-what the entropy needs on top. NaN anywhere in the row ends up in `rest`.
+A `Summary` leaves the proposal out of its sum, `rest`. That keeps the residual
+r = (sum over v != proposal of exp(l_v)) / exp(l_proposal), from which 1 - c = r / (1 + r) has full relative precision;
+1 - c computed from a float32 c has none where it matters.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from fdpp.kernels.noise import gumbel
+
+
+class Summary(NamedTuple):
+    """Some part of a row of logits, or of several rows.
+
+    Attributes:
+        top: the part's largest logit.
+        rest: the sum of exp(l - top) over all of the part but the proposal; NaN if it holds a NaN.
+        score: the proposal's logit with its noise.
+        logit: the proposal's logit.
+        token: the proposal.
+        slope: the sum of exp(l - top) (top - l), which only the entropy needs.
+    """
+
+    top: tl.tensor
+    rest: tl.tensor
+    score: tl.tensor
+    logit: tl.tensor
+    token: tl.tensor
+    slope: tl.tensor
 
 
 @triton.jit
@@ -40,28 +60,22 @@ def summarize_tile(b_logit, o_v, m_v, seed, i_t, temperature, SAMPLED: tl.conste
     slope = 0.0
     if BY_ENTROPY:
         slope = tl.sum(tl.where(b_weight > 0.0, b_weight * (top - b_logit), 0.0), 0)
-    return top, rest, score, logit, token, slope
+    return Summary(top, rest, score, logit, token, slope)
 
 
 @triton.jit
-def merge(top1, rest1, score1, logit1, token1, slope1, top2, rest2, score2, logit2, token2, slope2):
-    """The summary of two parts of a row; the first holds the lower ids, so it wins a tie."""
-    top = tl.maximum(top1, top2)
-    decay1, decay2 = decay(top1, top), decay(top2, top)
-    slope = decay1 * slope1 + decay2 * slope2
-    slope += tl.where(decay1 > 0.0, (top - top1) * (decay1 * rest1 + decay(logit1, top)), 0.0)
-    slope += tl.where(decay2 > 0.0, (top - top2) * (decay2 * rest2 + decay(logit2, top)), 0.0)
-    first = score1 >= score2
-    loser = tl.where(first, logit2, logit1)
-    rest = decay1 * rest1 + decay2 * rest2 + decay(loser, top)
-    return (
-        top,
-        rest,
-        tl.where(first, score1, score2),
-        tl.where(first, logit1, logit2),
-        tl.where(first, token1, token2),
-        slope,
-    )
+def merge(a, b):
+    """The summary of two parts of a row; `a` holds the lower ids, so it wins a tie."""
+    top = tl.maximum(a.top, b.top)
+    decay_a, decay_b = decay(a.top, top), decay(b.top, top)
+    slope = decay_a * a.slope + decay_b * b.slope
+    slope += tl.where(decay_a > 0.0, (top - a.top) * (decay_a * a.rest + decay(a.logit, top)), 0.0)
+    slope += tl.where(decay_b > 0.0, (top - b.top) * (decay_b * b.rest + decay(b.logit, top)), 0.0)
+    first = a.score >= b.score
+    loser = tl.where(first, b.logit, a.logit)
+    rest = decay_a * a.rest + decay_b * b.rest + decay(loser, top)
+    score, logit = tl.where(first, a.score, b.score), tl.where(first, a.logit, b.logit)
+    return Summary(top, rest, score, logit, tl.where(first, a.token, b.token), slope)
 
 
 @triton.jit
@@ -78,13 +92,11 @@ def summarize_row(
     BLOCK_V: tl.constexpr,
 ):
     """The summary of `row[start:stop]`, the mask id left out."""
-    top, rest, score, logit, token, slope = float("-inf"), 0.0, float("-inf"), float("-inf"), start, 0.0
+    summary = Summary(float("-inf"), 0.0, float("-inf"), float("-inf"), start, 0.0)
     for i_v in range(start, stop, BLOCK_V):
         o_v = i_v + tl.arange(0, BLOCK_V)
         m_v = o_v < stop
         b_logit = tl.load(row + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
         tile = summarize_tile(b_logit, o_v, m_v & (o_v != mask_id), seed, i_t, temperature, SAMPLED, BY_ENTROPY)
-        top, rest, score, logit, token, slope = merge(
-            top, rest, score, logit, token, slope, tile[0], tile[1], tile[2], tile[3], tile[4], tile[5]
-        )
-    return top, rest, score, logit, token, slope
+        summary = merge(summary, tile)
+    return summary

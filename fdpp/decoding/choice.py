@@ -44,7 +44,7 @@ class Choice:
             proposal = prefix_step(logits, tokens, None, terms).proposal
             logits = ranked_last(logits, proposal, self.last, terms.mask_id)
         if only_masked:
-            chosen = Selection(*cpu.select(logits, tokens, None, terms))
+            chosen = cpu.select(logits, tokens, None, terms)
         elif self.rule.needs.block:
             chosen = self.everywhere(logits, tokens, terms)
         else:

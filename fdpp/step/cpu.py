@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fdpp.selection import candidates
+from fdpp.selection import Selection, candidates
 from fdpp.step.noise import gumbel
 from fdpp.step.terms import Terms
 
@@ -82,10 +82,8 @@ def summarize(rows: Tensor, terms: Terms, b: Tensor, t: Tensor) -> tuple[Tensor,
     return proposal, residual, (log_z + slope / Z).clamp_(min=0.0)
 
 
-def select(
-    logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `fdpp.step.operators.select_op`; the outputs are the fields of `fdpp.Selection`.
+def select(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> Selection:
+    """See `fdpp.step.operators.select_op`.
 
     `logits` may also be the rows of the candidates alone, `[m, V]` in their order.
     """
@@ -104,7 +102,7 @@ def select(
 
 def select_parts(
     parts: Iterable[tuple[Tensor, Tensor, Tensor]], tokens: Tensor, candidate: Tensor, terms: Terms
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Selection:
     """`select`, given in parts the sequences and positions `[n]` of the candidates and their logits `[n, V]` float32.
 
     The logits are overwritten.
@@ -124,14 +122,15 @@ def decide(
     tokens: Tensor,
     candidate: Tensor,
     terms: Terms,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Selection:
     """The outputs of `select`, given what `summarize` says of the candidates; all `[B, T]`, unusable residuals NaN."""
     usable = candidate & ~residuals.isnan()
     committed = commit(rank_by, candidate, usable, terms) if tokens.shape[1] else candidate
     confidence = torch.where(usable, 1.0 / (1.0 + residuals), 0.0)
     remaining = (candidate & ~committed).sum(1, dtype=torch.int32)
     nonfinite = (candidate & ~usable).sum(1, dtype=torch.int32)
-    return torch.where(committed, proposals, tokens), proposals, confidence, committed, remaining, nonfinite
+    tokens = torch.where(committed, proposals, tokens)
+    return Selection(tokens, proposals, confidence, committed, remaining, nonfinite)
 
 
 def commit(rank_by: Tensor, candidate: Tensor, usable: Tensor, terms: Terms) -> Tensor:

@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from fdpp.kernels.decide import Partial
 from fdpp.kernels.launch import select_launch
 from fdpp.kernels.select import select_kernel
+from fdpp.selection import Selection
 from fdpp.step.terms import Terms
 
 TICKETS = 4096
@@ -17,8 +19,6 @@ TICKETS = 4096
 
 FOR_GRAPHS = 16 * TICKETS
 """Tickets made at a time for captured launches, each of which keeps its own: 256 kB."""
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 tickets: dict[tuple[torch.device, int], Tensor] = {}
 slabs: list[Tensor] = []
@@ -81,20 +81,20 @@ def reset_tickets() -> None:
         slab.zero_()
 
 
-def empty_outputs(tokens: Tensor) -> Outputs:
-    """Room for the fields of `fdpp.Selection`, of a step from `tokens` `[B, T]`."""
+def empty_outputs(tokens: Tensor) -> Selection:
+    """Room for what a step from `tokens` `[B, T]` decides."""
     B, T = tokens.shape
-    return (
-        tokens.new_empty((B, T)),
-        tokens.new_empty((B, T)),
-        tokens.new_empty((B, T), dtype=torch.float32),
-        tokens.new_empty((B, T), dtype=torch.bool),
-        tokens.new_empty((B,), dtype=torch.int32),
-        tokens.new_empty((B,), dtype=torch.int32),
+    return Selection(
+        tokens=tokens.new_empty((B, T)),
+        proposal=tokens.new_empty((B, T)),
+        confidence=tokens.new_empty((B, T), dtype=torch.float32),
+        committed=tokens.new_empty((B, T), dtype=torch.bool),
+        remaining=tokens.new_empty((B,), dtype=torch.int32),
+        nonfinite=tokens.new_empty((B,), dtype=torch.int32),
     )
 
 
-def select(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> Outputs:
+def select(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> Selection:
     """See `fdpp.step.operators.select_op`; one launch, no host synchronisation, no allocation that depends on data."""
     B, T, V = logits.shape
     if logits.stride(2) != 1:
@@ -102,8 +102,8 @@ def select(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) 
     tokens = tokens.contiguous()
     outputs = empty_outputs(tokens)
     if B == 0 or T == 0:
-        for count in outputs[4:]:
-            count.zero_()
+        outputs.remaining.zero_()
+        outputs.nonfinite.zero_()
         return outputs
     config = select_launch(B, T, V)
     partial = torch.empty(5, B, T, config.splits, dtype=torch.float32, device=tokens.device)
@@ -115,9 +115,8 @@ def select(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) 
             tokens if active is None else active.contiguous(),
             terms.params,
             tokens if terms.seeds is None else terms.seeds.contiguous(),
-            *outputs,
-            partial,
-            partial_token,
+            outputs,
+            Partial(partial, partial_token),
             ticket_for(tokens.device, B),
             B,
             T,

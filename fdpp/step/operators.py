@@ -27,17 +27,17 @@ def select_op(
     seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`fdpp::select`; the last five arguments are the fields of `Terms`."""
-    return cpu.select(logits, tokens, active, Terms(params, rule, mask_id, temperature, seeds))
+    return tuple(cpu.select(logits, tokens, active, Terms(params, rule, mask_id, temperature, seeds)))
 
 
 @select_op.register_kernel("cuda")
 def _(logits, tokens, active, params, rule, mask_id, temperature, seeds):  # type: ignore[no-untyped-def]
-    return gpu.select(logits, tokens, active, Terms(params, rule, mask_id, temperature, seeds))
+    return tuple(gpu.select(logits, tokens, active, Terms(params, rule, mask_id, temperature, seeds)))
 
 
 @select_op.register_fake
 def _(logits, tokens, active, params, rule, mask_id, temperature, seeds):  # type: ignore[no-untyped-def]
-    return gpu.empty_outputs(tokens)
+    return tuple(gpu.empty_outputs(tokens))
 
 
 def prefix_step(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> Selection:
@@ -51,7 +51,7 @@ def prefix_step(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Te
     if torch.compiler.is_compiling():
         return Selection(*select_op(logits, tokens, active, *terms))
     implementation = cpu.select if logits.device.type == "cpu" else gpu.select
-    return Selection(*implementation(logits, tokens, active, terms))
+    return implementation(logits, tokens, active, terms)
 
 
 def check_seeds(terms: Terms) -> None:

@@ -143,7 +143,7 @@ def prefix_step(
         summaries = torch.stack(exchange(torch.cat(chunks, dim=1), group))
         merged = merge(summaries, terms.sampled, terms.by_entropy)
         proposals[where_b, where_t], residuals[where_b, where_t], rank_by[where_b, where_t] = merged
-    return Selection(*cpu.decide(proposals, residuals, rank_by, tokens, candidate, terms))
+    return cpu.decide(proposals, residuals, rank_by, tokens, candidate, terms)
 
 
 def summarize(rows: Tensor, terms: Terms, b: Tensor, t: Tensor, first_id: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from fdpp.kernels.decide import Partial
 from fdpp.kernels.launch import project_launch
 from fdpp.kernels.project import decide_kernel, project_kernel
 from fdpp.rules import Rule
@@ -45,7 +46,7 @@ def check(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor | None,
     check_rows(hidden, tokens, active, seeds)
 
 
-def project_cpu(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> gpu.Outputs:
+def project_cpu(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> Selection:
     """`fdpp::project_select` in PyTorch, `ROWS` masked positions at a time; logits are rounded to its dtype."""
     tokens = tokens.contiguous()
     candidate = candidates(tokens, terms.mask_id, active)
@@ -61,7 +62,7 @@ def project_cpu(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor |
     return cpu.select_parts(parts(), tokens, candidate, terms)
 
 
-def project_gpu(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> gpu.Outputs:
+def project_gpu(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> Selection:
     """`fdpp::project_select` in two launches (see `fdpp.kernels.project`), after PyTorch listed the masked rows.
 
     No host synchronisation, no allocation that depends on data.
@@ -72,8 +73,8 @@ def project_gpu(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor |
     tokens = tokens.contiguous()
     outputs = gpu.empty_outputs(tokens)
     if B == 0 or T == 0:
-        for count in outputs[4:]:
-            count.zero_()
+        outputs.remaining.zero_()
+        outputs.nonfinite.zero_()
         return outputs
     candidate = candidates(tokens, terms.mask_id, active).flatten()
     order, count = torch.argsort(~candidate, stable=True), candidate.sum()
@@ -90,8 +91,7 @@ def project_gpu(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor |
             order,
             count,
             tokens if terms.seeds is None else terms.seeds.contiguous(),
-            partial,
-            partial_token,
+            Partial(partial, partial_token),
             mask_logit,
             B,
             T,
@@ -117,9 +117,8 @@ def project_gpu(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor |
             tokens,
             tokens if active is None else active.contiguous(),
             terms.params,
-            *outputs,
-            partial,
-            partial_token,
+            outputs,
+            Partial(partial, partial_token),
             mask_logit,
             B,
             T,
@@ -150,17 +149,17 @@ def project_op(
     seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`fdpp::project_select`; the last five arguments are the fields of `Terms`."""
-    return project_cpu(hidden, weight, tokens, active, Terms(params, rule, mask_id, temperature, seeds))
+    return tuple(project_cpu(hidden, weight, tokens, active, Terms(params, rule, mask_id, temperature, seeds)))
 
 
 @project_op.register_kernel("cuda")
 def _(hidden, weight, tokens, active, params, rule, mask_id, temperature, seeds):  # type: ignore[no-untyped-def]
-    return project_gpu(hidden, weight, tokens, active, Terms(params, rule, mask_id, temperature, seeds))
+    return tuple(project_gpu(hidden, weight, tokens, active, Terms(params, rule, mask_id, temperature, seeds)))
 
 
 @project_op.register_fake
 def _(hidden, weight, tokens, active, params, rule, mask_id, temperature, seeds):  # type: ignore[no-untyped-def]
-    return gpu.empty_outputs(tokens)
+    return tuple(gpu.empty_outputs(tokens))
 
 
 def prefix_step(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> Selection:
@@ -174,7 +173,7 @@ def prefix_step(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor |
     if torch.compiler.is_compiling():
         return Selection(*project_op(hidden, weight, tokens, active, *terms))
     implementation = project_cpu if hidden.device.type == "cpu" else project_gpu
-    return Selection(*implementation(hidden, weight, tokens, active, terms))
+    return implementation(hidden, weight, tokens, active, terms)
 
 
 def project_select(
