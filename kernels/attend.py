@@ -7,13 +7,33 @@ log 2, which turns the exponential into the hardware's own.
 
 Branches of a sequence read one cache, but each has a block of its own in the place of the same columns: every column
 has one source, so there is one loop with one softmax, and the splits are those of the columns. Branches do not share a
-tile, which would read the cached keys once for all: a value of one that is not finite would reach the others, even with
-the weight zero.
+tile, although the cached keys would then be read once for all of them: a value that is not finite would reach the other
+branches, even with weight zero.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from triton.language.target_info import is_hip
+
+
+class Part(NamedTuple):
+    """What the splits leave for `combine_kernel`: each one's weighted values, maximum and sum."""
+
+    acc: tl.tensor
+    max: tl.tensor
+    sum: tl.tensor
+
+
+class Strides(NamedTuple):
+    """Strides of each input's rows, heads and columns; of `own_k` and `own_v` None where a block has no own keys."""
+
+    q: tuple[tl.tensor, tl.tensor, tl.tensor]
+    k: tuple[tl.tensor, tl.tensor, tl.tensor]
+    v: tuple[tl.tensor, tl.tensor, tl.tensor]
+    own_k: tuple[tl.tensor, tl.tensor, tl.tensor]
+    own_v: tuple[tl.tensor, tl.tensor, tl.tensor]
 
 
 @triton.jit
@@ -23,17 +43,17 @@ def normalized(b_acc, total):
 
 
 @triton.jit
-def load_columns(cached, own, o_s, o_d, m_sd, column, n_own, stride, stride_own, HAS_OWN: tl.constexpr):
+def load_columns(cached, own, strides, strides_own, o_s, o_d, m_sd, column, n_own, HAS_OWN: tl.constexpr):
     """Channels `o_d` of keys or values of columns `o_s`: of the block's own from `column` on, else of the cache.
 
     Pointers chosen by a mask keep it one copy to shared memory, sixteen bytes at a time. Triton's compiler for AMD does
     not take such pointers (3.7), so there are two loads, each of the columns that the other leaves out.
     """
-    p_s = cached + o_s.to(tl.int64) * stride + o_d
+    p_s = cached + o_s.to(tl.int64) * strides[2] + o_d
     if HAS_OWN:
         o_own = o_s - column
         m_own = (o_own >= 0) & (o_own < n_own)
-        p_own = own + o_own.to(tl.int64) * stride_own + o_d
+        p_own = own + o_own.to(tl.int64) * strides_own[2] + o_d
         if is_hip():
             b_own = tl.load(p_own, mask=m_sd & m_own, other=0.0)
             return tl.load(p_s, mask=m_sd & ~m_own, other=b_own)
@@ -53,27 +73,11 @@ def attend_kernel(
     column,
     out,
     part,
-    part_max,
-    part_sum,
     S,
     n,
     n_own,
     scale,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_okb,
-    stride_okh,
-    stride_oks,
-    stride_ovb,
-    stride_ovh,
-    stride_ovs,
+    strides,
     split_len,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -100,7 +104,7 @@ def attend_kernel(
     o_h, o_n = i_k * GROUP + o_m // n, o_m % n
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_SIZE
-    o_q = i_row * stride_qb + o_h.to(tl.int64) * stride_qh + o_n.to(tl.int64) * stride_qn
+    o_q = i_row * strides.q[0] + o_h.to(tl.int64) * strides.q[1] + o_n.to(tl.int64) * strides.q[2]
     b_q = tl.load(q + o_q[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
 
     start = i_s * split_len
@@ -108,8 +112,8 @@ def attend_kernel(
     b_column = 0
     if HAS_OWN:
         b_column = tl.load(column).to(tl.int32)
-        own_k += i_row * stride_okb + i_k.to(tl.int64) * stride_okh
-        own_v += i_row * stride_ovb + i_k.to(tl.int64) * stride_ovh
+        own_k += i_row * strides.own_k[0] + i_k.to(tl.int64) * strides.own_k[1]
+        own_v += i_row * strides.own_v[0] + i_k.to(tl.int64) * strides.own_v[1]
     if HAS_FIRST:
         b_first = tl.load(first + i_b).to(tl.int32)
         if HAS_OWN:
@@ -122,19 +126,23 @@ def attend_kernel(
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    k += i_b * stride_kb + i_k.to(tl.int64) * stride_kh
-    v += i_b * stride_vb + i_k.to(tl.int64) * stride_vh
+    k += i_b * strides.k[0] + i_k.to(tl.int64) * strides.k[1]
+    v += i_b * strides.v[0] + i_k.to(tl.int64) * strides.v[1]
     for i_c in range(start, stop, BLOCK_S):
         o_s = i_c + tl.arange(0, BLOCK_S)
         m_s = o_s < stop
         m_k, m_v = m_s[None, :] & m_d[:, None], m_s[:, None] & m_d[None, :]
-        b_k = load_columns(k, own_k, o_s[None, :], o_d[:, None], m_k, b_column, n_own, stride_ks, stride_oks, HAS_OWN)
+        b_k = load_columns(
+            k, own_k, strides.k, strides.own_k, o_s[None, :], o_d[:, None], m_k, b_column, n_own, HAS_OWN
+        )
         b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
         b_score = tl.where(m_s[None, :], b_score, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_score, 1))
         b_weight = tl.exp2(b_score - b_new[:, None])
         b_decay = tl.exp2(b_max - b_new)
-        b_v = load_columns(v, own_v, o_s[:, None], o_d[None, :], m_v, b_column, n_own, stride_vs, stride_ovs, HAS_OWN)
+        b_v = load_columns(
+            v, own_v, strides.v, strides.own_v, o_s[:, None], o_d[None, :], m_v, b_column, n_own, HAS_OWN
+        )
         b_acc = tl.dot(b_weight.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
         b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
         b_max = b_new
@@ -145,22 +153,22 @@ def attend_kernel(
         tl.store(out + o_row[:, None] * HEAD_SIZE + o_d[None, :], normalized(b_acc, b_sum[:, None]), mask=m_md)
     else:
         o_part = o_row * SPLITS + i_s
-        tl.store(part + o_part[:, None] * HEAD_SIZE + o_d[None, :], b_acc, mask=m_md)
-        tl.store(part_max + o_part, b_max, mask=m_m)
-        tl.store(part_sum + o_part, b_sum, mask=m_m)
+        tl.store(part.acc + o_part[:, None] * HEAD_SIZE + o_d[None, :], b_acc, mask=m_md)
+        tl.store(part.max + o_part, b_max, mask=m_m)
+        tl.store(part.sum + o_part, b_sum, mask=m_m)
 
 
 @triton.jit
-def combine_kernel(part, part_max, part_sum, out, HEAD_SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+def combine_kernel(part, out, HEAD_SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Grid (B * n * heads): the splits of one query, weighted by what they hold of the softmax."""
     i_row = tl.program_id(0).to(tl.int64)
     o_s, o_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_SIZE
-    b_max = tl.load(part_max + i_row * SPLITS + o_s)
-    b_sum = tl.load(part_sum + i_row * SPLITS + o_s)
+    b_max = tl.load(part.max + i_row * SPLITS + o_s)
+    b_sum = tl.load(part.sum + i_row * SPLITS + o_s)
     # A split without keys has no maximum, and a query without keys none in any split.
     b_weight = tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - tl.max(b_max, 0)))
     o_part = (i_row * SPLITS + o_s)[:, None] * HEAD_SIZE + o_d[None, :]
-    b_part = tl.load(part + o_part, mask=m_d[None, :], other=0.0)
+    b_part = tl.load(part.acc + o_part, mask=m_d[None, :], other=0.0)
     b_out = normalized(tl.sum(b_weight[:, None] * b_part, 0), tl.sum(b_weight * b_sum, 0))
     tl.store(out + i_row * HEAD_SIZE + o_d, b_out, mask=m_d)

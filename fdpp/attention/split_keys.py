@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from fdpp.kernels.attend import attend_kernel, combine_kernel
+from fdpp.kernels.attend import Part, Strides, attend_kernel, combine_kernel
 from fdpp.kernels.launch import attend_launch
 from fdpp.selection import DTYPES
 
@@ -129,6 +129,7 @@ def attention_gpu(
     if config.splits > 1:
         part = torch.empty(rows * n * H, config.splits, d, dtype=torch.float32, device=q.device)
         part_max, part_sum = torch.empty(2, rows * n * H, config.splits, dtype=torch.float32, device=q.device)
+    parts = Part(part, part_max, part_sum)
     shape = {
         "HEAD_SIZE": d,
         "SPLITS": config.splits,
@@ -146,17 +147,12 @@ def attention_gpu(
             q if first is None else first.contiguous(),
             column,
             out,
-            part,
-            part_max,
-            part_sum,
+            parts,
             S,
             n,
             n_own,
             scale * math.log2(math.e),
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *own_strides,
+            Strides(q.stride()[:3], k.stride()[:3], v.stride()[:3], own_strides[:3], own_strides[3:]),
             config.split_len,
             HEADS=H,
             GROUP=group,
@@ -171,7 +167,7 @@ def attention_gpu(
             **shape,
         )
         if config.splits > 1:
-            combine_kernel[(rows * n * H,)](part, part_max, part_sum, out, **shape)
+            combine_kernel[(rows * n * H,)](parts, out, **shape)
     return out
 
 
