@@ -12,8 +12,64 @@ Scores are recomputed in every pass: the queries and keys of a few layers are sm
 are separate tensors of equal strides, handed over as tuples, so no key is copied. Exponents are to base 2.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Inputs(NamedTuple):
+    """What all passes read.
+
+    Attributes:
+        queries, own: the fed columns' queries and keys, per layer.
+        shared: the keys of all columns, per layer; not read unless HAS_SHARED.
+        mask: `[b, S]`, zero at padding; not read unless HAS_MASK.
+    """
+
+    queries: tuple[tl.tensor, ...]
+    own: tuple[tl.tensor, ...]
+    shared: tuple[tl.tensor, ...]
+    mask: tl.tensor
+
+
+class Strides(NamedTuple):
+    """Strides of rows, heads and columns of the queries and keys, the same in every layer."""
+
+    queries: tuple[tl.tensor, tl.tensor, tl.tensor]
+    own: tuple[tl.tensor, tl.tensor, tl.tensor]
+    shared: tuple[tl.tensor, tl.tensor, tl.tensor]
+
+
+class Layout(NamedTuple):
+    """Where the fed columns stand among all, `start..start+n` of `S`, and where their queries and keys lie."""
+
+    strides: Strides
+    start: tl.tensor
+    n: tl.tensor
+    S: tl.tensor
+
+
+class Case(NamedTuple):
+    """What all passes are compiled for.
+
+    Attributes:
+        H: heads.
+        HD: channels of a head, rounded up to a power of two in BLOCK_D.
+        GROUP: heads that share one head of keys.
+        BRANCHES: rows that share the keys of one sequence.
+        PRECISION: of products in float32.
+    """
+
+    H: int
+    HD: int
+    BLOCK_D: int
+    GROUP: int
+    BRANCHES: int
+    LAYERS: int
+    HAS_SHARED: bool
+    HAS_MASK: bool
+    PRECISION: str
 
 
 @triton.jit
@@ -29,201 +85,108 @@ def pick(pointers, i, COUNT: tl.constexpr):
 
 
 @triton.jit
-def load_queries(
-    queries, strides, i_r, i_h, o_q, n, H: tl.constexpr, HD: tl.constexpr, BLOCK_D: tl.constexpr, LAYERS: tl.constexpr
-):
+def load_queries(inputs, layout, i_r, i_h, o_q, CASE: tl.constexpr):
     """Queries `[BLOCK_Q, BLOCK_D]` of row `i_r`, layer `i_h // H` and head `i_h % H`, zero outside."""
-    o_d = tl.arange(0, BLOCK_D)
-    query, i_h = pick(queries, i_h // H, LAYERS), i_h % H
+    o_d = tl.arange(0, CASE.BLOCK_D)
+    query, i_h = pick(inputs.queries, i_h // CASE.H, CASE.LAYERS), i_h % CASE.H
+    strides = layout.strides.queries
     row = query + i_r.to(tl.int64) * strides[0] + i_h * strides[1] + o_q.to(tl.int64) * strides[2]
-    return tl.load(row[:, None] + o_d[None, :], mask=(o_q < n)[:, None] & (o_d < HD)[None, :], other=0.0)
+    m_q, m_d = o_q < layout.n, o_d < CASE.HD
+    return tl.load(row[:, None] + o_d[None, :], mask=m_q[:, None] & m_d[None, :], other=0.0)
 
 
 @triton.jit
-def scores(
-    b_q,
-    own,
-    shared,
-    mask,
-    strides,
-    i_r,
-    i_h,
-    o_k,
-    start,
-    n,
-    S,
-    H: tl.constexpr,
-    HD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    BRANCHES: tl.constexpr,
-    LAYERS: tl.constexpr,
-    HAS_SHARED: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Scores `[BLOCK_Q, BLOCK_K]` of columns `o_k`, to base 2, -inf at padding and behind the end.
+def scores(b_q, inputs, layout, i_r, i_h, o_k, CASE: tl.constexpr):
+    """Scores `[BLOCK_Q, BLOCK_K]` of columns `o_k`, to base 2, -inf at padding and beyond the end.
 
     A row's own keys stand in columns `start..start+n`; the others are those of its sequence, row // BRANCHES.
     """
-    i_b = (i_r // BRANCHES).to(tl.int64)
-    o_d = tl.arange(0, BLOCK_D)
-    m_k = o_k < S
-    m_d = o_d < HD
-    m_own = (o_k >= start) & (o_k < start + n)
-    i_kv = i_h % H // GROUP
-    row = pick(own, i_h // H, LAYERS) + i_r.to(tl.int64) * strides[3] + i_kv * strides[4]
-    row += (o_k - start).to(tl.int64) * strides[5]
+    i_b = (i_r // CASE.BRANCHES).to(tl.int64)
+    o_d = tl.arange(0, CASE.BLOCK_D)
+    m_k = o_k < layout.S
+    m_d = o_d < CASE.HD
+    m_own = (o_k >= layout.start) & (o_k < layout.start + layout.n)
+    i_layer, i_kv = i_h // CASE.H, i_h % CASE.H // CASE.GROUP
+    strides = layout.strides.own
+    row = pick(inputs.own, i_layer, CASE.LAYERS) + i_r.to(tl.int64) * strides[0] + i_kv * strides[1]
+    row += (o_k - layout.start).to(tl.int64) * strides[2]
     b_k = tl.load(row[None, :] + o_d[:, None], mask=m_own[None, :] & m_d[:, None], other=0.0)
-    if HAS_SHARED:
+    if CASE.HAS_SHARED:
         # Two masked loads, for the same reason as in `pick`.
-        row = pick(shared, i_h // H, LAYERS) + i_b * strides[6] + i_kv * strides[7] + o_k.to(tl.int64) * strides[8]
+        strides = layout.strides.shared
+        row = pick(inputs.shared, i_layer, CASE.LAYERS) + i_b * strides[0] + i_kv * strides[1]
+        row += o_k.to(tl.int64) * strides[2]
         m_stored = m_k & (m_own == 0)
         b_k += tl.load(row[None, :] + o_d[:, None], mask=m_stored[None, :] & m_d[:, None], other=0.0)
-    if HAS_MASK:
-        m_k = m_k & (tl.load(mask + i_b * S + o_k, mask=m_k, other=0) != 0)
-    b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * (1.4426950408889634 / HD**0.5)
+    if CASE.HAS_MASK:
+        m_k = m_k & (tl.load(inputs.mask + i_b * layout.S + o_k, mask=m_k, other=0) != 0)
+    b_score = tl.dot(b_q, b_k, input_precision=CASE.PRECISION) * (1.4426950408889634 / CASE.HD**0.5)
     return tl.where(m_k[None, :], b_score, float("-inf"))
 
 
+# Triton specialises every element of a tuple, so numbers that no kernel is compiled for are arguments of their own.
 @triton.jit(do_not_specialize=["start", "n", "S"])
-def lse_kernel(
-    queries,
-    own,
-    shared,
-    mask,
-    lse,
-    strides,
-    start,
-    n,
-    S,
-    H: tl.constexpr,
-    HD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    BRANCHES: tl.constexpr,
-    LAYERS: tl.constexpr,
-    HAS_SHARED: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def lse_kernel(inputs, lse, strides, start, n, S, CASE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """Grid (query tiles, layers * H, rows): `lse` `[rows, layers * H, n]` float32, to base 2."""
+    layout = Layout(strides, start, n, S)
     i_h, i_r = tl.program_id(1), tl.program_id(2)
     o_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    b_q = load_queries(queries, strides, i_r, i_h, o_q, n, H, HD, BLOCK_D, LAYERS)
+    b_q = load_queries(inputs, layout, i_r, i_h, o_q, CASE)
     b_top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_Q,), tl.float32)
     for i_k in range(0, S, BLOCK_K):
         o_k = i_k + tl.arange(0, BLOCK_K)
-        b_score = scores(
-            b_q, own, shared, mask, strides, i_r, i_h, o_k, start, n, S,
-            H, HD, BLOCK_D, GROUP, BRANCHES, LAYERS, HAS_SHARED, HAS_MASK, PRECISION,
-        )  # fmt: skip
+        b_score = scores(b_q, inputs, layout, i_r, i_h, o_k, CASE)
         b_next = tl.maximum(b_top, tl.max(b_score, 1))
         # A tile may hold nothing but padding, before any key was seen.
         b_base = tl.where(b_next == float("-inf"), 0.0, b_next)
         b_sum = b_sum * tl.exp2(b_top - b_base) + tl.sum(tl.exp2(b_score - b_base[:, None]), 1)
         b_top = b_next
-    plane = i_r.to(tl.int64) * LAYERS * H + i_h
+    plane = i_r.to(tl.int64) * CASE.LAYERS * CASE.H + i_h
     tl.store(lse + plane * n + o_q, b_top + tl.log2(b_sum), mask=o_q < n)
 
 
 @triton.jit(do_not_specialize=["start", "n", "S"])
 def column_kernel(
-    queries,
-    own,
-    shared,
-    mask,
-    lse,
-    column,
-    strides,
-    start,
-    n,
-    S,
-    H: tl.constexpr,
-    HD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    BRANCHES: tl.constexpr,
-    LAYERS: tl.constexpr,
-    HAS_SHARED: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    inputs, lse, column, strides, start, n, S, CASE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """Grid (key tiles, layers * H, rows): `column` `[rows, layers * H, S]` float32, sums over the real queries."""
+    layout = Layout(strides, start, n, S)
     i_h, i_r = tl.program_id(1), tl.program_id(2)
-    i_b = (i_r // BRANCHES).to(tl.int64)
-    plane = i_r.to(tl.int64) * LAYERS * H + i_h
+    i_b = (i_r // CASE.BRANCHES).to(tl.int64)
+    plane = i_r.to(tl.int64) * CASE.LAYERS * CASE.H + i_h
     o_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     b_column = tl.zeros((BLOCK_K,), tl.float32)
     for i_q in range(0, n, BLOCK_Q):
         o_q = i_q + tl.arange(0, BLOCK_Q)
         m_q = o_q < n
-        b_q = load_queries(queries, strides, i_r, i_h, o_q, n, H, HD, BLOCK_D, LAYERS)
-        b_score = scores(
-            b_q, own, shared, mask, strides, i_r, i_h, o_k, start, n, S,
-            H, HD, BLOCK_D, GROUP, BRANCHES, LAYERS, HAS_SHARED, HAS_MASK, PRECISION,
-        )  # fmt: skip
+        b_q = load_queries(inputs, layout, i_r, i_h, o_q, CASE)
+        b_score = scores(b_q, inputs, layout, i_r, i_h, o_k, CASE)
         b_lse = tl.load(lse + plane * n + o_q, mask=m_q, other=0.0)
-        if HAS_MASK:
-            m_q = m_q & (tl.load(mask + i_b * S + start + o_q, mask=m_q, other=0) != 0)
+        if CASE.HAS_MASK:
+            m_q = m_q & (tl.load(inputs.mask + i_b * S + start + o_q, mask=m_q, other=0) != 0)
         b_column += tl.sum(tl.where(m_q[:, None], tl.exp2(b_score - b_lse[:, None]), 0.0), 0)
     tl.store(column + plane * S + o_k, b_column, mask=o_k < S)
 
 
 @triton.jit
-def averaged_attention(
-    queries,
-    own,
-    shared,
-    mask,
-    lse,
-    column,
-    strides,
-    i_r,
-    o_q,
-    o_k,
-    start,
-    n,
-    S,
-    H: tl.constexpr,
-    HD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    BRANCHES: tl.constexpr,
-    LAYERS: tl.constexpr,
-    HAS_SHARED: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def averaged_attention(inputs, lse, column, layout, i_r, o_q, o_k, CASE: tl.constexpr):
     """A `[BLOCK_Q, BLOCK_K]`, and the attention `[BLOCK_K]` its columns receive from all fed queries together."""
-    b_mean = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-    b_column = tl.zeros((BLOCK_K,), tl.float32)
-    for i_h in range(0, LAYERS * H):
-        b_q = load_queries(queries, strides, i_r, i_h, o_q, n, H, HD, BLOCK_D, LAYERS)
-        b_score = scores(
-            b_q, own, shared, mask, strides, i_r, i_h, o_k, start, n, S,
-            H, HD, BLOCK_D, GROUP, BRANCHES, LAYERS, HAS_SHARED, HAS_MASK, PRECISION,
-        )  # fmt: skip
-        plane = i_r.to(tl.int64) * LAYERS * H + i_h
-        b_lse = tl.load(lse + plane * n + o_q, mask=o_q < n, other=0.0)
+    b_mean = tl.zeros((o_q.shape[0], o_k.shape[0]), tl.float32)
+    b_column = tl.zeros((o_k.shape[0],), tl.float32)
+    for i_h in range(0, CASE.LAYERS * CASE.H):
+        b_q = load_queries(inputs, layout, i_r, i_h, o_q, CASE)
+        b_score = scores(b_q, inputs, layout, i_r, i_h, o_k, CASE)
+        plane = i_r.to(tl.int64) * CASE.LAYERS * CASE.H + i_h
+        b_lse = tl.load(lse + plane * layout.n + o_q, mask=o_q < layout.n, other=0.0)
         b_mean += tl.exp2(b_score - b_lse[:, None])
-        b_column += tl.load(column + plane * S + o_k, mask=o_k < S, other=0.0)
-    return b_mean / (LAYERS * H), b_column / (LAYERS * H)
+        b_column += tl.load(column + plane * layout.S + o_k, mask=o_k < layout.S, other=0.0)
+    return b_mean / (CASE.LAYERS * CASE.H), b_column / (CASE.LAYERS * CASE.H)
 
 
 @triton.jit(do_not_specialize=["start", "n", "S", "first", "T"])
 def edges_kernel(
-    queries,
-    own,
-    shared,
-    mask,
+    inputs,
     lse,
     column,
     real_queries,
@@ -236,33 +199,22 @@ def edges_kernel(
     T,
     tau_sink,
     tau_edge,
-    H: tl.constexpr,
-    HD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    BRANCHES: tl.constexpr,
-    LAYERS: tl.constexpr,
-    HAS_SHARED: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CASE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Grid (words, query tiles of the block, rows): `bits` `[rows, T, words]` int32; BLOCK_K is a word's 32 columns."""
     i_w, i_r = tl.program_id(0), tl.program_id(2)
-    i_b = i_r // BRANCHES
+    i_b = i_r // CASE.BRANCHES
     o_t, o_k = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q), i_w * BLOCK_K + tl.arange(0, BLOCK_K)
     # The last tile's spare rows are other queries or none; their bits are not stored.
     o_q = first - start + o_t
-    b_mean, b_column = averaged_attention(
-        queries, own, shared, mask, lse, column, strides, i_r, o_q, o_k, start, n, S,
-        H, HD, BLOCK_D, GROUP, BRANCHES, LAYERS, HAS_SHARED, HAS_MASK, PRECISION, BLOCK_Q, BLOCK_K,
-    )  # fmt: skip
+    b_mean, b_column = averaged_attention(inputs, lse, column, Layout(strides, start, n, S), i_r, o_q, o_k, CASE)
     m_k = o_k < S
     fed = n
-    if HAS_MASK:
+    if CASE.HAS_MASK:
         fed = tl.load(real_queries + i_b)
-        m_k = m_k & (tl.load(mask + i_b.to(tl.int64) * S + o_k, mask=m_k, other=0) != 0)
+        m_k = m_k & (tl.load(inputs.mask + i_b.to(tl.int64) * S + o_k, mask=m_k, other=0) != 0)
     m_k = m_k & (b_column <= tau_sink * fed)
     m_edge = (b_mean >= tau_edge) & m_k[None, :] & (o_k[None, :] != (first + o_t)[:, None])
     b_word = tl.sum(m_edge.to(tl.int32) << tl.arange(0, BLOCK_K)[None, :], 1)
@@ -287,7 +239,7 @@ def independent_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Grid (rows): all clauses of the rule and the greedy independent set of one sequence (see `fdpp.dawn.commit`).
+    """Grid (rows): all clauses of the rule and the greedy independent set of one sequence (see `fdpp.rules.dawn.commit`).
 
     The set grows by the most confident free position, the lower one of equals, whose neighbours then leave; both
     directions of its edges are read from the bits, so the block's graph is never unpacked.

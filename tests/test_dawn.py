@@ -25,7 +25,7 @@ from torch import Tensor
 import fdpp
 from fdpp.attention import Probe
 from fdpp.attention.cache import BlockCache, tree_mask
-from fdpp.kernels.dependency import averaged_attention
+from fdpp.kernels.dependency import Case, Inputs, Layout, Strides, averaged_attention
 from fdpp.models.llada import LLaDAModelLM
 from fdpp.rules import dawn
 from fdpp.rules.dawn import Dawn, decide
@@ -298,17 +298,12 @@ class TestEdges:
 
 @triton.jit
 def attention_kernel(
-    queries, own, mask, lse, column, strides, out, n, S,
-    H: tl.constexpr, HD: tl.constexpr, BLOCK_D: tl.constexpr, LAYERS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    inputs, lse, column, out, strides, n, CASE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):
     o_q, o_k = tl.arange(0, BLOCK_Q), tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    b_mean, _ = averaged_attention(
-        queries, own, own, mask, lse, column, strides, tl.program_id(1), o_q, o_k, 0, n, S,
-        H, HD, BLOCK_D, 1, 1, LAYERS, False, False, "ieee", BLOCK_Q, BLOCK_K,
-    )  # fmt: skip
-    at = (tl.program_id(1) * n + o_q[:, None]) * S + o_k[None, :]
-    tl.store(out + at, b_mean, mask=(o_q < n)[:, None] & (o_k < S)[None, :])
+    b_mean, _ = averaged_attention(inputs, lse, column, Layout(strides, 0, n, n), tl.program_id(1), o_q, o_k, CASE)
+    at = (tl.program_id(1) * n + o_q[:, None]) * n + o_k[None, :]
+    tl.store(out + at, b_mean, mask=(o_q < n)[:, None] & (o_k < n)[None, :])
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
@@ -330,11 +325,11 @@ def test_averaged_attention_three_ways(implementation: str, dtype: torch.dtype) 
     lse = (lse.flatten(1, 2) / np.log(2)).float().to(device)
     out, column = torch.zeros(rows, n, n, device=device), torch.zeros(rows, layers * H, n, device=device)
     q, k = moved((tuple(queries), tuple(keys)), device)
-    strides = (*q[0].stride()[:3], *k[0].stride()[:3], *k[0].stride()[:3])
+    strides = Strides(*(x[0].stride()[:3] for x in (q, k, k)))
+    case = Case(H, hd, 16, 1, 1, layers, HAS_SHARED=False, HAS_MASK=False, PRECISION="ieee")
     attention_kernel[(1, rows)](
-        q, k, column, lse, column, strides, out, n, n,
-        H=H, HD=hd, BLOCK_D=16, LAYERS=layers, BLOCK_Q=16, BLOCK_K=32,
-    )  # fmt: skip
+        Inputs(q, k, k, column), lse, column, out, strides, n, CASE=case, BLOCK_Q=16, BLOCK_K=32
+    )
     ours, bound = (out.cpu() - truth).abs().max(), (theirs.double() - truth).abs().max()
     assert ours <= bound * (1 if dtype != torch.float32 else 8 if implementation == "cuda" else 4)
 

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fdpp.kernels.dependency import column_kernel, edges_kernel, lse_kernel
+from fdpp.kernels.dependency import Case, Inputs, Strides, column_kernel, edges_kernel, lse_kernel
 from fdpp.selection import DTYPES
 
 WORD = 32
@@ -206,38 +206,35 @@ def edges_gpu(
     column = torch.empty(rows, heads, S, dtype=torch.float32, device=device)
     mask = lse if key_mask is None else key_mask.contiguous()
     real_queries = lse if key_mask is None else key_mask[:, start : start + n].sum(1, dtype=torch.float32)
-    at = ((*q[0].stride()[:3], *k[0].stride()[:3], *stored[0].stride()[:3]), start, n, S)
+    inputs = Inputs(q, k, stored, mask)
+    at = (Strides(*(x[0].stride()[:3] for x in (q, k, stored))), start, n, S)
     # Float32 holds both parts of every operand in registers: smaller tiles, no prefetch, or it spills.
     exact = q[0].dtype == torch.float32
     tile = TILE // 2 if exact else TILE
     # Fewer fed queries than a tile, as with the dual cache, take a smaller one.
     block_q = 16 if exact else min(max(triton.next_power_of_2(n), 16), tile)
-    settings = {
-        "H": H,
-        "HD": hd,
-        "BLOCK_D": max(triton.next_power_of_2(hd), 16),
-        "GROUP": H // k[0].shape[1],
-        "BRANCHES": rows // stored[0].shape[0],
-        "LAYERS": len(queries),
-        "HAS_SHARED": bool(shared),
-        "HAS_MASK": key_mask is not None,
+    case = Case(
+        H=H,
+        HD=hd,
+        BLOCK_D=max(triton.next_power_of_2(hd), 16),
+        GROUP=H // k[0].shape[1],
+        BRANCHES=rows // stored[0].shape[0],
+        LAYERS=len(queries),
+        HAS_SHARED=bool(shared),
+        HAS_MASK=key_mask is not None,
         # Three products of TF32 are as good as one of float32, for which NVIDIA has no matrix instruction.
-        "PRECISION": "tf32x3" if exact and torch.version.hip is None else "ieee",
-        "num_stages": 1 if exact else 3,
-        "enable_fp_fusion": True,
-    }
+        PRECISION="tf32x3" if exact and torch.version.hip is None else "ieee",
+    )
+    settings = {"CASE": case, "num_stages": 1 if exact else 3, "enable_fp_fusion": True}
     with torch.cuda.device_of(q[0]):
         lse_kernel[(triton.cdiv(n, block_q), heads, rows)](
-            q, k, stored, mask, lse, *at, BLOCK_Q=block_q, BLOCK_K=tile, num_warps=4, **settings
+            inputs, lse, *at, BLOCK_Q=block_q, BLOCK_K=tile, num_warps=4, **settings
         )
         column_kernel[(triton.cdiv(S, tile), heads, rows)](
-            q, k, stored, mask, lse, column, *at, BLOCK_Q=block_q, BLOCK_K=tile, num_warps=4, **settings
+            inputs, lse, column, *at, BLOCK_Q=block_q, BLOCK_K=tile, num_warps=4, **settings
         )
         edges_kernel[(words, triton.cdiv(T, BLOCK_T), rows)](
-            q,
-            k,
-            stored,
-            mask,
+            inputs,
             lse,
             column,
             real_queries,
