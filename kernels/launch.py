@@ -20,7 +20,7 @@ BLOCK_V = 2048
 that an sm_90 multiprocessor holds three programs; with tiles of 4096 it takes 128 and holds two."""
 
 PROGRAMS = 1024
-"""Enough to fill the 132 multiprocessors of an H200 more than twice over, also from the 32 rows of one block."""
+"""Enough to fill the 132 multiprocessors of an H200 more than twice over, even with the 32 rows of one block."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ three stages has two tiles of weights, 32 kB, on their way."""
 
 PROJECT_MERGE_TILE = 8192
 """Most positions x splits that `decide_kernel` merges at once: 16 float32 a thread and plane with 16 warps, without
-spills. Sampling has five planes instead of three and spills from there on, so half."""
+spills. Sampling has five planes instead of three and would spill: it merges half as many."""
 
 PROJECT_ROWS = 64
 """Most rows of a tile: what one matrix instruction of sm_90 takes. Derived, not measured: weights that stream at

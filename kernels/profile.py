@@ -14,6 +14,7 @@ ABSENT = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 @triton.jit
 def sort_key(b_rank_by, o_t, m_candidate, m_usable):
+    """The key of every position; `b_rank_by` is its residual or its entropy."""
     b_bits = tl.where(m_usable, b_rank_by.to(tl.int32, bitcast=True), UNUSABLE)
     return tl.where(m_candidate, (b_bits.to(tl.int64) << 32) | o_t, ABSENT)
 
