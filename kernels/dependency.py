@@ -239,7 +239,7 @@ def independent_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Grid (rows): all clauses of the rule and the greedy independent set of one sequence (see `fdpp.rules.dawn.commit`).
+    """Grid (rows): all clauses of the rule and the greedy independent set of one sequence (see `fdpp.rules.dawn`).
 
     The set grows by the most confident free position, the lower one of equals, whose neighbours then leave; both
     directions of its edges are read from the bits, so the block's graph is never unpacked.

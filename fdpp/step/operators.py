@@ -27,17 +27,17 @@ def select_op(
     seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`fdpp::select`; the last five arguments are the fields of `Terms`."""
-    return tuple(cpu.select(logits, tokens, active, Terms(params, rule, mask_id, temperature, seeds)))
+    return cpu.select(logits, tokens, active, Terms(params, rule, mask_id, temperature, seeds))
 
 
 @select_op.register_kernel("cuda")
 def _(logits, tokens, active, params, rule, mask_id, temperature, seeds):  # type: ignore[no-untyped-def]
-    return tuple(gpu.select(logits, tokens, active, Terms(params, rule, mask_id, temperature, seeds)))
+    return gpu.select(logits, tokens, active, Terms(params, rule, mask_id, temperature, seeds))
 
 
 @select_op.register_fake
 def _(logits, tokens, active, params, rule, mask_id, temperature, seeds):  # type: ignore[no-untyped-def]
-    return tuple(gpu.empty_outputs(tokens))
+    return gpu.empty_outputs(tokens)
 
 
 def prefix_step(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> Selection:

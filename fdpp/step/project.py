@@ -149,17 +149,17 @@ def project_op(
     seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`fdpp::project_select`; the last five arguments are the fields of `Terms`."""
-    return tuple(project_cpu(hidden, weight, tokens, active, Terms(params, rule, mask_id, temperature, seeds)))
+    return project_cpu(hidden, weight, tokens, active, Terms(params, rule, mask_id, temperature, seeds))
 
 
 @project_op.register_kernel("cuda")
 def _(hidden, weight, tokens, active, params, rule, mask_id, temperature, seeds):  # type: ignore[no-untyped-def]
-    return tuple(project_gpu(hidden, weight, tokens, active, Terms(params, rule, mask_id, temperature, seeds)))
+    return project_gpu(hidden, weight, tokens, active, Terms(params, rule, mask_id, temperature, seeds))
 
 
 @project_op.register_fake
 def _(hidden, weight, tokens, active, params, rule, mask_id, temperature, seeds):  # type: ignore[no-untyped-def]
-    return tuple(gpu.empty_outputs(tokens))
+    return gpu.empty_outputs(tokens)
 
 
 def prefix_step(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> Selection:
