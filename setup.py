@@ -1,14 +1,17 @@
 """Package metadata. The settings of the tools are in pyproject.toml."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
+ROOT = Path(__file__).parent
+
 setup(
     name="fdpp",
-    version="0.1.0",
+    version=runpy.run_path(str(ROOT / "fdpp" / "version.py"))["__version__"],
     description="Fast inference for masked-diffusion language models: Fréchet profile decoding in one fused kernel",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
@@ -27,6 +30,7 @@ setup(
     # and comes in as fdpp.kernels through the symbolic link fdpp/kernels.
     packages=find_namespace_packages(include=["fdpp", "fdpp.*"], exclude=["*.__pycache__"]),
     package_data={
+        "fdpp": ["py.typed"],
         "fdpp.integrations": ["tasks/*.yaml"],
         "fdpp.tiny": ["checkpoint/*"],
         "fdpp.trace": ["page.*"],

@@ -9,8 +9,7 @@ from fdpp.patching import patch, unpatch
 from fdpp.rules import Dawn, EntropyBound, Factor, Frechet, Klass, LocalLeap, Quota, Rule, Threshold
 from fdpp.selection import Selection
 from fdpp.step import DenoisingStep, select
-
-__version__ = "0.1.0"
+from fdpp.version import __version__
 
 moved.install()
 
@@ -30,6 +29,7 @@ __all__ = [
     "Rule",
     "Selection",
     "Threshold",
+    "__version__",
     "patch",
     "select",
     "unpatch",

@@ -127,12 +127,13 @@ def test_hugging_face_kernels_is_found_from_the_root(checkout, tmp_path):
     assert seen["auto_model"].startswith("transformers.")
 
 
-def test_wheel_holds_kernels_checkpoint_and_license(wheel, checkout):
+def test_wheel_holds_kernels_types_checkpoint_and_license(wheel, checkout):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {name.split("/")[0] for name in names} == {"fdpp", f"{wheel.name.split('-py3')[0]}.dist-info"}
     assert {f"fdpp/kernels/{name}.py" for name in MODULES} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert "fdpp/py.typed" in names, "without it a type checker takes nothing from fdpp's annotations"
     checkpoint = [path for path in (ROOT / "fdpp" / "tiny" / "checkpoint").iterdir() if path.is_file()]
     assert any(path.suffix == ".safetensors" for path in checkpoint)
     assert {f"fdpp/tiny/checkpoint/{path.name}" for path in checkpoint} <= names
