@@ -11,7 +11,7 @@ PY = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY = $(if $(VENV),$(VENV)/.ready)
 
 .PHONY: help demo test lint bench bench-smoke gate quality picture clean eval-check sglang-check \
-	gpu-check gpu-run gpu-rehearse gpu-smoke gpu-test gpu-stress gpu-memcheck gpu-racecheck gpu-bench
+	history gpu-check gpu-run gpu-rehearse gpu-smoke gpu-test gpu-stress gpu-memcheck gpu-racecheck gpu-bench
 
 # Side by side the benchmarks would time the tests.
 .NOTPARALLEL:
@@ -25,6 +25,7 @@ help:
 	@echo "make quality    every rule and cache, with and without drafts, on held-out problems: table, plot, JSON"
 	@echo "make picture    the README's picture, from a decode of the embedded model"
 	@echo "make eval-check, make sglang-check  the tests beside lm-evaluation-harness, and beside SGLang"
+	@echo "make history    adds this version's headline figures to bench/history.md"
 	@echo "make gpu-check  nine minutes on a CUDA device, the most telling first, with a summary at any moment: smoke,"
 	@echo "                figures, tests, stress, gate, memcheck, racecheck. Its parts: gpu-smoke, gpu-bench, gpu-test,"
 	@echo "                gpu-stress, gpu-memcheck, gpu-racecheck"
@@ -78,6 +79,9 @@ quality: $(READY)
 
 picture: $(READY)
 	$(PY) bench/picture.py
+
+history:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) bench/history.py
 
 # Environments of their own: both bring hundreds of megabytes, and SGLang without its requirements, which are CUDA's.
 build/with-eval/.ready build/with-sglang/.ready: setup.py pyproject.toml constraints.txt tests/with_sglang/requirements.txt
