@@ -11,7 +11,7 @@ PY = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY = $(if $(VENV),$(VENV)/.ready)
 
 .PHONY: help demo test lint bench bench-smoke gate quality picture clean eval-check sglang-check \
-	history gpu-check gpu-run gpu-rehearse gpu-smoke gpu-test gpu-stress gpu-memcheck gpu-racecheck gpu-bench
+	release-check history gpu-check gpu-run gpu-rehearse gpu-smoke gpu-test gpu-stress gpu-memcheck gpu-racecheck gpu-bench
 
 # Side by side the benchmarks would time the tests.
 .NOTPARALLEL:
@@ -26,6 +26,7 @@ help:
 	@echo "make picture    the README's picture, from a decode of the embedded model"
 	@echo "make eval-check, make sglang-check  the tests beside lm-evaluation-harness, and beside SGLang"
 	@echo "make history    adds this version's headline figures to bench/history.md"
+	@echo "make release-check  builds the archives of a release, and checks and tries them"
 	@echo "make gpu-check  nine minutes on a CUDA device, the most telling first, with a summary at any moment: smoke,"
 	@echo "                figures, tests, stress, gate, memcheck, racecheck. Its parts: gpu-smoke, gpu-bench, gpu-test,"
 	@echo "                gpu-stress, gpu-memcheck, gpu-racecheck"
@@ -82,6 +83,16 @@ picture: $(READY)
 
 history:
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) bench/history.py
+
+build/release/.ready: constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -c constraints.txt setuptools wheel twine
+	@touch $@
+
+# What the wheel requires comes from the environment of the tests; TAG= and PACKAGES= are the release workflow's.
+release-check: PACKAGES = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+release-check: $(READY) build/release/.ready
+	build/release/bin/python tests/release_check.py --out dist $(if $(TAG),--tag '$(TAG)') $(if $(PACKAGES),--packages $(PACKAGES))
 
 # Environments of their own: both bring hundreds of megabytes, and SGLang without its requirements, which are CUDA's.
 build/with-eval/.ready build/with-sglang/.ready: setup.py pyproject.toml constraints.txt tests/with_sglang/requirements.txt
