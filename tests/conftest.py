@@ -1,4 +1,7 @@
-"""Without a GPU the kernels run in Triton's interpreter, which has to be chosen before Triton is imported."""
+"""Without a GPU the kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
+
+With and without one, memory that nothing was written to holds NaN (see `unwritten`).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from pathlib import Path
 import pytest
 import stand_in
 import torch
+import unwritten
 
 stand_in.install()
+unwritten.install()
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 GPU = torch.cuda.is_available()
 if not GPU:
