@@ -15,7 +15,7 @@ import triton.language as tl  # noqa: F401  (Triton's interpreter insists on see
 import fdpp
 from fdpp import tiny
 
-PROBLEMS = 40
+PROBLEMS = 20
 
 
 @triton.jit
