@@ -27,6 +27,7 @@ from fdpp.attention import Probe
 from fdpp.attention.cache import BlockCache, tree_mask
 from fdpp.kernels.dependency import Case, Inputs, Layout, Strides, averaged_attention
 from fdpp.models.llada import LLaDAModelLM
+from fdpp.moved import dawn as dawn_step
 from fdpp.rules import dawn
 from fdpp.rules.dawn import Dawn, decide
 from fdpp.rules.dawn import edges as edges_by
@@ -457,9 +458,15 @@ class TestCommit:
             dawn.commit(**{**arguments, **change}, rule=Dawn())
 
 
+def probed(probe: Probe, rule: Dawn, start: int, first: int, T: int, key_mask: Tensor | None = None) -> Tensor:
+    """The edges of the forward that went through `probe`."""
+    seen = (probe.queries, probe.own, probe.shared)
+    return dawn.dependency_edges(*seen, rule=rule, start=start, first=first, T=T, key_mask=key_mask)
+
+
 class TestSelect:
     def step(self, logits: Tensor, tokens: Tensor, E: Tensor, known: Tensor, **rest: Any) -> Any:
-        return dawn.select(
+        return dawn_step.select(
             logits, tokens, rule=Dawn(tau_low=0.5), mask_id=9, edges=pack_bits(E), committed_confidence=known, first=0,
             **rest,
         )  # fmt: skip
@@ -527,7 +534,7 @@ class TestProbe:
             for d in range(D):
                 probe = Probe(self.LAYERS, cache())
                 llada(states[:, d], mask, positions[:, fed], cache=probe, start=fed.start)
-                alone.append(probe.edges(rule, fed.start, 8, 6, mask))
+                alone.append(probed(probe, rule, fed.start, 8, 6, mask))
             branched = cache()
             branched.branches = D
             probe = Probe(self.LAYERS, branched, branches=D, layout=layout)
@@ -538,7 +545,7 @@ class TestProbe:
             else:
                 p = p.view(2 * D, n)
                 llada(states.flatten(0, 1), mask.repeat_interleave(D, 0), p, cache=probe, start=fed.start)
-        together = probe.edges(rule, fed.start, 8, 6, mask).unflatten(0, (2, D))
+        together = probed(probe, rule, fed.start, 8, 6, mask).unflatten(0, (2, D))
         assert int(unpack_bits(together, 20).sum()) > 0
         assert torch.equal(together, torch.stack(alone, 1))
 
@@ -551,11 +558,11 @@ class TestProbe:
         sees = tree_mask(20, everything, 20, D, x.device).expand(2, -1, -1, -1)
         with torch.no_grad():
             llada(states.flatten(1), sees, positions, cache=probe)
-            together = probe.edges(rule, 0, 8, 6).unflatten(0, (2, D))
+            together = probed(probe, rule, 0, 8, 6).unflatten(0, (2, D))
             for d in range(D):
                 alone = Probe(self.LAYERS)
                 llada(states[:, d], cache=alone)
-                assert torch.equal(together[:, d], alone.edges(rule, 0, 8, 6))
+                assert torch.equal(together[:, d], probed(alone, rule, 0, 8, 6))
 
 
 class TestOperators:

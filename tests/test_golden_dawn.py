@@ -18,6 +18,7 @@ from golden import Trajectory, model, seen_by_rows, trajectories
 from torch import Tensor
 
 from fdpp.attention import Probe
+from fdpp.moved import dawn as dawn_step
 from fdpp.rules import dawn
 from fdpp.rules.dawn import Dawn
 
@@ -58,12 +59,12 @@ def coupled(index: int) -> list[tuple[int, int]]:
         first = P + int((x[:, P:] == MASK).any(0).nonzero()[0]) // T * T
         block = slice(first, first + T)
         step = functools.partial(
-            dawn.select,
+            dawn_step.select,
             logits[:, block],
             x[:, block],
             mask_id=MASK,
-            edges=probe.edges(rule, 0, first, T),
-            committed_confidence=dawn.softmax_maximum(logits, MASK).masked_fill(x == MASK, 0.0),
+            edges=dawn.dependency_edges(probe.queries, probe.own, rule=rule, start=0, first=first, T=T),
+            committed_confidence=dawn_step.softmax_maximum(logits, MASK).masked_fill(x == MASK, 0.0),
             first=first,
         )
         out, published = step(rule=rule), trajectory.step_of[:, block] == call

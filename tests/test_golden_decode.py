@@ -17,6 +17,7 @@ from golden import Trajectory, model, seen_by_rows, trajectories
 from torch import Tensor
 
 import fdpp
+from fdpp.selection import Selection, recommit
 
 MASK = 500
 
@@ -48,9 +49,11 @@ class LeftToRight(fdpp.Rule):
     tau: float
     predicate: ClassVar[Any] = published_factor
 
-    def extend(self, confidence: Tensor, candidate: Tensor, committed: Tensor) -> Tensor:
-        leading = (~candidate | (confidence >= self.tau)).cumprod(1).bool()
-        return candidate & (leading | (candidate.cumsum(1) == 1))
+    def decide(
+        self, step: Selection, tokens: Tensor, candidate: Tensor, memory: Any, block: Any, mask_id: int
+    ) -> Selection:
+        leading = (~candidate | (step.confidence >= self.tau)).cumprod(1).bool()
+        return recommit(step, tokens, candidate, candidate & (leading | (candidate.cumsum(1) == 1)))
 
 
 class Recorder:

@@ -9,20 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("fdpp.kernels",),
-    ("fdpp.rules", "fdpp.noise"),
-    ("fdpp.reference",),
-    ("fdpp.cpu", "fdpp.gpu"),
-    ("fdpp.ops",),
-    ("fdpp.project", "fdpp.attention"),
-    ("fdpp.step", "fdpp.cache", "fdpp.klass", "fdpp.parallel"),
-    ("fdpp.dawn",),
+    ("fdpp.kernels", "fdpp.version"),
+    ("fdpp.selection",),
+    ("fdpp.attention",),
+    ("fdpp.rules",),
+    ("fdpp.step",),
     ("fdpp.decoding",),
-    ("fdpp.models",),
-    ("fdpp.patching",),
-    ("fdpp.tiny",),
-    ("fdpp.live", "fdpp.demo", "fdpp.trace", "fdpp.chat"),
-    ("fdpp.cli", "fdpp.integrations"),
+    ("fdpp.models", "fdpp.trace", "fdpp.moved"),
+    ("fdpp.patching", "fdpp.tiny"),
+    ("fdpp.integrations",),
+    ("fdpp.cli",),
     ("fdpp.__main__",),
 )
 

@@ -164,5 +164,6 @@ def test_every_imported_package_is_declared(wheel):
     assert imported("fdpp", "kernels", besides=plugins) <= always
     users = {name for line, name in names.items() if not re.search(r'extra == "(test|lint|bench)"', line)}
     assert imported("fdpp", "kernels") <= users
-    helpers = {path.stem for folder in ("tests", "bench") for path in (ROOT / folder).rglob("*.py")}
+    own = [path for folder in ("tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+    helpers = {name for path in own for name in (path.stem, path.parent.name)}
     assert imported("tests", "bench") - helpers <= set(names.values())

@@ -20,6 +20,7 @@ from two_processes import DECODES, MODELS, QUESTIONS, answers, decode, in_float6
 
 from fdpp import EntropyBound, Frechet, LLaDAConfig, LLaDAModelLM, tiny
 from fdpp.step import cpu, parallel
+from fdpp.step.terms import Terms, pack
 
 TESTS = Path(__file__).parent
 HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
@@ -113,17 +114,16 @@ def test_summaries_of_any_slices_merge_to_that_of_the_row(
     g = torch.Generator().manual_seed(seed)
     rows = (torch.randn(6, V, generator=g) * levels).round() / levels * scale  # coarse levels tie
     rows[rows < -1.5 * scale] = -torch.inf
-    seeds, positions = torch.randint(0, 99, (6,), generator=g), torch.arange(6)
+    seeds, positions, rows_of = torch.randint(0, 99, (6,), generator=g), torch.arange(6), torch.arange(6)
+    rule = EntropyBound(0.1) if by_entropy else Frechet(0.1)
+    terms = Terms(pack(rule), rule.key(), mask_id, temperature, seeds)
     edges = [0, *sorted(cuts), V]
-    slices = [(first, rows[:, first:stop]) for first, stop in itertools.pairwise(edges) if stop > first]
+    slices = [(first_id, rows[:, first_id:stop]) for first_id, stop in itertools.pairwise(edges) if stop > first_id]
     summaries = torch.stack(
-        [
-            parallel.summarize(part.clone(), first, mask_id, temperature, seeds, positions, by_entropy)
-            for first, part in slices
-        ]
+        [parallel.summarize(part.clone(), terms, rows_of, positions, first_id) for first_id, part in slices]
     )
     merged = parallel.merge(summaries.flip(0), temperature > 0, by_entropy)
-    whole = cpu.summarize(rows.clone(), mask_id, temperature, seeds, positions, by_entropy)
+    whole = cpu.summarize(rows.clone(), terms, rows_of, positions)
     assert merged[0].equal(whole[0])
     for found, truth in zip(merged[1:], whole[1:], strict=True):
         torch.testing.assert_close(found, truth, rtol=2e-6, atol=1e-6 if by_entropy else 1e-37, equal_nan=True)

@@ -183,7 +183,7 @@ def test_a_patch_runs_the_fused_step_on_the_masked_columns(script: ModuleType, f
     x0, transferred = script.get_transfer_index_frechet_profile(**arguments, margin=0.1)
     expected = fdpp.select(arguments["logits"], arguments["x"], rule=fdpp.Frechet(0.1), mask_id=39)
     assert x0.equal(expected.proposal) and transferred.equal(expected.committed)
-    assert [(tuple(logits.shape), mask_id) for logits, *_, mask_id in fused] == [((2, 6, 40), 39)]
+    assert [(tuple(logits.shape), terms.mask_id) for logits, *_, terms in fused] == [((2, 6, 40), 39)]
     assert all(arguments[name].equal(value) for name, value in before.items())
 
 

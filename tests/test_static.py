@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fdpp
 from fdpp import LLaDAModelLM
 from fdpp.decoding import static
+from fdpp.decoding.arena import uncaptured
 from fdpp.decoding.forwards import Forwards
 from fdpp.decoding.loop import BlockLoop
 from fdpp.decoding.static import steps_of
@@ -184,7 +185,7 @@ def test_a_replay_is_its_step_to_the_bit(settings: dict[str, Any], batch: str, d
                 seen += [outcome.chosen.confidence.clone() for outcome in loop.steps(block)]
             return loop.sequences, seen
 
-    with static.uncaptured():
+    with uncaptured():
         want = decode()
         assert all(step.graph is None for step in steps_of(llada))
     llada.forget_captures()

@@ -107,7 +107,7 @@ def test_construction_errors(arguments: tuple[Any, ...], message: str) -> None:
 
 def test_sampling_needs_seeds() -> None:
     problem = random_problem(2, 2, 8, 30, Frechet(0.1), temperature=0.7)
-    with pytest.raises(ValueError, match=re.escape("temperature=0.7 needs seeds, an int64 tensor [B]")):
+    with pytest.raises(ValueError, match=re.escape("temperature=0.7 samples: expected seeds, an int64 tensor [B]")):
         call(step_for(problem), dataclasses.replace(problem, seeds=None))
 
 

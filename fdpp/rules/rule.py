@@ -187,6 +187,8 @@ class Rule:
             raise ValueError(f'{cls.__name__}.order: expected "confidence" or "entropy", got {cls.order!r}')
         if not callable(getattr(cls, "predicate", None)):
             raise TypeError(f"{cls.__name__} must name a @triton.jit predicate(n, last, total, p0, p1)")
+        if hasattr(cls, "extend"):
+            raise TypeError(f"{cls.__name__}.extend: expected `decide`, which has taken its place")
         own = {field: value.metadata for field, value in vars(cls).items() if isinstance(value, dataclasses.Field)}
         cls.numbers = cls.numbers | {field: about["number"] for field, about in own.items() if "number" in about}
         if cls.observe is not Rule.observe and not cls.needs.logits:
