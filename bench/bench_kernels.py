@@ -74,12 +74,12 @@ def attention(B: int, n: int, S: int, heads: int, head_size: int, budget: float)
         return torch.randn(B, heads, columns, head_size, device=DEVICE, dtype=DTYPE, generator=generator)
 
     q, k, v = random(n), random(S), random(S)
-    first = torch.arange(B, device=DEVICE) % 32
-    mask = (torch.arange(S, device=DEVICE) >= first[:, None])[:, None, None]
+    left = torch.arange(B, device=DEVICE) % 32
+    mask = (torch.arange(S, device=DEVICE) >= left[:, None])[:, None, None]
     ways = {
         "sdpa, mask": partial(F.scaled_dot_product_attention, q, k, v, mask),
         "sdpa, no mask": partial(F.scaled_dot_product_attention, q, k, v),
-        "block_attention": partial(block_attention, q, k, v, first),
+        "block_attention": partial(block_attention, q, k, v, left),
     }
     return {"kv_mb": 2 * k.nbytes / 1e6, **timed(ways, budget)}
 
@@ -95,11 +95,11 @@ def branch_ways(B: int, drafts: int, n: int, S: int, heads: int, head_size: int)
     keys, values = cache.write(0, random(B, S), random(B, S), 0)
     cache.branches = drafts
     q, own_k, own_v = (random(B * drafts, n) for _ in range(3))
-    first, columns = torch.arange(B, device=DEVICE) % 32, torch.arange(S - n, S, device=DEVICE)
-    mask = (torch.arange(S, device=DEVICE) >= first[:, None])[:, None, None].repeat_interleave(drafts, dim=0)
+    left, columns = torch.arange(B, device=DEVICE) % 32, torch.arange(S - n, S, device=DEVICE)
+    mask = (torch.arange(S, device=DEVICE) >= left[:, None])[:, None, None].repeat_interleave(drafts, dim=0)
     return {
         "attend_shared": partial(cache.attend_shared, 0, q, own_k, own_v, mask, columns),
-        "block_attention": partial(block_attention, q, keys, values, first, own=(own_k, own_v), column=columns),
+        "block_attention": partial(block_attention, q, keys, values, left, own=(own_k, own_v), column=columns),
     }
 
 

@@ -87,10 +87,10 @@ def attention_agrees(dtype: torch.dtype, padded: bool, B: int, H: int, kv: int, 
     """At most half as far again from float64 as PyTorch in the same dtype."""
     g = generator(S)
     q, k, v = (torch.randn(B, h, T, d, generator=g).to(dtype).to(DEVICE) for h, T in ((H, n), (kv, S), (kv, S)))
-    first = torch.arange(B, device=DEVICE) * (S // (2 * B)) if padded else None
-    out = split_keys.attention_gpu(q, k, v, first, d**-0.5).transpose(1, 2)
+    left = torch.arange(B, device=DEVICE) * (S // (2 * B)) if padded else None
+    out = split_keys.attention_gpu(q, k, v, left, d**-0.5).transpose(1, 2)
     wide = [x.double().repeat_interleave(H // x.shape[1], dim=1) for x in (q, k, v)]
-    mask = None if first is None else (torch.arange(S, device=DEVICE) >= first[:, None])[:, None, None]
+    mask = None if left is None else (torch.arange(S, device=DEVICE) >= left[:, None])[:, None, None]
     want = F.scaled_dot_product_attention(*wide, mask)
     theirs = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     ours, allowed = ((x.double() - want).abs().amax().item() for x in (out, theirs))
@@ -103,8 +103,8 @@ def branches_agree(dtype: torch.dtype, D: int, H: int, kv: int, n: int, S: int, 
     g = generator(S + D)
     cached = [torch.randn(1, kv, S, d, generator=g).to(dtype).to(DEVICE) for _ in range(2)]
     q, *own = (torch.randn(D, h, n, d, generator=g).to(dtype).to(DEVICE) for h in (H, kv, kv))
-    first, column = torch.tensor([S // 4], device=DEVICE), torch.arange(S - n, S, device=DEVICE)
-    out = split_keys.attention_gpu(q, *cached, first, d**-0.5, *own, column).transpose(1, 2)
+    left, column = torch.tensor([S // 4], device=DEVICE), torch.arange(S - n, S, device=DEVICE)
+    out = split_keys.attention_gpu(q, *cached, left, d**-0.5, *own, column).transpose(1, 2)
     before = [x[:, :, S // 4 : S - n].expand(D, -1, -1, -1) for x in cached]
     copies = [torch.cat(parts, dim=2) for parts in zip(before, own, strict=True)]
     wide = [x.double().repeat_interleave(H // x.shape[1], dim=1) for x in (q, *copies)]

@@ -110,11 +110,11 @@ class Block:
             return like(getattr(torch, self.dtype), rows, columns, number, self.d).transpose(1, 2)
 
         rows = self.B * max(self.branches, 1)
-        first = like(torch.int64, self.B) if self.padded else None
+        left = like(torch.int64, self.B) if self.padded else None
         k, v = (states(self.B, self.kv_heads, self.S) for _ in range(2))
         own = [states(rows, self.kv_heads, self.n) for _ in range(2)] if self.branches else [None, None]
         column = like(torch.int64, self.n) if self.branches else None
-        split_keys.attention_gpu(states(rows, self.heads, self.n), k, v, first, self.d**-0.5, *own, column)
+        split_keys.attention_gpu(states(rows, self.heads, self.n), k, v, left, self.d**-0.5, *own, column)
 
 
 def blocks() -> list[Block]:

@@ -95,7 +95,7 @@ class Nothing:
 
 def three_forwards(runner: Any) -> None:
     """A block's first forward, one of those that follow, and one of a single sequence."""
-    step, go_on_with = runner.step, runner.go_on_with
+    step, keep = runner.step, runner.keep
     runner.taken = 0
 
     def counted(self: Any, window: Any, drafts: int) -> Any:
@@ -106,10 +106,10 @@ def three_forwards(runner: Any) -> None:
     def shrunk(self: Any, sequences: Tensor) -> None:
         kept = sequences.new_zeros(int(self.taken == 2))
         if getattr(self, "cache", None) is not None:
-            self.cache.hold(len(kept))
-        go_on_with(self, kept)
+            self.cache.resize(len(kept))
+        keep(self, kept)
 
-    runner.step, runner.go_on_with = counted, shrunk
+    runner.step, runner.keep = counted, shrunk
 
 
 def first_and_last_block(loop: Any) -> None:
@@ -124,7 +124,7 @@ def first_and_last_block(loop: Any) -> None:
 def seated(self: Any, sequences: Tensor) -> Tensor:
     """Which rows these are is for values to say."""
     if self.cache is not None:
-        self.cache.hold(len(sequences))
+        self.cache.resize(len(sequences))
     return sequences
 
 

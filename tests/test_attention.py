@@ -36,19 +36,19 @@ def random_inputs(
     return (2 * q).to(dtype), k.to(dtype), v.to(dtype)
 
 
-def truth(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None, scale: float | None = None) -> Tensor:
+def truth(q: Tensor, k: Tensor, v: Tensor, left: Tensor | None = None, scale: float | None = None) -> Tensor:
     """Softmax attention in float64, written out; zeros where no key is seen."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
     scores = q.double() @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
-    if first is not None:
-        scores = scores.masked_fill(torch.arange(k.shape[2]) < first[:, None, None, None], -torch.inf)
+    if left is not None:
+        scores = scores.masked_fill(torch.arange(k.shape[2]) < left[:, None, None, None], -torch.inf)
     return scores.softmax(-1).nan_to_num(nan=0.0) @ v
 
 
-def library(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None, scale: float | None = None) -> Tensor:
+def library(q: Tensor, k: Tensor, v: Tensor, left: Tensor | None = None, scale: float | None = None) -> Tensor:
     """PyTorch's attention in the same dtype."""
-    mask = None if first is None else (torch.arange(k.shape[2]) >= first[:, None])[:, None, None]
+    mask = None if left is None else (torch.arange(k.shape[2]) >= left[:, None])[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
 
@@ -57,7 +57,7 @@ def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    first: Tensor | None = None,
+    left: Tensor | None = None,
     scale: float | None = None,
     own: Own | None = None,
     column: Tensor | int | None = None,
@@ -65,12 +65,12 @@ def run(
     """What an implementation makes of it, on the CPU."""
     device = "cuda" if implementation == "cuda" else "cpu"
     column = torch.tensor([column]) if isinstance(column, int) else column
-    given = (q, k, v, first, *(own or (None, None)), column)
-    q, k, v, first, own_k, own_v, column = (None if x is None else to_device(x, device) for x in given)
-    split_keys.check(q, k, v, first, own and (own_k, own_v), column)
+    given = (q, k, v, left, *(own or (None, None)), column)
+    q, k, v, left, own_k, own_v, column = (None if x is None else to_device(x, device) for x in given)
+    split_keys.check(q, k, v, left, own and (own_k, own_v), column)
     take = split_keys.attention_cpu if implementation == "cpu" else split_keys.attention_gpu
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return take(q, k, v, first, scale, own_k, own_v, column).transpose(1, 2).cpu()
+    return take(q, k, v, left, scale, own_k, own_v, column).transpose(1, 2).cpu()
 
 
 def assert_as_good(out: Tensor, *inputs: Any, of: Callable[..., Tensor] | None = None) -> None:
@@ -99,8 +99,8 @@ def test_against_float64(
     implementation: str, B: int, H: int, kv_heads: int, n: int, S: int, d: int, padded: bool
 ) -> None:
     inputs = random_inputs(n, B, H, kv_heads, n, S, d)
-    first = torch.randint(0, S, (B,), generator=generator(S)) if padded else None
-    assert_as_good(run(implementation, *inputs, first), *inputs, first)
+    left = torch.randint(0, S, (B,), generator=generator(S)) if padded else None
+    assert_as_good(run(implementation, *inputs, left), *inputs, left)
 
 
 @each_implementation
@@ -109,8 +109,8 @@ def test_half_precision(implementation: str, dtype: torch.dtype) -> None:
     if implementation == "interpreter" and dtype == torch.bfloat16:
         pytest.skip("the interpreter multiplies bfloat16 matrices by their bit patterns")
     inputs = random_inputs(3, 2, 4, 2, 20, 500, 64, dtype)
-    first = torch.tensor([0, 70])
-    assert_as_good(run(implementation, *inputs, first), *inputs, first)
+    left = torch.tensor([0, 70])
+    assert_as_good(run(implementation, *inputs, left), *inputs, left)
 
 
 @each_implementation
@@ -118,14 +118,14 @@ def test_half_precision(implementation: str, dtype: torch.dtype) -> None:
 def test_padding_is_not_read(implementation: str, index: torch.dtype) -> None:
     """Keys that start within a split and a tile, at their borders, in the last split, and behind all of them."""
     S = 512
-    first = torch.tensor([0, 1, 31, 32, 127, 128, 300, 384, 511, 512], dtype=index)
-    q, k, v = random_inputs(0, len(first), 2, 1, 3, S, 16)
-    assert attend_launch(len(first), 6, S, True).splits == 4
-    want = truth(q, k, v, first)
-    padding = (torch.arange(S) < first[:, None])[:, None, :, None]
+    left = torch.tensor([0, 1, 31, 32, 127, 128, 300, 384, 511, 512], dtype=index)
+    q, k, v = random_inputs(0, len(left), 2, 1, 3, S, 16)
+    assert attend_launch(len(left), 6, S, True).splits == 4
+    want = truth(q, k, v, left)
+    padding = (torch.arange(S) < left[:, None])[:, None, :, None]
     if implementation != "cpu":
         k, v = k.masked_fill(padding, NAN), v.masked_fill(padding, NAN)
-    out = run(implementation, q, k, v, first)
+    out = run(implementation, q, k, v, left)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
     assert not out[-1].any()
 
@@ -133,13 +133,13 @@ def test_padding_is_not_read(implementation: str, index: torch.dtype) -> None:
 @each_implementation
 def test_any_number_of_splits(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One, several, and so many that the last ones are empty."""
-    inputs, first, results = random_inputs(1, 2, 2, 2, 5, 700, 32), torch.tensor([0, 333]), []
+    inputs, left, results = random_inputs(1, 2, 2, 2, 5, 700, 32), torch.tensor([0, 333]), []
     for programs, keys, splits in ((1, 128, 1), (8, 128, 2), (264, 128, 4), (264, 10, 64)):
         monkeypatch.setattr(launch, "ATTEND_PROGRAMS", programs)
         monkeypatch.setattr(launch, "ATTEND_KEYS", keys)
         assert attend_launch(4, 5, 700, True).splits == splits
-        results.append(run(implementation, *inputs, first))
-        assert_as_good(results[-1], *inputs, first)
+        results.append(run(implementation, *inputs, left))
+        assert_as_good(results[-1], *inputs, left)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
 
@@ -224,9 +224,9 @@ def test_offsets_beyond_int32(implementation: str, apart: str) -> None:
 @each_implementation
 def test_rows_do_not_depend_on_each_other(implementation: str) -> None:
     q, k, v = random_inputs(2, 3, 2, 1, 20, 300, 16)
-    first = torch.tensor([0, 40, 290])
-    together = run(implementation, q, k, v, first)
-    alone = run(implementation, q[1:2], k[1:2], v[1:2], first[1:2])
+    left = torch.tensor([0, 40, 290])
+    together = run(implementation, q, k, v, left)
+    alone = run(implementation, q[1:2], k[1:2], v[1:2], left[1:2])
     torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -252,13 +252,13 @@ def random_branches(
 
 
 def by_row(
-    way: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, own: Own, column: int
+    way: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, left: Tensor | None, own: Own, column: int
 ) -> Tensor:
     """Every row over its own keys and those of its sequence's that are neither padding nor in the block's columns."""
     found = []
     for row in range(len(q)):
         b = row // (len(q) // len(k))
-        start, n = 0 if first is None else int(first[b]), own[0].shape[2]
+        start, n = 0 if left is None else int(left[b]), own[0].shape[2]
         seen = [c for c in range(start, k.shape[2]) if not column <= c < column + n]
         keys, values = (torch.cat((x[b, :, seen], new[row]), dim=1)[None] for x, new in zip((k, v), own, strict=True))
         found.append(way(q[row : row + 1], keys, values))
@@ -286,9 +286,9 @@ def by_row(
 @on_gpu(lambda column, padded: (column, padded) in ((34, True), (147, True), (147, False), (15, False)))
 def test_branches_against_float64(implementation: str, shape: tuple[int, ...], column: int, padded: bool) -> None:
     q, k, v, own = random_branches(column, *shape)
-    first = torch.randint(0, column + 1, (len(k),), generator=generator(column)) if padded else None
-    out = run(implementation, q, k, v, first, own=own, column=column)
-    assert_as_good(out, q, k, v, first, own, column, of=by_row)
+    left = torch.randint(0, column + 1, (len(k),), generator=generator(column)) if padded else None
+    out = run(implementation, q, k, v, left, own=own, column=column)
+    assert_as_good(out, q, k, v, left, own, column, of=by_row)
 
 
 @each_implementation
@@ -297,9 +297,9 @@ def test_branches_in_half_precision(implementation: str, dtype: torch.dtype) -> 
     if implementation == "interpreter" and dtype == torch.bfloat16:
         pytest.skip("the interpreter multiplies bfloat16 matrices by their bit patterns")
     q, k, v, own = random_branches(3, 2, 2, 4, 2, 20, 20, 400, 64, dtype)
-    first = torch.tensor([0, 70])
-    out = run(implementation, q, k, v, first, own=own, column=190)
-    assert_as_good(out, q, k, v, first, own, 190, of=by_row)
+    left = torch.tensor([0, 70])
+    out = run(implementation, q, k, v, left, own=own, column=190)
+    assert_as_good(out, q, k, v, left, own, 190, of=by_row)
 
 
 def test_branches_by_two_loads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,11 +307,11 @@ def test_branches_by_two_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     if not INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")
     q, k, v, own = random_branches(3, 2, 2, 4, 2, 5, 20, 300, 20)
-    first = torch.tensor([0, 70])
-    want = run("interpreter", q, k, v, first, own=own, column=147)
+    left = torch.tensor([0, 70])
+    want = run("interpreter", q, k, v, left, own=own, column=147)
     asked = []
     monkeypatch.setattr(attend, "is_hip", lambda: asked.append(1) or True)
-    assert run("interpreter", q, k, v, first, own=own, column=147).equal(want) and asked
+    assert run("interpreter", q, k, v, left, own=own, column=147).equal(want) and asked
 
 
 @each_implementation
@@ -320,40 +320,40 @@ def test_what_a_branch_replaces_is_not_read(implementation: str, column: int) ->
     """Nor what is around the block's own keys, nor padding."""
     S, n = 256, 8
     q, k, v, own = random_branches(1, 2, 2, 2, 1, 3, n, S, 16)
-    first = torch.tensor([0, column])
+    left = torch.tensor([0, column])
     assert attend_launch(4, 6, S, True).splits == 2
-    want = by_row(truth, q, k, v, first, own, column)
+    want = by_row(truth, q, k, v, left, own, column)
     hidden = torch.zeros(2, 1, S, 1, dtype=torch.bool)
     hidden[:, :, column : column + n] = True
     if implementation != "cpu":
         hidden[1, :, :column] = True
     k, v = k.masked_fill(hidden, NAN), v.masked_fill(hidden, NAN)
     own = tuple(torch.full((4, 1, n + 40, 16), NAN)[:, :, 20 : 20 + n].copy_(x) for x in own)  # type: ignore[assignment]
-    out = run(implementation, q, k, v, first, own=own, column=column)
+    out = run(implementation, q, k, v, left, own=own, column=column)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
 
 
 @each_implementation
 @pytest.mark.parametrize("column", [0, 50, 124, 130, 248])
 def test_a_block_amid_padding_is_seen(implementation: str, column: int) -> None:
-    """Own keys are no padding; what is cached left of `first` stays so, on both sides of the block."""
+    """Own keys are no padding; cached columns before `left` stay padding, on both sides of the block."""
     S, n = 256, 8
-    first = torch.tensor([column, column + 1, column + n, column + n + 1, 200, 255, 256, 300])
-    q, k, v, own = random_branches(2, len(first), 1, 2, 1, 3, n, S, 16)
-    want = by_row(truth, q, k, v, first, own, column)
+    left = torch.tensor([column, column + 1, column + n, column + n + 1, 200, 255, 256, 300])
+    q, k, v, own = random_branches(2, len(left), 1, 2, 1, 3, n, S, 16)
+    want = by_row(truth, q, k, v, left, own, column)
     if implementation != "cpu":
-        padding = (torch.arange(S) < first[:, None])[:, None, :, None]
+        padding = (torch.arange(S) < left[:, None])[:, None, :, None]
         k, v = k.masked_fill(padding, NAN), v.masked_fill(padding, NAN)
-    out = run(implementation, q, k, v, first, own=own, column=column)
+    out = run(implementation, q, k, v, left, own=own, column=column)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
 
 
 @each_implementation
 def test_a_block_may_be_empty(implementation: str) -> None:
     q, k, v, own = random_branches(2, 2, 2, 2, 1, 3, 0, 40, 16)
-    first = torch.tensor([0, 40])
-    want = run(implementation, q, *(x.repeat_interleave(2, dim=0) for x in (k, v)), first.repeat_interleave(2))
-    out = run(implementation, q, k, v, first, own=own, column=7)
+    left = torch.tensor([0, 40])
+    want = run(implementation, q, *(x.repeat_interleave(2, dim=0) for x in (k, v)), left.repeat_interleave(2))
+    out = run(implementation, q, k, v, left, own=own, column=7)
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
     q, k, v, own = random_branches(2, 0, 2, 2, 1, 3, 4, 40, 16)
     assert run(implementation, q, k, v, own=own, column=7).shape == (0, 2, 3, 16)
@@ -371,17 +371,17 @@ def test_the_column_is_the_first_of_a_tensor(implementation: str) -> None:
 @pytest.mark.parametrize("column", [-(10**6), -3, 37, 40, 10**6])
 def test_no_column_leads_out_of_the_tensors(implementation: str, column: int) -> None:
     q, k, v, own = random_branches(2, 2, 1, 2, 1, 3, 6, 40, 16)
-    first = torch.tensor([0, 37])
+    left = torch.tensor([0, 37])
     if implementation == "cpu":
         with pytest.raises(IndexError):
-            run(implementation, q, k, v, first, own=own, column=column)
+            run(implementation, q, k, v, left, own=own, column=column)
         return
 
     def fenced(x: Tensor) -> Tensor:
         return torch.full((*x.shape[:2], x.shape[2] + 80, 16), NAN)[:, :, 40:-40].copy_(x)
 
     own = fenced(own[0]), fenced(own[1])
-    assert run(implementation, q, fenced(k), fenced(v), first, own=own, column=column).isfinite().all()
+    assert run(implementation, q, fenced(k), fenced(v), left, own=own, column=column).isfinite().all()
 
 
 @each_implementation
@@ -404,17 +404,17 @@ def test_branches_in_strides(implementation: str) -> None:
 def test_branches_do_not_depend_on_each_other(implementation: str) -> None:
     """Not even on what is no number in another branch of the sequence; what the cache holds reaches all of them."""
     q, k, v, own = random_branches(2, 2, 3, 2, 1, 4, 6, 60, 16)
-    first = torch.tensor([0, 40])
-    want = run(implementation, q, k, v, first, own=own, column=44)
-    alone = run(implementation, q[4:5], k[1:], v[1:], first[1:], own=(own[0][4:5], own[1][4:5]), column=44)
+    left = torch.tensor([0, 40])
+    want = run(implementation, q, k, v, left, own=own, column=44)
+    alone = run(implementation, q[4:5], k[1:], v[1:], left[1:], own=(own[0][4:5], own[1][4:5]), column=44)
     torch.testing.assert_close(want[4:5], alone, rtol=1e-5, atol=1e-6)
     for spoiled in (q, *own):
         spoiled[4] = NAN
-        out = run(implementation, q, k, v, first, own=own, column=44)
+        out = run(implementation, q, k, v, left, own=own, column=44)
         assert out[4].isnan().all()
         torch.testing.assert_close(out[[0, 1, 2, 3, 5]], want[[0, 1, 2, 3, 5]], rtol=1e-5, atol=1e-6)
     v[0, 0, 55] = NAN
-    assert run(implementation, q, k, v, first, own=own, column=44)[:3].isnan().all()
+    assert run(implementation, q, k, v, left, own=own, column=44)[:3].isnan().all()
 
 
 @settings(deadline=None, max_examples=300, derandomize=True)
@@ -445,8 +445,8 @@ def test_launch_configurations_fill_the_device() -> None:
         ({"k": torch.zeros(2, 3, 9, 8)}, r"k: expected \[2, a divisor of 4, S, 8\].*got \[2, 3, 9, 8\]"),
         ({"k": torch.zeros(2, 2, 9, 8).half()}, "k: expected .*float32.*got .*float16"),
         ({"v": torch.zeros(2, 2, 7, 8)}, r"v: expected .*both alike.*got \[2, 2, 7, 8\]"),
-        ({"first": torch.zeros(3, dtype=torch.int64)}, r"first: expected \[2\].*got \[3\]"),
-        ({"first": torch.zeros(2)}, "first: expected .*int32 or int64.*got .*float32"),
+        ({"left": torch.zeros(3, dtype=torch.int64)}, r"left: expected \[2\].*got \[3\]"),
+        ({"left": torch.zeros(2)}, "left: expected .*int32 or int64.*got .*float32"),
     ],
 )
 def test_errors(changes: dict[str, Any], words: str) -> None:
@@ -472,7 +472,7 @@ def test_errors(changes: dict[str, Any], words: str) -> None:
         ({"column": torch.zeros(1, dtype=torch.int64, device="meta")}, "column: expected .* on cpu, got .* on meta"),
         ({"k": torch.zeros(4, 2, 9, 8)}, r"k: expected \[a divisor of 6, .*got \[4, 2, 9, 8\]"),
         ({"k": torch.zeros(0, 2, 9, 8)}, r"k: expected \[a divisor of 6, .*got \[0, 2, 9, 8\]"),
-        ({"first": torch.zeros(6, dtype=torch.int64)}, r"first: expected \[2\].*got \[6\]"),
+        ({"left": torch.zeros(6, dtype=torch.int64)}, r"left: expected \[2\].*got \[6\]"),
     ],
 )
 def test_errors_of_branches(changes: dict[str, Any], words: str) -> None:
@@ -487,34 +487,34 @@ def test_errors_of_branches(changes: dict[str, Any], words: str) -> None:
 def test_the_call_takes_branches(implementation: str) -> None:
     q, k, v, own = random_branches(0, 2, 2, 4, 2, 3, 2, 9, 8)
     q, k, v, own_k, own_v = (x.to(implementation) for x in (q, k, v, *own))
-    first, column = torch.tensor([0, 4], device=q.device), torch.tensor([5], device=q.device)
-    out = block_attention(q, k, v, first, 0.3, own=(own_k, own_v), column=column)
-    want = run(implementation, q, k, v, first, 0.3, own=(own_k, own_v), column=column)
+    left, column = torch.tensor([0, 4], device=q.device), torch.tensor([5], device=q.device)
+    out = block_attention(q, k, v, left, 0.3, own=(own_k, own_v), column=column)
+    want = run(implementation, q, k, v, left, 0.3, own=(own_k, own_v), column=column)
     assert out.cpu().equal(want) and out.shape == q.shape
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_opcheck(padded: bool, device: str) -> None:
-    first = torch.tensor([0, 4], device=device) if padded else None
+    left = torch.tensor([0, 4], device=device) if padded else None
     q, k, v = (x.to(device) for x in random_inputs(0, 2, 4, 2, 3, 9, 8))
-    torch.library.opcheck(split_keys.attention_op, (q, k, v, first, 0.3))
+    torch.library.opcheck(split_keys.attention_op, (q, k, v, left, 0.3))
     q, k, v, own = random_branches(0, 2, 3, 4, 2, 3, 2, 9, 8)
     q, k, v, own_k, own_v = (x.to(device) for x in (q, k, v, *own))
     column = torch.arange(5, 7, device=device)
-    torch.library.opcheck(split_keys.attention_op, (q, k, v, first, 0.3, own_k, own_v, column))
+    torch.library.opcheck(split_keys.attention_op, (q, k, v, left, 0.3, own_k, own_v, column))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_without_a_graph_break(dynamic: bool) -> None:
-    inputs, first = random_inputs(0, 2, 4, 2, 3, 9, 8), torch.tensor([0, 4])
+    inputs, left = random_inputs(0, 2, 4, 2, 3, 9, 8), torch.tensor([0, 4])
     compiled = torch.compile(block_attention, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    assert compiled(*inputs, first).equal(block_attention(*inputs, first))
+    assert compiled(*inputs, left).equal(block_attention(*inputs, left))
     for branches, column in ((2, 5), (3, 4)):
         q, k, v, own = random_branches(0, 2, branches, 4, 2, 3, 2, 9, 8)
         given: dict[str, Any] = {"own": own, "column": torch.tensor([column])}
-        assert compiled(q, k, v, first, **given).equal(block_attention(q, k, v, first, **given))
+        assert compiled(q, k, v, left, **given).equal(block_attention(q, k, v, left, **given))
 
 
 # In a decode
@@ -527,10 +527,10 @@ def split(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
         pytest.skip("needs TRITON_INTERPRET=1")
     seen: list[tuple[int, int, bool]] = []
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, *own: Tensor) -> Tensor:
-        assert first is None or k.shape[0] == first.shape[0]
-        seen.append((k.shape[0], q.shape[0] // k.shape[0], first is not None))
-        return split_keys.attention_gpu(q, k, v, first, scale, *own)
+    def kernel(q: Tensor, k: Tensor, v: Tensor, left: Tensor | None, scale: float, *own: Tensor) -> Tensor:
+        assert left is None or k.shape[0] == left.shape[0]
+        seen.append((k.shape[0], q.shape[0] // k.shape[0], left is not None))
+        return split_keys.attention_gpu(q, k, v, left, scale, *own)
 
     def short(q: Tensor, k: Tensor, branches: int = 1) -> bool:
         return q.shape[1] // k.shape[1] * q.shape[2] // branches <= cache.SHORT

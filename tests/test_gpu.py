@@ -306,8 +306,8 @@ def test_fused_head_in_a_graph(temperature: float) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_in_a_graph(padded: bool) -> None:
     q, k, v = (torch.randn(2, 8, T, 128, device=DEVICE, dtype=torch.bfloat16) for T in (32, 1056, 1056))
-    first = torch.tensor([0, 300], device=DEVICE) if padded else None
-    replayed(lambda q, k, v: block_attention(q, k, v, first), q, k, v)
+    left = torch.tensor([0, 300], device=DEVICE) if padded else None
+    replayed(lambda q, k, v: block_attention(q, k, v, left), q, k, v)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -315,11 +315,11 @@ def test_branches_in_a_graph(padded: bool) -> None:
     """A replay takes the block's column as it is then."""
     q, k, v = (torch.randn(B, 8, T, 128, device=DEVICE).bfloat16() for B, T in ((6, 32), (2, 1056), (2, 1056)))
     own = torch.randn_like(q), torch.randn_like(q)
-    first = torch.tensor([0, 300], device=DEVICE) if padded else None
+    left = torch.tensor([0, 300], device=DEVICE) if padded else None
     column = torch.arange(400, 432, device=DEVICE)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, column: Tensor) -> Tensor:
-        return block_attention(q, k, v, first, own=own, column=column)
+        return block_attention(q, k, v, left, own=own, column=column)
 
     replayed(attend, q, k, v, column)
     graph = torch.cuda.CUDAGraph()
@@ -373,9 +373,9 @@ def test_attention_of_llada(B: int, kv_heads: int, n: int) -> None:
     """32 heads of 128 channels over 1056 columns in bfloat16, at most as far from float64 as PyTorch's."""
     q, k, v = (torch.randn(B, H, T, 128, device=DEVICE) for H, T in ((32, n), (kv_heads, 1056), (kv_heads, 1056)))
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-    first = torch.randint(0, 800, (B,), device=DEVICE)
-    mask = (torch.arange(1056, device=DEVICE) >= first[:, None])[:, None, None]
-    ours = block_attention(q, k, v, first)
+    left = torch.randint(0, 800, (B,), device=DEVICE)
+    mask = (torch.arange(1056, device=DEVICE) >= left[:, None])[:, None, None]
+    ours = block_attention(q, k, v, left)
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     wide = (x.double().repeat_interleave(32 // x.shape[1], dim=1) for x in (k, v))
     want = torch.nn.functional.scaled_dot_product_attention(q.double(), *wide, mask)

@@ -1,4 +1,4 @@
-"""Keys and values of a decode, and how a block's queries meet them."""
+"""The key/value cache of a decode, and a block's attention over it."""
 
 from fdpp.attention.cache import BlockCache
 from fdpp.attention.probe import Probe

@@ -1,4 +1,4 @@
-"""Keys and values of a block-wise decode, and how queries meet them."""
+"""The key/value cache of a block-wise decode, and attention over it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fdpp.attention.split_keys import block_attention, visible
 from fdpp.selection import DTYPES
 
 SHORT = 256
-"""Queries per head of keys up to which attention waits for memory: they do 256 FLOP a byte of bfloat16 keys, which is
-what an H200 has for each byte it reads (990 TFLOP/s at 4.3 TB/s are 230). Derived, not measured."""
+"""Queries per key head up to which memory bounds attention: 256 queries do 256 FLOP per byte of bfloat16 keys, and an
+H200 does 230 in the time it reads a byte (990 TFLOP/s at 4.3 TB/s). Derived, not measured."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of `q` `[b, H, n, hd]` over `k`, `v` `[b, kv_heads, S, hd]`; `mask`: what may be seen."""
+    """Softmax attention of `q` `[b, H, n, hd]` over `k`, `v` `[b, kv_heads, S, hd]`; `mask` is True at keys to see."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -31,34 +31,35 @@ def splits_keys(q: Tensor, k: Tensor, branches: int = 1) -> bool:
 class BlockCache:
     """Keys (after the rotary embedding) and values `[b, kv_heads, L, head_size]` of every layer, in place.
 
-    One rule serves Fast-dLLM's caches (arXiv 2505.22618, section 3.1): a forward over columns `start..start+n` replaces
-    the keys and values there and attends over all L. A full forward feeds `0..L`; the prefix cache then feeds from the
-    block's start to the end, so only what lies before the block is reused; the dual cache feeds the block alone.
+    A forward over columns `start..start+n` replaces the keys and values there and attends over all L. The caches of
+    Fast-dLLM (arXiv 2505.22618, section 3.1) differ only in what they feed after a full forward (`0..L`):
 
-    A forward may evaluate several branches, alternative contents of the same columns, that share everything else and
-    none of which is written over the others:
+    - prefix cache: from the block's start to the end, so only columns before the block are reused;
+    - dual cache: the block alone.
 
-    - `"batch"`: the branches of sequence i are rows `i * branches ..` of the queries.
-    - `"tree"`: the branches follow each other in one row, `n` columns each.
+    A forward may evaluate several branches: alternative contents of the same columns, which share all other columns.
+    None overwrites another. The layout is
 
-    A short block on a GPU goes to `block_attention`, in either layout and padded or not. Elsewhere, in batch layout the
-    scores against the shared keys and against a branch's own are taken apart and normalised together, so no key is
-    copied; in tree layout the first branch stands in the cache's columns and the others in spare ones behind it, and a
-    mask keeps them apart (`tree_mask`).
+    - `"batch"`: the branches of sequence i are rows `i * branches ..` of the queries. Scores against the shared keys
+      and against a branch's own are computed separately and normalised together, so no key is copied.
+    - `"tree"`: the branches follow each other in one row, `n` columns each. The first is written to the cache's columns
+      and the others to spare ones after L; a mask keeps them apart (`tree_mask`).
 
-    The first full forward allocates; from then on everything is written in place, and every forward, the first as well,
-    attends over what is stored. A block starts with `seat`.
+    A short block on a GPU goes to `block_attention` instead, in either layout, padded or not.
+
+    The first full forward allocates, later ones write in place. Every forward, the first included, attends over what is
+    stored. A block starts with `seat`.
 
     Attributes:
-        keys, values: one tensor per layer, of the sequences held now; with spare columns behind the L of the sequence.
-        allocated: the tensors that `keys` and `values` are the front rows of.
-        order: which sequence each row belongs to.
-        branches: how many branches the next forward holds, 1 unless set.
+        keys, values: one tensor per layer, the rows in use; `spare` columns follow the L of the sequence.
+        allocated: per layer the tensors of which `keys` and `values` are the first rows.
+        order: numbers of the sequences, in the order of their rows.
+        branches: branches of the next forward, 1 unless set.
         layout: "batch" or "tree".
-        passes: rows of each sequence, side by side, with keys and values of their own: 2 with guidance.
-        padding: how many columns on the left hold no token and are not attended to: an int for all rows alike, which
-            cuts them off, or int64 `[rows]` (see `pad`).
-        fillers: bool `[rows]`, rows that nothing is written for; None: every row is.
+        passes: successive rows of each sequence, each with its own keys and values: 2 with guidance.
+        padding: columns on the left that hold no token and are not attended to. An int is the same for all rows, and
+            the columns are cut off; else int64 `[rows]` (see `pad`).
+        fillers: bool `[rows]`, rows whose keys and values are not written; None: all are.
     """
 
     def __init__(self, layout: str = "batch", spare: int = 0, passes: int = 1) -> None:
@@ -77,24 +78,26 @@ class BlockCache:
 
     @property
     def size(self) -> int:
-        """How many sequences are held."""
+        """Number of sequences in use."""
         return self.keys[0].shape[0] // self.passes
 
     def pad(self, padding: Tensor | int = 0, fillers: Tensor | None = None) -> None:
-        """Say of the next forward's sequences how many columns on their left hold no token, and which are fillers.
+        """Set the left padding of the next forward's sequences, and which of them are fillers.
 
-        An int where the host knows it and all have as many; those columns must not be fed. Else int64 `[b]`. `fillers`,
-        bool `[b]`, are there for the size of the batch: nothing is written for them.
+        Args:
+            padding: columns on the left without a token: an int if the host knows it and all have as many (those
+                columns must not be fed), else int64 `[b]`.
+            fillers: bool `[b]`, sequences that only fill the batch: nothing is written for them.
         """
         self.padding = padding if isinstance(padding, int) else padding.repeat_interleave(self.passes)
         self.fillers = None if fillers is None else fillers.repeat_interleave(self.passes)
         self.made = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | Tensor) -> Tensor:
-        """Attention of fed positions `q` `[rows, H, m, hd]`, some or all of those with keys and values `k` and `v`.
+        """Attention of queries `q` `[rows, H, m, hd]`, at some or all of the fed positions that `k` and `v` belong to.
 
-        `start` is the column of the first, or an int64 tensor of their columns `[n]`. `mask` is what may be seen where
-        that is another matter than padding and branches; None leaves it to the cache.
+        `start` is the first fed column, or an int64 tensor `[n]` of all of them. `mask` is True at keys to see; None:
+        at all but padding and other branches.
         """
         if self.branches > 1:
             by_rows = self.layout == "batch"
@@ -104,12 +107,12 @@ class BlockCache:
                 return self.attend_shared(layer, q, k, v, mask, start)
         keys, values = self.write(layer, k, v, start)
         if mask is None and self.branches == 1 and splits_keys(q, keys):
-            return block_attention(q, keys, values, self.first(q.device))
+            return block_attention(q, keys, values, self.left(q.device))
         n = k.shape[2] // self.branches
         return attend(q, keys, values, self.mask(start, n, q.device) if mask is None else mask)
 
     def write(self, layer: int, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Store `k` and `v` `[b, kv_heads, n * branches, hd]` from column `start` on; returns what may be seen.
+        """Store `k` and `v` `[b, kv_heads, n * branches, hd]` at `start`; returns the keys and values to attend over.
 
         The first forward of a decode sets L, so it must be a full one.
         """
@@ -136,7 +139,7 @@ class BlockCache:
         return self.keys[layer][:, :, cut:seen], self.values[layer][:, :, cut:seen]
 
     def allocate(self, like: Tensor, length: int) -> None:
-        """Room for one more layer. Zeros, because a mask takes away the weight of a column but not a NaN in it."""
+        """Allocate one more layer. Zeros: a masked column has weight 0, and 0 times a NaN is NaN."""
         rows, kv_heads, _, hd = like.shape
         k, v = (like.new_zeros(rows, kv_heads, length + self.spare, hd) for _ in range(2))
         self.allocated.append((k, v))
@@ -146,20 +149,20 @@ class BlockCache:
             new = torch.where(self.fillers.to(new.device)[:, None, None, None], stored[:, :, columns], new)
         stored[:, :, columns] = new
 
-    def first(self, device: torch.device) -> Tensor | None:
-        """Every row's first column with a token, int64 `[rows]`; None where columns without one are cut off."""
+    def left(self, device: torch.device) -> Tensor | None:
+        """Left padding of every row, int64 `[rows]`; None where it is cut off."""
         return None if isinstance(self.padding, int) else self.padding.to(device)
 
     def mask(self, start: int | Tensor, n: int, device: torch.device) -> Tensor | None:
-        """What the queries of a forward over `n` columns from `start` on may see, for all layers; None: everything."""
+        """The mask of a forward over `n` columns at `start`, made once for all layers; None: everything is seen."""
         branches = self.branches if self.layout == "tree" else 1
         key = (branches, device)
         if key not in self.made:
-            self.made[key] = seen(self.first(device), self.length, columns_from(start, n), n, branches, device)
+            self.made[key] = seen(self.left(device), self.length, columns_from(start, n), n, branches, device)
         return self.made[key]
 
     def attend_own(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int | Tensor) -> Tensor:
-        """Attention of a short block's branches, each with its own keys and values in the place of the cache's."""
+        """Attention of a short block's branches, whose own keys and values replace the cache's."""
         keys, values = (stored[:, :, : self.length] for stored in (self.keys[layer], self.values[layer]))
         tree, D = self.layout == "tree", self.branches
         if tree:
@@ -169,7 +172,7 @@ class BlockCache:
             if isinstance(start, int):
                 start = torch.full((1,), start, dtype=torch.int64, device=q.device)
             self.made[key] = start.to(q.device)
-        out = block_attention(q, keys, values, self.first(q.device), own=(k, v), column=self.made[key])
+        out = block_attention(q, keys, values, self.left(q.device), own=(k, v), column=self.made[key])
         return out.unflatten(0, (-1, D)).transpose(1, 2).flatten(2, 3) if tree else out
 
     def attend_shared(
@@ -188,24 +191,24 @@ class BlockCache:
         hidden = marked(torch.zeros(1, 1, 1, 1, L, dtype=torch.bool, device=q.device), columns_from(start, n))
         if mask is not None:
             hidden = hidden | ~mask.view(b, self.branches, 1, 1, L).transpose(1, 2)
-        elif (first := self.first(q.device)) is not None:
-            hidden = hidden | ~visible(first, L)[:, None, None, None]
+        elif (left := self.left(q.device)) is not None:
+            hidden = hidden | ~visible(left, L)[:, None, None, None]
         scores = torch.cat((shared.masked_fill(hidden, -torch.inf), grouped @ own_k.transpose(3, 4)), dim=-1)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
         out = (weights[..., :L].flatten(2, 3) @ values).view(b, kv_heads, self.branches, queries, hd)
         out = out + weights[..., L:] @ own_v
         return out.transpose(1, 2).reshape(rows, heads, wanted, hd)
 
-    def hold(self, b: int) -> None:
-        """Hold the sequences of the first `b` rows."""
+    def resize(self, b: int) -> None:
+        """Use the rows of the first `b` sequences of `order`; none is moved or cleared."""
         self.keys = [k[: b * self.passes] for k, _ in self.allocated]
         self.values = [v[: b * self.passes] for _, v in self.allocated]
 
     def seat(self, sequences: Sequence[int]) -> list[int]:
-        """Hold `sequences`, by their numbers in `order`; returns them in the order of their rows, the first ones.
+        """Move `sequences` (numbers in `order`) to the first rows and use those; returns them in row order.
 
-        Those that stand further back change places with others, which keep their keys and values there. An empty cache
-        gives them rows in the order in which they come.
+        A sequence from further back swaps its keys and values with one that is not among them. In an empty cache they
+        take rows in the given order.
         """
         if not self.order:
             rows = self.allocated[0][0].shape[0] // self.passes if self.allocated else 0
@@ -222,14 +225,14 @@ class BlockCache:
             )
             for stored in (tensor for pair in self.allocated for tensor in pair):
                 stored[to] = stored[of]
-        self.hold(b)
+        self.resize(b)
         return self.order[:b]
 
     def front(self, b: int) -> BlockCache:
-        """Another cache in the same memory, of the sequences of the first `b` rows."""
+        """Another cache in the same memory, of the first `b` sequences."""
         other = BlockCache(self.layout, self.spare, self.passes)
         other.allocated = self.allocated
-        other.hold(b)
+        other.resize(b)
         return other
 
 
@@ -253,9 +256,9 @@ def marked(mask: Tensor, columns: slice | Tensor, value: bool = True) -> Tensor:
 def seen(
     padding: Tensor | None, length: int, fed: slice | Tensor, n: int, branches: int, device: torch.device
 ) -> Tensor | None:
-    """What queries in the n columns `fed` may see of `length` columns, for `attend`; None: everything.
+    """The mask for `attend` of queries in the n columns `fed` over `length` columns; None: everything is seen.
 
-    `padding` `[b]` are the columns on the left without a token, None where there are none. Several `branches` are in
+    `padding` `[b]` is the number of columns on the left without a token; None: no padding. Several `branches` are in
     tree layout (`tree_mask`).
     """
     real = None if padding is None else visible(padding, length)
@@ -267,10 +270,10 @@ def seen(
 def tree_mask(
     length: int, fed: slice | Tensor, n: int, branches: int, device: torch.device, real: Tensor | None = None
 ) -> Tensor:
-    """What branches in tree layout may see: bool `[b, 1, branches * n, length + (branches - 1) * n]`.
+    """The mask of branches in tree layout: bool `[b, 1, branches * n, length + (branches - 1) * n]`.
 
-    Branch 0 stands in the n columns `fed` and sees all `length` columns; branch j sees its own n columns instead of
-    them. `real` `[b, length]` are the columns with a token, None (and b = 1) where all have one.
+    Branch 0 is in the n columns `fed` and sees all `length` columns. Branch j sees its own n columns in place of those
+    `fed`. `real` `[b, length]` is True at columns with a token; None: all have one, and b = 1.
     """
     sees = torch.zeros(branches, length + (branches - 1) * n, dtype=torch.bool, device=device)
     sees[:, :length] = True

@@ -1,4 +1,4 @@
-"""Queries and keys of a forward, kept for a rule that wants to see them."""
+"""Queries and keys of a forward, kept for a rule that reads attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fdpp.attention.cache import attend as attend_uncached
 
 
 class Probe(BlockCache):
-    """Stands in for the `cache` of one forward: attends as it does, and keeps what the rule wants to see.
+    """Stands in for the `cache` of one forward: attends as it does, and keeps queries and keys for the rule.
 
     A model hands every layer's queries and keys to its cache anyway, so probing costs other rules nothing.
 

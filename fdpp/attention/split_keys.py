@@ -1,13 +1,17 @@
 """Attention of a block's queries over a cache of left-padded sequences.
 
-PyTorch's flash kernel cuts the keys into splits where `batch * heads * ceil(n / 64)` is below 0.8 times twice the
-multiprocessors (`set_params_splitkv` in its `flash_api.cpp`, which `scaled_dot_product_attention` leaves the number
-to), so a short block keeps the device busy. But it takes no mask, which padding needs: then the memory-efficient kernel
-runs, one program per head and tile of queries, 32 for a block of LLaDA where there are 108 multiprocessors or more.
-With cuDNN above 9.15, PyTorch asks that first on sm_90 and sm_100, masked or not; how it cuts its work is not public.
+What `scaled_dot_product_attention` has for a short block:
 
-Nor does it take branches, alternative contents of one block that share the rest of a sequence, unless each has a copy
-of the cache.
+- The flash kernel splits the keys where `batch * heads * ceil(n / 64)` is below 1.6 times the multiprocessors
+  (`set_params_splitkv` in PyTorch's `flash_api.cpp`), so the device stays busy. But it takes no mask, which padding
+  needs.
+- With a mask the memory-efficient kernel runs one program per head and tile of queries: 32 for a block of LLaDA, on 108
+  multiprocessors or more.
+- With cuDNN above 9.15, PyTorch tries cuDNN first on sm_90 and sm_100, masked or not. How that splits its work is not
+  public.
+
+None takes branches (alternative contents of one block that share the rest of a sequence) without a copy of the cache
+for each.
 """
 
 from __future__ import annotations
@@ -24,11 +28,11 @@ from fdpp.kernels.launch import attend_launch
 from fdpp.selection import DTYPES
 
 Own = tuple[Tensor, Tensor]
-"""Keys and values of a block that stand in the place of the cache's."""
+"""A block's own keys and values, in place of the cache's."""
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, own: Own | None = None, column: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, left: Tensor | None, own: Own | None = None, column: Tensor | None = None
 ) -> None:
     """Raise `ValueError` that names the argument, what was expected and what came."""
     if q.dim() != 4 or q.dtype not in DTYPES:
@@ -61,34 +65,34 @@ def check(
             f"column: expected int64 of at least one element on {q.device}, "
             f"got {list(column.shape)} {column.dtype} on {column.device}"
         )
-    if first is not None:
-        wrong = tuple(first.shape) != (B,) or first.dtype not in (torch.int32, torch.int64)
-        if wrong or first.device != q.device:
+    if left is not None:
+        wrong = tuple(left.shape) != (B,) or left.dtype not in (torch.int32, torch.int64)
+        if wrong or left.device != q.device:
             raise ValueError(
-                f"first: expected [{B}] int32 or int64 on {q.device}, "
-                f"got {list(first.shape)} {first.dtype} on {first.device}"
+                f"left: expected [{B}] int32 or int64 on {q.device}, "
+                f"got {list(left.shape)} {left.dtype} on {left.device}"
             )
 
 
-def visible(first: Tensor, length: int) -> Tensor:
-    """Which of `length` columns hold a token, bool `[b, length]`: those from `first` `[b]` on."""
-    return torch.arange(length, device=first.device) >= first[:, None]
+def visible(left: Tensor, length: int) -> Tensor:
+    """Which of `length` columns hold a token, bool `[b, length]`: those from `left` `[b]` on."""
+    return torch.arange(length, device=left.device) >= left[:, None]
 
 
 def attention_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    first: Tensor | None,
+    left: Tensor | None,
     scale: float,
     own_k: Tensor | None = None,
     own_v: Tensor | None = None,
     column: Tensor | None = None,
 ) -> Tensor:
-    """`fdpp::block_attention` by PyTorch's own kernels; branches get a copy of the cache each."""
+    """`fdpp::block_attention` by PyTorch's own kernels; each branch gets a copy of the cache."""
     mask = None
-    if first is not None:
-        mask = visible(first, k.shape[2])[:, None, None]
+    if left is not None:
+        mask = visible(left, k.shape[2])[:, None, None]
     if own_k is not None and own_v is not None and column is not None and len(q):
         branches = len(q) // len(k)
         columns = column.flatten()[0] + torch.arange(own_k.shape[2], device=k.device)
@@ -104,7 +108,7 @@ def attention_gpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    first: Tensor | None,
+    left: Tensor | None,
     scale: float,
     own_k: Tensor | None = None,
     own_v: Tensor | None = None,
@@ -116,7 +120,7 @@ def attention_gpu(
     if out.numel() == 0:
         return out
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    # Arguments that are None are constants of the kernel, and cost its other launches nothing.
+    # None is a constant to the kernel, so launches without branches do not pay for them.
     n_own: int | None = None
     own_strides: tuple[int | None, ...] = (None,) * 6
     if own_k is not None and own_v is not None:
@@ -144,7 +148,7 @@ def attention_gpu(
             v,
             own_k,
             own_v,
-            q if first is None else first.contiguous(),
+            q if left is None else left.contiguous(),
             column,
             out,
             parts,
@@ -156,7 +160,7 @@ def attention_gpu(
             config.split_len,
             HEADS=H,
             GROUP=group,
-            HAS_FIRST=first is not None,
+            HAS_FIRST=left is not None,
             HAS_OWN=own_k is not None,
             BRANCHES=rows // B,
             BLOCK_M=config.block_m,
@@ -176,23 +180,23 @@ def attention_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    first: Tensor | None,
+    left: Tensor | None,
     scale: float,
     own_k: Tensor | None = None,
     own_v: Tensor | None = None,
     column: Tensor | None = None,
 ) -> Tensor:
-    """`fdpp::block_attention`, with the heads of a query side by side: `[B * branches, m, H, d]`, contiguous."""
-    return attention_cpu(q, k, v, first, scale, own_k, own_v, column)
+    """`fdpp::block_attention`: `[B * branches, m, H, d]`, contiguous."""
+    return attention_cpu(q, k, v, left, scale, own_k, own_v, column)
 
 
 @attention_op.register_kernel("cuda")
-def _(q, k, v, first, scale, own_k=None, own_v=None, column=None):  # type: ignore[no-untyped-def]
-    return attention_gpu(q, k, v, first, scale, own_k, own_v, column)
+def _(q, k, v, left, scale, own_k=None, own_v=None, column=None):  # type: ignore[no-untyped-def]
+    return attention_gpu(q, k, v, left, scale, own_k, own_v, column)
 
 
 @attention_op.register_fake
-def _(q, k, v, first, scale, own_k=None, own_v=None, column=None):  # type: ignore[no-untyped-def]
+def _(q, k, v, left, scale, own_k=None, own_v=None, column=None):  # type: ignore[no-untyped-def]
     rows, H, m, d = q.shape
     return q.new_empty((rows, m, H, d))
 
@@ -201,7 +205,7 @@ def block_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    first: Tensor | None = None,
+    left: Tensor | None = None,
     scale: float | None = None,
     *,
     own: Own | None = None,
@@ -209,29 +213,29 @@ def block_attention(
 ) -> Tensor:
     """Softmax attention of a block's queries over all keys of a cache but the padding: `[B * branches, H, m, d]`.
 
-    With `own` and `column`, which come together, rows may be branches: alternative contents of the same columns of a
-    sequence. They share its cache, and each has its own keys and values there.
+    With `own` and `column` (both or neither) rows may be branches: alternative contents of the same columns of a
+    sequence. They share its cache, but each has its own keys and values in those columns.
 
     Args:
         q: `[B * branches, H, m, d]` bfloat16, float16 or float32; row r belongs to sequence r // branches. One branch
             unless `own` is given.
         k, v: `[B, kv_heads, S, d]` of the same dtype, any strides; head h reads head h // (H / kv_heads).
-        first: `[B]` int32 or int64: the keys of sequence b are columns `first[b]` to S, what is to the left is padding
-            and not read. Where nothing is left to see, the result is zeros. None: all S columns.
+        left: `[B]` int32 or int64, columns of padding on the left: sequence b sees columns `left[b]..S`, the others are
+            not read. Where it sees none, the result is zeros. None: all S columns.
         scale: of the scores, 1 / sqrt(d) unless given.
-        own: keys and values `[B * branches, kv_heads, n, d]` of the same dtype, any strides, n at most S: they stand
-            in the place of the n columns of `k` and `v` from `column` on, which are not read. They are no padding: a
-            row sees all n of them, also to the left of `first`.
-        column: int64 of at least one element: the first is the first column of the block, from 0 to S - n. It is read
-            where the attention is computed, so a captured graph may change it between replays, and on a GPU it is not
-            checked: outside that range no other memory is read, but the result means nothing.
+        own: keys and values `[B * branches, kv_heads, n, d]` of the same dtype, any strides, n at most S. They
+            replace the n columns of `k` and `v` from `column` on, which are not read. They are no padding: a row sees
+            all n of them, even in columns before `left`.
+        column: int64 of at least one element; the first element is the block's first column, from 0 to S - n. It is
+            read on the device, so it may change between replays of a captured graph. On a GPU it is not checked:
+            outside that range no other memory is read, but the result is meaningless.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or one of `own` and `column` without the other.
         IndexError: on a CPU, a block that does not fit into the S columns.
     """
-    check(q, k, v, first, own, column)
+    check(q, k, v, left, own, column)
     run = attention_cpu if q.device.type == "cpu" else attention_gpu
     run = attention_op if torch.compiler.is_compiling() else run
     block = () if own is None else (*own, column)
-    return run(q, k, v, first, q.shape[3] ** -0.5 if scale is None else float(scale), *block).transpose(1, 2)
+    return run(q, k, v, left, q.shape[3] ** -0.5 if scale is None else float(scale), *block).transpose(1, 2)
