@@ -35,7 +35,7 @@ def run(argv: list[str] | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for an error of the user's, 130 for Ctrl-C, 141 for a closed pipe."""
+    """Run a command; returns the exit code: 0, 2 for a user error, 130 for Ctrl-C, 141 for a closed pipe."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -51,13 +51,13 @@ def greet(chat: Chat, model: str) -> None:
 
 
 def lines() -> Iterator[str]:
-    """Lines of standard input until its end; asked for, and with line editing, where a person types them."""
+    """Lines of standard input until its end; in a terminal with a prompt and line editing."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    # Where Python has it, it lends `input` line editing and a history.
+    # Importing it gives `input` line editing and a history, where Python has it.
     with suppress(ImportError):
         import readline  # noqa: F401
     ask = ASK if sys.stdout.isatty() else ""
@@ -70,12 +70,12 @@ def lines() -> Iterator[str]:
 
 
 def tell(text: str) -> None:
-    """A line beside the conversation."""
+    """Print a line that is not part of the conversation."""
     print(paint(text, "2") if is_live(sys.stderr) else text, file=sys.stderr, flush=True)
 
 
 def respond(chat: Chat, question: str) -> bool:
-    """Answer one question; whether that came to an end."""
+    """Answer one question; returns whether the answer was finished."""
     try:
         prompt = chat.prepare(question)
         if prompt.dropped:

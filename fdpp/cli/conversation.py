@@ -1,4 +1,4 @@
-"""A conversation with a model: its turns, the prompt they make within the model's window, and its answers."""
+"""A conversation with a model: its turns, their prompt within the model's window, and its answers."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class PlainView(transformers.TextStreamer):
 
 
 class Chat:
-    """Turns in the tokenizer's chat template; without one every question stands by itself.
+    """Turns in the tokenizer's chat template; without one every question is a prompt of its own.
 
     Attributes:
         remembers: whether the tokenizer has a chat template.
-        turns: messages of the roles user and assistant, in turn; an answer that was not finished leaves none.
+        turns: messages of user and assistant, in turn; a question whose answer was not finished leaves none.
     """
 
     def __init__(self, model: LLaDAModelLM, tokenizer: Any, config: DiffusionGenerationConfig) -> None:
@@ -71,7 +71,7 @@ class Chat:
         self.asked = 0
 
     def encode(self, question: str, dropped: int) -> list[int]:
-        """Ids of the question after the turns but for the first `dropped` questions and their answers."""
+        """Ids of the question and the turns before it, without the first `dropped` questions and their answers."""
         if not self.remembers:
             return self.tokenizer(question)["input_ids"]
         turns = [*self.turns[2 * dropped :], {"role": "user", "content": question}]
@@ -79,9 +79,9 @@ class Chat:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prepare(self, question: str) -> Prompt:
-        """The prompt that asks `question`; forgets the oldest turns where they leave no room for an answer.
+        """The prompt that asks `question`; forgets the oldest turns if they leave no room for an answer.
 
-        A question that has no room even by itself makes none forgotten; `answer` refuses it.
+        A question that is too long even by itself forgets no turn; `answer` refuses it.
         """
         room = self.model.config.max_sequence_length - self.config.max_new_tokens
         ids, dropped = self.encode(question, 0), 0
@@ -106,7 +106,7 @@ class Chat:
         """
         config = self.config
         if config.temperature > 0.0:
-            # A question that is asked again is answered by other samples.
+            # A repeated question gets another sample.
             config = replace(config, seed=((config.seed or 0) + self.asked) % 2**63)
         self.asked += 1
         live = is_live(out)

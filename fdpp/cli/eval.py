@@ -64,13 +64,13 @@ def add(commands: Any) -> None:
     option("--include-path", type=Path, metavar="DIR", help="folder with more tasks")
     text = (
         "the settings of a published table, see below: task, few-shot examples, rule, cache, lengths, drafts and chat "
-        "template; options given beside it win"
+        "template; other options take precedence"
     )
     option("--preset", choices=tuple(PRESETS), metavar="NAME", help=text)
     option("--num-fewshot", type=whole(0), metavar="N", help="few-shot examples (default: the task's)")
     option("--limit", type=whole(1), metavar="N", help="the first N documents of every task (default: all)")
     text = (
-        "prompts in the tokenizer's chat template; humaneval is then humaneval_chat, which runs the code of an answer"
+        "prompts in the tokenizer's chat template; humaneval becomes humaneval_chat, which runs the code of an answer"
     )
     option("--chat-template", action="store_true", help=text)
     option(
@@ -85,9 +85,9 @@ def add(commands: Any) -> None:
     option("--stop-at-eos", dest="no_stop_at_eos", action="store_false", default=False, help=text)
     text = "samples of a log-likelihood's Monte Carlo estimate (default: %(default)s)"
     option("--mc-num", type=whole(1), default=128, metavar="N", help=text)
-    text = "log-likelihoods: also find out whether greedy decoding gives the target (lambada), a forward a token"
+    text = "log-likelihoods: also find out whether greedy decoding gives the target (lambada), one forward per token"
     option("--check-greedy", action="store_true", help=text)
-    text = "keep finished requests in this folder, and do not decode again what is there"
+    text = "keep finished requests in this folder and skip those that are already there"
     option("--resume", type=Path, metavar="DIR", help=text)
     option("--output", type=Path, metavar="FILE", help="write all results and samples to this JSON file")
     add_model_options(parser)
@@ -99,7 +99,7 @@ def add(commands: Any) -> None:
 
 
 def resolve(args: argparse.Namespace) -> None:
-    """Put values in the place of the defaults of `args`: the preset's where there is one."""
+    """Replace the defaults in `args` by values, the preset's if there is one."""
     preset = None if args.preset is None else PRESETS[args.preset]
     if preset is not None:
         if args.tasks is None:
@@ -131,7 +131,7 @@ def find_tasks(args: argparse.Namespace) -> tuple[Any, list[str]]:
     if args.chat_template:
         names = ["humaneval_chat" if name == "humaneval" else name for name in names]
     paths = [str(path) for path in (TASKS, args.include_path) if path is not None]
-    # Its own tasks are thousands of files, and take seconds to list.
+    # The harness's own tasks are thousands of files, which take seconds to list.
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not all(name in manager.all_tasks or Path(name).is_file() for name in names):
         manager = TaskManager(include_path=paths)
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tasks is None:
         raise CommandError("expected --tasks or --preset (see fdpp eval --help)")
     if args.output is not None:
-        # Before hours of decoding, not after them.
+        # Fail before hours of decoding, not after.
         with reported(OSError, about="--output: "):
             args.output.parent.mkdir(parents=True, exist_ok=True)
             existed = args.output.exists()
@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
     costs = model_of_harness.report()
     if results is None:
         return 0
-    # No length is what every task asks for.
+    # None: the length that each task asks for.
     decoding = dataclasses.asdict(config) | {"rule": repr(config.rule), "max_new_tokens": gen_length}
     settings = {"model": args.model, "decoding": decoding, "gen_length": gen_length, "preset": args.preset}
     results["fdpp"] = {**settings, "costs": costs}

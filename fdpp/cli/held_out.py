@@ -94,7 +94,7 @@ def table(model: LLaDAModelLM, tokenizer: Any, problems: list[tiny.Problem], cac
 
 def run(problems: int, cache: str) -> int:
     """Show the first problems one by one, then all of them in a table; returns the exit code."""
-    # The operators of so small a model are too short to share: a second thread costs more than it gives.
+    # The operators of so small a model are too short for two threads to share.
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     model, tokenizer = tiny.load()

@@ -1,4 +1,4 @@
-"""A decode seen in a terminal: the block's masks fill in while it is unmasked."""
+"""A live view of a decode in a terminal: the block's masks fill in as positions are committed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def wrap(pieces: list[tuple[str, str]], width: int) -> list[str]:
 class LiveView(BaseStreamer):
     """Streamer for `generate` with one sequence: redraws the response after every forward and erases it at the end.
 
-    A context manager, which gives the cursor back whatever happens.
+    A context manager, which restores the cursor at exit.
 
     Args:
         tokenizer: decodes the response.
@@ -74,7 +74,7 @@ class LiveView(BaseStreamer):
         self.forwards = self.height = 0
 
     def __enter__(self) -> LiveView:
-        # Without automatic margins a line of wide characters is cut, not continued: the height stays known.
+        # Without automatic margins a line of wide characters is cut, not wrapped, so the height stays known.
         self.out.write("\x1b[?25l\x1b[?7l")
         return self
 
@@ -103,7 +103,7 @@ class LiveView(BaseStreamer):
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def pieces(self, before: list[int]) -> list[tuple[str, str]]:
-        """Text and style of every visible token; the tokens that are masks in `before` and no longer are are new."""
+        """Text and style of every visible token; tokens that were masks in `before` are new."""
         visible = [token for token in self.done if token not in self.hidden]
         text = self.decode(visible)
         pieces = [(word, "") for word in re.split("(?= )", text) if word]

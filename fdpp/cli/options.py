@@ -1,4 +1,4 @@
-"""What commands share: errors of the user's, the options of model, rule and decode, and what they mean."""
+"""What commands share: user errors, and the options of model, rule and decode."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def option_of(field: str, number: Number) -> str:
-    """The attribute of the parsed arguments that holds a rule's field; its option is the same with dashes."""
+    """The attribute of the parsed arguments for a rule's field; the option is the same with dashes."""
     return number.option or field
 
 
 def rule_options() -> dict[str, list[tuple[type[fdpp.Rule], str]]]:
-    """The options that the rules take, each with the rules and their fields that it sets."""
+    """The options that the rules take, each with the rules and fields that it sets."""
     found: dict[str, list[tuple[type[fdpp.Rule], str]]] = {}
     for rule in fdpp.Rule.named().values():
         for field, number in rule.numbers.items():
@@ -91,14 +91,14 @@ def add_rule_options(parser: argparse.ArgumentParser) -> None:
         about = f"{names}: {number.about}" + ("" if default is None else f" (default: {default:g})")
         kind = whole(int(number.interval)) if number.whole else float
         add(f"--{option.replace('_', '-')}", type=kind, metavar=number.unit, help=about)
-    text = "quota: forwards for the whole answer, shared out evenly (default: one a token)"
+    text = "quota: steps for the whole answer, spread evenly (default: one per token)"
     add("--steps", type=whole(1), metavar="N", help=text)
 
 
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("decoding").add_argument
     add("--gen-length", type=whole(1), default=128, metavar="N", help="longest answer in tokens (default: %(default)s)")
-    text = "tokens decoded together, block after block, 1 to 1024 (default: %(default)s)"
+    text = "tokens per block, 1 to 1024; blocks are decoded one after another (default: %(default)s)"
     add("--block-length", type=whole(1), default=32, metavar="N", help=text)
     text = (
         "what a block's forwards reuse: none: nothing; prefix: what is before the block; dual: also what is after it, "
@@ -111,15 +111,12 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     add("--branches", choices=BRANCHES, default="batch", help=text)
     text = "fused: keep no logits, which saves memory and may be slower (default: %(default)s)"
     add("--head", choices=HEADS, default="library", help=text)
-    text = "0: the most likely tokens; above 0: sampled, the wilder the higher (default: 0)"
+    text = "0: the most likely tokens; above 0: sampled, more randomly the higher (default: 0)"
     add("--temperature", type=float, default=0.0, metavar="T", help=text)
     add("--seed", type=whole(0), default=0, metavar="N", help="same seed, same samples (default: 0)")
-    text = "quota: commit the most confident tokens, or any (default: %(default)s)"
+    text = "quota: commit the most confident tokens, or random ones (default: %(default)s)"
     add("--remasking", choices=REMASKINGS, default="low_confidence", help=text)
-    text = (
-        "classifier-free guidance: how much what the prompt changes is enlarged, 0 or more; above 0 a forward is twice "
-        "the work (default: 0)"
-    )
+    text = "scale of classifier-free guidance, 0 or more; above 0 a forward is twice the work (default: 0)"
     add("--cfg-scale", type=float, default=0.0, metavar="S", help=text)
     add("--logits-eos-inf", action="store_true", help="never propose the end-of-text token")
     text = "commit the end-of-text and end-of-turn tokens after all others"

@@ -49,7 +49,7 @@ def processes() -> Any:
 
 @register_model("fdpp")
 class FdppLM(LM):
-    """A model and a way to decode it, as lm-evaluation-harness asks for it; arguments as those of `Evaluator`."""
+    """An `LM` of lm-evaluation-harness; arguments are those of `Evaluator`."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class FdppLM(LM):
                 raise ValueError(f"batch_size: expected an int of at least 1, got {given['batch_size']!r}")
             given["batch_size"] = int(given["batch_size"])
         if given.get("cache", "dual") is None:
-            given["cache"] = "none"  # what the harness reads as None in a string of arguments
+            given["cache"] = "none"  # in a string of arguments the harness reads it as None
         pretrained, dtype, device = (given.pop(name, None) for name in ("pretrained", "dtype", "device"))
         name = given.pop("rule", "frechet")
         rules = fdpp.Rule.named()
@@ -142,14 +142,15 @@ class FdppLM(LM):
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         raise NotImplementedError(
-            "fdpp: perplexity tasks are not implemented; a masked-diffusion model bounds the likelihood of a target, "
-            "it does not chain those of its tokens"
+            "fdpp: perplexity tasks are not implemented; a masked-diffusion model bounds the likelihood of a target "
+            "as a whole, not token by token"
         )
 
     def report(self) -> dict[str, dict[str, float]]:
-        """What the responses of every task cost (`Tally.report`), over all processes; empty but on the first.
+        """What the responses of every task cost (`Tally.report`), over all processes, which must all call it.
 
-        The processes run side by side: the seconds are those of the slowest. All of them have to call it.
+        Only the first process gets the costs, the others an empty dict. The processes run in parallel, so the seconds
+        are those of the slowest.
         """
         merged: dict[str, Tally] = {}
         for tallies in self.gather_object(self.evaluator.tallies) or []:

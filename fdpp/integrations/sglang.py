@@ -69,8 +69,8 @@ class RuleAlgorithm(DllmAlgorithm):
         """One denoising step of every request's block, in place in `forward_batch.input_ids` `[B * block_size]`.
 
         `full_logits` is `[B * block_size, V]`, the blocks one after the other. A block is done when it came in without
-        a mask: the forward pass before has then written the keys and values of its final tokens. The result is the one
-        thing read back from the device.
+        a mask: the forward pass before has then written the keys and values of its final tokens. Only the result is
+        read back from the device.
         """
         B, T = forward_batch.batch_size, self.block_size
         prompt = forward_batch.dllm_prompt_mask
@@ -89,8 +89,10 @@ class RuleAlgorithm(DllmAlgorithm):
         return [count == 0 for count in masks]
 
     def report(self, unusable: list[int], rids: list[str] | None) -> None:
-        """Say which requests have logits that no token can be read from: as SGLang's own NaN check does, an error where
-        one of its switches is on, else one line in the log. Other requests are not affected."""
+        """Report the requests whose logits give no token; other requests are not affected.
+
+        As in SGLang's own NaN check: an error if one of its switches is on, else one line in the log.
+        """
         hit = [rids[i] if rids else i for i, count in enumerate(unusable) if count]
         message = f"NaN, +inf or nothing but -inf in the logits at {sum(unusable)} masked positions of requests {hit}"
         if envs.SGLANG_ENABLE_NAN_LOGITS_CHECK.get() or envs.SGLANG_ENABLE_ASYNC_ASSERT.get():
@@ -101,10 +103,10 @@ class RuleAlgorithm(DllmAlgorithm):
 
 
 def register(*rules: type[Rule]) -> None:
-    """Add an algorithm for each rule, by default `SERVED`, to SGLang's registry: the rule's name and "Profile".
+    """Add an algorithm for each rule, by default `SERVED`, to SGLang's registry, named as the rule plus "Profile".
 
-    The plugin's entry point calls it without arguments. To serve a rule of your own, a dataclass, name an entry point
-    of yours that calls it with the rule's class.
+    The plugin's entry point calls it without arguments. To serve a rule of your own, a dataclass, add an entry point
+    that calls it with the rule's class.
 
     Raises:
         ValueError: SGLang already has another algorithm of that name.

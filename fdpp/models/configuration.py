@@ -40,17 +40,21 @@ BLOCKS_TP_PLAN = {
     "transformer.blocks.*.up_proj": "colwise",
     "transformer.blocks.*.ff_out": "rowwise",
 }
-"""Tensor parallelism in the form of transformers' `tp_plan`: heads and hidden units of the blocks are shared out."""
+"""Tensor parallelism as transformers' `tp_plan`: heads and hidden units of the blocks are sharded."""
 
 
 class LLaDAConfig(PretrainedConfig):
     """Shape and token ids of a LLaDA model.
 
     The arguments have the names of the published `config.json` (GSAI-ML/LLaDA-8B-Base, -Instruct, LLaDA-1.5), so such
-    a file loads as it is; the defaults are those of LLaDA-8B. `embedding_size` is the number of rows of the embedding
-    and of the head, `vocab_size` unless given. Of `mask_token_id`, `eos_token_id`, `pad_token_id` and `eot_token_id`,
-    those that are not given are LLaDA's, or None where the vocabulary is too small for them. An option that changes
-    the architecture and is not implemented raises `ValueError` with its name, its value and what is implemented.
+    a file loads as it is. Defaults are those of LLaDA-8B:
+
+    - `embedding_size`, the rows of the embedding and of the head: `vocab_size`;
+    - `mask_token_id`, `eos_token_id`, `pad_token_id`, `eot_token_id`: LLaDA's, or None if the vocabulary is too small.
+
+    Raises:
+        ValueError: sizes that do not fit, or an option that changes the architecture and is not implemented, with its
+            name, its value and what is implemented.
     """
 
     model_type = "llada"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fdpp.models.linear import Linear
 
 JOINING = threading.Lock()
-"""Of two threads that come first, one joins."""
+"""Of threads that find no matrix at the same time, one joins."""
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -28,12 +28,12 @@ class Joined:
     """One matrix `[sum of outputs, inputs]` of which the layers' weights are views.
 
     Parameters, their names and their checkpoints stay as they are, and no weight is held twice. The matrix is made on
-    first use and again whenever a weight has moved. Layers that are more than a plain weight are left alone: with
-    hooks, adapters, quantised or sharded weights.
+    first use and again whenever a weight has moved. Layers with hooks, adapters, quantised or sharded weights are left
+    alone.
 
     Args:
         modules: the block's own table of submodules, so that a layer that is replaced later is seen.
-        names: of the layers in it, without biases.
+        names: of the layers to join, which have no biases.
     """
 
     def __init__(self, modules: dict[str, nn.Module | None], *names: str) -> None:
@@ -43,8 +43,8 @@ class Joined:
     def matrix(self) -> Tensor | None:
         """The joined weight, None where the layers must be called one by one.
 
-        They must be while gradients are recorded, which belong to the parameters, and while PyTorch compiles, since
-        it cannot follow addresses.
+        That is so while gradients are recorded, which belong to the parameters, and under `torch.compile`, which cannot
+        follow addresses.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
@@ -62,7 +62,7 @@ class Joined:
         return held
 
     def held(self, weights: list[nn.Parameter | None]) -> Tensor | None:
-        """The matrix, if the weights are still its views: where its memory is alive, an address tells."""
+        """The matrix, if the weights are still its views. Its memory is alive, so equal addresses prove it."""
         matrix = self.weight
         if matrix is None:
             return None
@@ -74,14 +74,14 @@ class Joined:
         return matrix
 
     def part(self) -> None:
-        """Let go of the matrix, whose memory the weights then hold alone."""
+        """Drop the matrix; only the weights then keep its memory."""
         self.weight = None
 
     def join(self, weights: list[nn.Parameter | None]) -> Tensor | None:
         plain = [w for w in weights if type(w) is nn.Parameter and not w.is_meta]
         if len(plain) < len(weights) or any(hasattr(self.modules[name], "_hf_hook") for name in self.names):
             return None
-        # Parameters that lie in a tensor of inference mode could not be trained any more.
+        # Parameters that are views of an inference tensor could not be trained any more.
         with torch.inference_mode(False), torch.no_grad():
             matrix = torch.cat([weight.data for weight in plain])
             for weight, part in zip(plain, matrix.split([weight.shape[0] for weight in plain]), strict=True):

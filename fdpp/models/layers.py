@@ -1,4 +1,4 @@
-"""A block's arithmetic around its attention, as functions of tensors: the same for every layer, so compiled once."""
+"""A transformer block around its attention, as functions of tensors that all layers share, so compiled once."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> Angles:
-    """Factors `[B, 1, T, head_size]` (float32) that `rotate` wants at `position_ids` `[B, T]`.
+    """Cosines and sines `[B, 1, T, head_size]` (float32) of the rotary angles at `position_ids` `[B, T]`.
 
-    They are the cosines of the rotary angles and their sines, those of the first half negated.
+    The sines of the first half are negated, as `rotate` takes them.
     """
     exponent = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
     angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponent)
@@ -34,7 +34,7 @@ def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> Angles:
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """Rotate the halves of the last dimension against each other, in float32."""
+    """Rotate pairs of channels, one from each half of the last dimension, in float32."""
     cos, sin = angles
     wide = x.float()
     swapped = torch.cat(wide.chunk(2, dim=-1)[::-1], dim=-1)
@@ -56,10 +56,10 @@ def attention_inputs(
 def block_output(
     x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, eps: float
 ) -> Tensor:
-    """The block's output `[B, T, d_model]`: `x` plus what was `attended` `[B, H, T, hd]`, plus SwiGLU of the sum.
+    """The block's output `[B, T, d_model]`: `x` plus the attention `attended` `[B, H, T, hd]`, plus SwiGLU of the sum.
 
-    `out`, `gate_up` and `down` are weights of matrix products, `norm` is that of the norm between them. Results are
-    written over what is no longer needed: a fresh tensor of some MB costs a CPU more in page faults than its sum.
+    `out`, `gate_up` and `down` are projection weights, `norm` is the weight of the norm before SwiGLU. Sums are taken
+    in place: on a CPU a new tensor of some MB costs more in page faults than the addition.
     """
     x = linear(attended.transpose(1, 2).flatten(2), out).add_(x)
     gate, up = linear(rms_norm(x, norm, eps), gate_up).chunk(2, dim=-1)
@@ -68,9 +68,9 @@ def block_output(
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` by `torch.compile`, one for the whole process; new shapes compile anew, then for any size.
+    """`function` by `torch.compile`, once per process. A new shape compiles again, then for any size.
 
-    Not `fullgraph=True`, with which a decode would fail on the ninth form of its inputs (PyTorch's `recompile_limit`):
-    forms beyond it run as they are.
+    Not `fullgraph=True`, with which a decode would fail at the ninth form of its inputs (PyTorch's `recompile_limit`).
+    Without it, further forms run uncompiled.
     """
     return torch.compile(function)

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-"""oneDNN's product, which PyTorch's compiler calls. For float32 `F.linear` takes MKL, which on an AMD EPYC with AVX-512
-stays at 100 GFLOP/s a core where oneDNN does 220."""
+"""oneDNN's product, which PyTorch's compiler calls. For float32 `F.linear` calls MKL: 100 GFLOP/s per core on an AMD
+EPYC with AVX-512, where oneDNN does 220."""
 
 SMALL = 1 << 20
-"""Multiplications up to which oneDNN's 10 us more per call cost more than they bring: MKL takes 14 us to oneDNN's 18
-with half as many, 24 to 22 with as many, on one core and, a little later, on two."""
+"""Multiplications below which MKL is faster, since a call of oneDNN costs 10 us more. On one core MKL takes 14 us and
+oneDNN 18 at half as many, 24 and 22 at as many; on two cores oneDNN wins a little later."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

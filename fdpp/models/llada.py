@@ -146,12 +146,14 @@ class LLaDAModel(LLaDAPreTrainedModel):
     ) -> Tensor:
         """Hidden states `[B, T, d_model]` after the final norm of `input_ids` `[B, T]`.
 
-        `attention_mask` `[B, S]` is 1 at keys that may be seen (S: the cache's length, else T); a `[B, 1, T, S]` bool
-        mask says it for every query. `position_ids` `[B, T]` default to `start, start + 1, ...`. With a `cache`, the T
-        positions stand at its columns from `start` on (or at the columns `start`, an int64 tensor `[T]`): their keys
-        and values replace what it holds there and attention goes over all S columns. `hidden_states`, if a list,
-        receives the input of every block and the returned tensor. `wanted` are the positions, a slice or indices
-        `[m]` of the T, whose hidden states are returned, `[B, m, d_model]`: the last block computes no others.
+        Args:
+            attention_mask: `[B, S]`, 1 at keys to see (S: the cache's length, else T); or bool `[B, 1, T, S]`.
+            position_ids: `[B, T]`, by default the columns.
+            cache: replaces its keys and values at the T columns by those of this forward; attention is over all S.
+            start: the first column, or all of them, int64 `[T]`.
+            hidden_states: a list, which receives the input of every block and the returned tensor.
+            wanted: a slice or indices `[m]` of the T positions: only their hidden states are returned,
+                `[B, m, d_model]`, and the last block computes no others.
         """
         T = input_ids.shape[1]
         if position_ids is None:
@@ -195,16 +197,16 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
         self.model.transformer["ff_out"] = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As everywhere in transformers; `config.embedding_size`, the rows that a checkpoint has, goes along."""
+        """As in transformers; also sets `config.embedding_size`, the rows that a checkpoint has."""
         embedding = super().resize_token_embeddings(*args, **kwargs)
         self.config.embedding_size = embedding.weight.shape[0]
         return embedding
 
     @torch.no_grad()
     def join_weights(self) -> None:
-        """Lay the weights that read the same input side by side in memory, see `fdpp.models.joined`.
+        """Join the weights that read the same input into one matrix, see `fdpp.models.joined`.
 
-        The first forward does it by itself; done ahead, the weights stand where they will stay.
+        The first forward does it anyway; done earlier, the weights do not move then.
         """
         for block in self.model.transformer["blocks"]:
             block.qkv.matrix()
@@ -212,17 +214,17 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
 
     @property
     def head(self) -> Tensor:
-        """The head's weight: a row per id, then perhaps rows that pad the matrix and of which no token has the id."""
+        """The head's weight: a row per id, then perhaps rows of padding that belong to no token."""
         return self.model.transformer["wte" if self.config.weight_tying else "ff_out"].weight
 
     def wrapped_head(self) -> nn.Module | None:
-        """The head where it is more than its weight: with a hook, an adapter, quantised or offloaded; else None."""
+        """The head if it is more than its weight (a hook, an adapter, quantised, offloaded), else None."""
         module = self.get_output_embeddings()
         plain = module is None or (type(module) in (Linear, nn.Linear) and module.bias is None and is_untouched(module))
         return None if plain else module
 
     def head_weight(self) -> Tensor:
-        """The head as one matrix `[V, d_model]`, for an operator that multiplies by it on its own.
+        """The head as one matrix `[V, d_model]`, for an operator that does the product itself.
 
         Raises:
             ValueError: the head is more than its weight (a hook, an adapter), or not on a device.
@@ -233,7 +235,7 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
         return self.head[: self.config.vocab_size]
 
     def vocabulary_slice(self) -> parallel.VocabularySlice | None:
-        """The ids this process has logits of under tensor parallelism, None where it has them all."""
+        """The ids whose logits this process has under tensor parallelism; None: all."""
         return parallel.slice_of(self.head, self.config.vocab_size)
 
     def project_slice(self, hidden: Tensor) -> Tensor:
@@ -241,7 +243,7 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
         held = self.vocabulary_slice()
         wrapped = self.wrapped_head()
         if held is None and wrapped is not None:
-            # For one, accelerate brings an offloaded weight, or the hidden states, to where the other is.
+            # Calls the hooks: accelerate's, for one, bring an offloaded weight and the hidden states to one device.
             return wrapped(hidden)[..., : self.config.vocab_size]
         if self.head.is_meta:
             raise ValueError("device_map: the embedding is also the head, expected it on a device, got it offloaded")
@@ -250,21 +252,22 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
     def compile_layers(self, on: bool = True) -> None:
         """Let `torch.compile` fuse norm, rotation and gate into the products around them, in every block.
 
-        Compilation happens in the first forward of a shape; `generate`'s static engine captures what comes of it.
+        The first forward of a shape compiles; `generate`'s static engine captures the compiled layers.
         """
         for block in self.model.transformer["blocks"]:
             block.compile_layers = on
         self.forget_captures()
 
     def forget_captures(self) -> None:
-        """Let go of all captured steps, their keys and values, and of what made capturing fail.
+        """Drop all captured steps, their keys and values, and the reason why capturing failed, if it did.
 
-        Changes to the model are seen without it: exchanged or wrapped layers, hooks, settings, weights that moved.
+        Not needed for changes to the model, which are noticed: replaced or wrapped layers, hooks, settings, moved
+        weights.
         """
         self.__dict__.pop("_static_steps", None)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        """As in `nn.Module`, for `.to()` and its like: weights that move leave no memory behind."""
+        """As in `nn.Module` (`.to()` and the like); also frees the memory that moved weights leave behind."""
         before = places(self)
         super()._apply(fn, recurse)
         if places(self) != before:
@@ -308,8 +311,9 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint as `PreTrainedModel.from_pretrained` does, but strictly.
 
-        A parameter that the checkpoint lacks, one that the model does not have, and one of another shape raise
-        `ValueError` with their names.
+        Raises:
+            ValueError: parameters that are missing in the checkpoint, unknown to the model or of another shape, with
+                their names; or `n_kv_heads` that tensor parallelism cannot divide.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # collected in `info` and refused below, with their names

@@ -1,4 +1,4 @@
-"""Import paths of before: every module that moved is still found where it was."""
+"""Former import paths: every module that moved is still found under its old name."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Moved(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let the old names be found from now on."""
+    """Make the old names importable."""
     if not any(isinstance(finder, Moved) for finder in sys.meta_path):
-        # First: a folder that a checkout of before has left, with nothing but bytecode, is a namespace package.
+        # First: a folder left by an older checkout, with nothing but bytecode, would be found as a namespace package.
         sys.meta_path.insert(0, Moved())

@@ -15,7 +15,7 @@ __all__ = ["Dawn", "Probe", "commit", "dependency_edges", "select", "softmax_max
 
 
 __path__: list[str] = []
-"""A package to the import system, so that `fdpp.dawn.rule` and the others are looked for."""
+"""Makes this module a package, so that `fdpp.dawn.rule` and the others can be imported."""
 
 
 def select(
@@ -33,7 +33,7 @@ def select(
 ) -> Selection:
     """One denoising step of `rule` on a block; the fields are those of `fdpp.select`.
 
-    Every position of the block is proposed for, since committed ones may be anchors; so `nonfinite` counts them too.
+    Committed positions get a proposal too, since they may be anchors; so `nonfinite` counts them as well.
 
     Args:
         logits: `[b, T, V]` of the block, columns `first..first+T`.

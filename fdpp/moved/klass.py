@@ -23,7 +23,7 @@ def select(
     temperature: float = 0.0,
     seeds: Tensor | None = None,
 ) -> Selection:
-    """One denoising step of `rule`; fields as those of `fdpp.select`, `stable` `[b, T]` as `stable_steps` counts."""
+    """One denoising step of `rule`; fields are those of `fdpp.select`, `stable` `[b, T]` counts as `stable_steps`."""
     params = pack(rule, logits.device) if params is None else params
     step = prefix_step(logits, tokens, None, Terms(params, rule.key(), mask_id, temperature, seeds))
     return rule.decide(step, tokens, candidates(tokens, mask_id), Stability(stable), None, mask_id)

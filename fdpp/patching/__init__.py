@@ -1,4 +1,4 @@
-"""Our step in other people's scripts, models and modules, reversibly: `patch` and `unpatch`."""
+"""`patch` and `unpatch`: fdpp's step in other people's scripts, models and modules, reversibly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUPPORTED = f"""fdpp.patch takes one of
 
 
 class Patch:
-    """What `patch` returns. As a context manager it gives the target, and at its exit takes back what it replaced."""
+    """What `patch` returns. As a context manager it gives the target, and unpatches it at exit if it patched it."""
 
     def __init__(self, target: Any, record: list[Any] | None) -> None:
         self.target, self.record = target, record
@@ -40,12 +40,12 @@ def patch(target: Any) -> Patch:
     - A LLaDA that transformers loaded with remote code: see `fdpp.patching.models`.
     - A `torch.nn.Module` that holds a denoising step: see `fdpp.patching.steps`.
 
-    Only `target` changes, all of it or (after an error) nothing. To patch it once more does nothing: one `unpatch`
-    undoes it, and of nested `with` statements the outermost. A compiled module is patched in what it compiled.
+    Only `target` changes, and after an error nothing does. Patching it again does nothing: one `unpatch`, or the end of
+    the outermost `with`, undoes it. Of a compiled module, the module that was compiled is patched.
 
     Raises:
         TypeError: `target` is neither a Python module nor a `torch.nn.Module`.
-        ValueError: it is, but what is replaced was not found in it, or not as it is expected.
+        ValueError: nothing to replace was found in `target`, or not as expected.
     """
     owner = unwrapped(target)
     if RECORD in vars(owner):
@@ -94,14 +94,14 @@ def replacements(owner: Any) -> list[tuple[str, str, Any]]:
 
 
 def unwrapped(target: Any) -> Any:
-    """The module that `torch.compile` wrapped, or `target`; an object without attributes of its own is refused."""
+    """The module that `torch.compile` wrapped, or `target`; `TypeError` unless it is some kind of module."""
     if not isinstance(target, (ModuleType, nn.Module)):
         raise TypeError(f"fdpp.patch: got {described(target)}. {SUPPORTED}")
     return getattr(target, "_orig_mod", target) if isinstance(target, nn.Module) else target
 
 
 def table_of(owner: Any, path: str, new: Any) -> dict[str, Any]:
-    """Where the submodule at `path` keeps something like `new`."""
+    """The dict in which the submodule at `path` keeps objects like `new`."""
     holder = owner.get_submodule(path) if path else owner
     return holder._modules if isinstance(new, nn.Module) else vars(holder)
 

@@ -1,12 +1,12 @@
-"""Our `generate` for a LLaDA that transformers loaded with the code of its repository.
+"""fdpp's `generate` for a LLaDA that transformers loaded with the code of its repository.
 
 The published class `LLaDAModelLM` (GSAI-ML/LLaDA-8B-Base, -Instruct, LLaDA-1.5) has our layout of modules. A patched
 instance gets two attributes of its own and is otherwise left alone, its `forward` included:
 
-- `generate`: that of `fdpp.LLaDAModelLM`. The model that decodes is one of ours whose embedding, linear layers and
-  norms are the instance's own modules. So no weight is copied or laid elsewhere (see `fdpp.models.joined`), and
-  weights that are moved, cast, loaded or hooked later are seen. A layer that is exchanged for another one is not:
-  unpatch first. The price: its layers run one by one, where a model of ours joins those with the same input.
+- `generate`: that of a `fdpp.LLaDAModelLM` whose embedding, linear layers and norms are the instance's own modules. No
+  weight is copied or moved, and weights that are moved, cast, loaded or hooked later are seen. A layer that is
+  replaced later is not: unpatch first. The layers run one by one, where a model of ours joins those with the same
+  input (`fdpp.models.joined`).
 - `denoising_step`: a `fdpp.DenoisingStep` with the default rule of `generate` and the model's mask id.
 """
 
@@ -31,7 +31,7 @@ def is_llada(module: nn.Module) -> bool:
     return LLaDAModelLM.__name__ in names and not isinstance(module, LLaDAModelLM)
 
 
-def replacements(model: Any) -> list[tuple[str, str, Any]]:
+def replacements(model: nn.Module) -> list[tuple[str, str, Any]]:
     """See `fdpp.patching.replacements`."""
     if hasattr(model, "denoising_step") and "denoising_step" not in model._modules:
         raise ValueError("expected no attribute denoising_step, or a submodule of that name")
@@ -40,12 +40,12 @@ def replacements(model: Any) -> list[tuple[str, str, Any]]:
     return [("", "generate", ours.generate), ("", "denoising_step", step)]
 
 
-def with_layers_of(model: Any) -> LLaDAModelLM:
+def with_layers_of(model: nn.Module) -> LLaDAModelLM:
     """A model of ours whose layers are those of `model`.
 
     Raises:
-        ValueError: a parameter that is missing, that we have none for, or of another shape or no floating point; an
-            option of the configuration that is not implemented, or no mask id.
+        ValueError: a parameter is missing, unexpected, of another shape or not floating point; or there is no
+            configuration, one with an option that is not implemented, or one without a mask id.
     """
     theirs = getattr(model, "config", None)
     if theirs is None:
@@ -55,7 +55,7 @@ def with_layers_of(model: Any) -> LLaDAModelLM:
         raise ValueError("config.mask_token_id: expected the id of the mask, got None")
     with torch.device("meta"):
         ours = LLaDAModelLM(config)
-    # A tied head is the embedding once more, and not listed again.
+    # A tied head is the embedding, and is listed once.
     expected, came = dict(ours.named_parameters()), dict(model.named_parameters())
     problems = [f"missing {key} {list(expected[key].shape)}" for key in expected.keys() - came.keys()]
     problems += [f"unexpected {key}" for key in came.keys() - expected.keys()]

@@ -1,19 +1,19 @@
-"""The selection of Fast-dLLM's and Fast-dLLM++'s scripts, taken in our step.
+"""The selection functions of Fast-dLLM's and Fast-dLLM++'s scripts, computed by fdpp's step.
 
-Recognised by name and by the names of their parameters (`SELECTORS`), in a `generate` module (NVlabs/Fast-dLLM,
-Ringo-Star/FastdLLM_plusplus, lizhuo-luo/DAWN) or in one that imported them. Callers in that module look the names up
-when they call, so a patch reaches them; one that imported a function before keeps the original.
+They are recognised by their names and parameter names (`SELECTORS`), in a `generate` module (NVlabs/Fast-dLLM,
+Ringo-Star/FastdLLM_plusplus, lizhuo-luo/DAWN) or in one that imported them. A patch reaches the callers in that module.
+A module that imported a function before keeps the original.
 
-A patched function returns what the original does, `(x0, transfer_index)`: the proposals `[B, L]` int64, at masked
-positions the argmax and elsewhere `x`, and the positions `[B, L]` bool to commit. It differs where the original
-departs from its own formula, or leaves the choice open:
+A patched function returns what the original does, `(x0, transfer_index)`: the proposals, int64 `[B, L]` (the argmax at
+masked positions, `x` elsewhere), and the positions to commit, bool `[B, L]`. It differs where the original departs from
+its own formula, or leaves the choice open:
 
-- `get_transfer_index_dynamic`: (n + 1)(1 - c_(n)) < f is strict, and a first failure at the last masked position is a
-  failure, after which the original commits all of them.
-- The mask id, which is what the masked positions of `x` hold, is never proposed; committing it would leave a mask, and
-  the original's loop would not end. Where they hold different ids, none is left out.
+- `get_transfer_index_dynamic`: (n + 1)(1 - c_(n)) < f is strict. It also holds if the first failure is at the last
+  masked position; the original then commits all of them.
+- The mask id, read from the masked positions of `x`, is never proposed: committing it would leave a mask, and the
+  original's loop would not end. If these positions hold different ids, no id is excluded.
 - Equal confidences: the lower position first. Confidences are float32: two that differ by less than 1e-6, or one
-  that is as close to a bound, may be judged otherwise than in float64.
+  that is as close to a bound, may be decided otherwise than in float64.
 - Positions whose logits hold NaN or +inf commit last.
 - No position outside `mask_index` is ever reported as committed, however large `num_transfer_tokens` is.
 
@@ -68,7 +68,7 @@ SELECTORS: dict[str, Callable[..., Criterion]] = {
     "get_transfer_index_dynamic": by_factor,
     "get_transfer_index_frechet_profile": by_margin,
 }
-"""The functions; they take `ARGUMENTS` and then what is named here."""
+"""How each function's parameters after `ARGUMENTS` become a rule and its number."""
 
 
 def parameters_of(name: str) -> tuple[str, ...]:
@@ -119,7 +119,7 @@ def replaced(name: str, original: Any) -> Callable[..., Any]:
 
 
 def fits(logits: Tensor, mask_index: Tensor, x: Tensor, number: Any) -> bool:
-    """Whether our step takes these arguments."""
+    """Whether fdpp's step takes these arguments."""
     return (
         (number.numel() in (1, x.shape[0]) if isinstance(number, Tensor) else isinstance(number, (int, float)))
         and x.dim() == 2
@@ -132,7 +132,7 @@ def fits(logits: Tensor, mask_index: Tensor, x: Tensor, number: Any) -> bool:
 
 
 class SpreadError(ValueError):
-    """More columns between the masked positions than a step takes."""
+    """The masked positions span more columns than a step takes."""
 
 
 def transfer(logits: Tensor, mask_index: Tensor, x: Tensor, params: Tensor, rule: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Our denoising step in the place of another one that a module holds.
+"""fdpp's denoising step in place of another one that a module holds.
 
 A child is shaped like `fdpp.DenoisingStep` if
 
@@ -6,10 +6,9 @@ A child is shaped like `fdpp.DenoisingStep` if
 - its `forward` takes `logits` and `tokens`, then perhaps `active`, then perhaps `seeds`, and nothing else, and
 - it has the attributes `rule` and `mask_id`, and perhaps `temperature`.
 
-It is exchanged for a `fdpp.DenoisingStep` with these attributes, on its device and in its mode, under the same name
-and, if it is registered in several places, in all of them; if `torch.compile` wrapped it, together with the wrapper.
-That it also returns a `fdpp.Selection` cannot be seen from outside; what stands around it must be content with one.
-Hooks stay with the child.
+It is replaced by a `fdpp.DenoisingStep` with these attributes, on its device and in its mode, under every name that it
+has. A wrapper of `torch.compile` is replaced with it; hooks stay with the child. Whether the child returns a
+`fdpp.Selection` cannot be checked: the code around it must accept one.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def replacements(parent: nn.Module) -> list[tuple[str, str, Any]]:
         if holder is not parent and is_step(holder):
             continue
         for name, registered in holder._modules.items():
-            # What torch.compile wrapped is called as it was then: it goes with its wrapper.
+            # A wrapper of torch.compile keeps calling the child that it compiled, so it is replaced with it.
             child = getattr(registered, "_orig_mod", registered)
             if name != "_orig_mod" and child is not None and is_step(child):
                 where = f"{path}.{name}".lstrip(".")
@@ -59,7 +58,7 @@ def replacements(parent: nn.Module) -> list[tuple[str, str, Any]]:
 
 
 def like(child: Any, parent: nn.Module, where: str) -> DenoisingStep:
-    """Our step with the settings of `child`."""
+    """A step of fdpp with the settings of `child`."""
     if not isinstance(child.rule, Rule):
         raise ValueError(f"{where}.rule: expected a fdpp.Rule such as fdpp.Frechet(0.25), got {child.rule!r}")
     step = DenoisingStep(child.rule, child.mask_id, getattr(child, "temperature", 0.0))

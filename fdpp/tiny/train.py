@@ -3,16 +3,19 @@
 The objective is LLaDA's masked-diffusion fine-tuning loss (arXiv 2502.09992, algorithm 2): the prompt stays clean,
 each response token is masked with probability t ~ U(0, 1), the cross-entropy of the masked tokens is weighted 1/t. It
 is used in the paper's equivalent form of lower variance (equation 6): l of the L response tokens are masked without
-replacement, l uniform in 1..L, in place of t = l/L. A third of the examples are masked so over the whole response, as
-LLaDA does. The others are masked as block-wise decoding meets them, which LLaDA does not train for: in a third the
-blocks before a random one are clean, the later ones fully masked, and the loss is taken over that block alone; in the
-last third only results are masked, which is what confident decoding leaves for last, and over them the loss is taken.
-These give the sums, one token in twelve, more weight; what they gain was not measured apart.
+replacement, l uniform in 1..L, in place of t = l/L. Each third of the examples masks another part of the response so:
+
+- all of it, as LLaDA does;
+- one random block, as block-wise decoding meets it: the blocks before are clean, the later ones fully masked and
+  without a loss;
+- its results, one token in twelve, which confident decoding leaves for last. This gives them more weight.
+
+LLaDA does not train for the last two. Their gain was not measured separately.
 
 A model trained so loses most of its answers under a key/value cache: positions outside of the block keep part of a
-running sum, which a cache freezes. So the last `--cached-steps` steps train two batches out of three as the dual cache
-decodes (Fast-dLLM, arXiv 2505.22618): the sequence as it stood at the block's start, followed by the block as it stands
-now, whose positions see each other and everything but the block's old content.
+running sum, which a cache freezes. So of the last `--cached-steps` steps two in three train as the dual cache decodes
+(Fast-dLLM, arXiv 2505.22618). Their sequence is the one at the block's start, followed by the block as it is now. The
+block's positions see each other and everything but the block's old content.
 
 Every batch is a function of the seed and the step, so a run stopped at any step and resumed from its state file ends
 with the same weights as one that was not stopped (on the same machine and number of threads).
@@ -72,7 +75,7 @@ class Batch(NamedTuple):
     noisy: ids `[B, L]`; in a cached batch the block as it stands now follows, `[B, L + 32]`.
     target: ids of the same shape, -100 where no loss is taken.
     weight: of the same shape.
-    first: `[B]`, the column that the copied block stands for, in a cached batch; else -1.
+    first: `[B]`, the first column that the copied block replaces, in a cached batch; else -1.
     """
 
     noisy: Tensor
@@ -134,7 +137,7 @@ def make_batch(tokenizer: Any, seed: int, tokens: int, cached: bool = False) -> 
 def dual_cache(first: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """What a cached batch's positions see, bool `[B, 1, length + 32, length + 32]`, and their position ids.
 
-    The first `length` columns see each other; the copied block sees itself and the columns that it does not stand for.
+    The first `length` columns see each other; the copied block sees itself and all columns but those it replaces.
     """
     B = first.shape[0]
     column = torch.arange(length, device=first.device)
@@ -198,7 +201,7 @@ def build_optimizers(model: LLaDAModelLM) -> list[torch.optim.Optimizer]:
 def schedule(step: int, steps: int, cached_steps: int) -> float:
     """Linear warm-up over the first 200 steps (at most a tenth of them), then a cosine to zero.
 
-    The cached steps that follow do it once more, at half of the height.
+    The cached steps that follow repeat it at half the height.
     """
     height = 1.0
     if step >= steps:
@@ -258,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
         loss = diffusion_loss(model, Batch(*(tensor.to(args.device) for tensor in part)))
         return loss.item(), torch.autograd.grad(loss, parameters)
 
-    # Two threads with half a batch each wait for each other once a step, not in every operator.
+    # Two threads with half a batch each wait for each other once per step, not in every operator.
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(PARTS, initializer=torch.set_num_threads, initargs=(1,))
     sample = generate("held-out", 40, seed=1)

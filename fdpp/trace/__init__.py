@@ -1,1 +1,1 @@
-"""A decode looked at step by step: recorded, as a page that replays it, as a still picture."""
+"""A decode step by step: its record, a page that replays it, a still picture."""

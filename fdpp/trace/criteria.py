@@ -1,4 +1,4 @@
-"""What rules ask of a recorded profile, and how many of its positions they would commit."""
+"""Rules on a recorded profile: their criteria, and how many of its positions they would commit."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def curves(rule: Rule, missing: list[float]) -> list[Curve]:
 
 
 def confidence_lines(rule: Rule) -> list[tuple[str, float]]:
-    """Confidences that `rule` compares with, by the name of its field."""
+    """The fields of `rule` that confidences are compared with: names and values."""
     return [(name, getattr(rule, name)) for name, number in rule.numbers.items() if number.line]

@@ -5,7 +5,7 @@ const { steps, pieces, commit } = trace;
 const $ = (id) => document.getElementById(id);
 const PAUSE = 900;
 
-/* What every position went through: [step, rank in that step's profile], oldest first. */
+/* Per position the steps that saw it: [step, rank in that step's profile], oldest first. */
 const past = trace.response.map(() => []);
 steps.forEach((s, number) => s.positions.forEach((p, rank) => past[p].push([number, rank])));
 
@@ -27,8 +27,8 @@ function percent(missing) {
   return missing === 0 ? "1" : `1 − ${missing.toExponential(0)}`;
 }
 
-/* Dark violet first, light yellow last. Between the shades for white and for black text the lightness leaves out those
-   on which neither has enough contrast. */
+/* From dark violet to light yellow. The lightness skips the shades on which neither white nor black text has enough
+   contrast. */
 function shade(number) {
   const share = steps.length > 1 ? number / (steps.length - 1) : 0;
   const dark = share < 0.4;
@@ -88,7 +88,7 @@ function dress(p) {
   breaks[p].data = piece !== null && done && pieces[piece][1].includes("\n") ? "\n" : "";
 }
 
-/* What the position proposed when it was last masked: what was committed there, if anything was. */
+/* The position's last proposal: what was committed there, if anything was. */
 function last(p) {
   const [number, rank] = past[p].at(-1);
   return steps[number].proposals[rank];
@@ -120,7 +120,7 @@ function label(x, y, text, kind = "", anchor = "start") {
 function drawProfile() {
   const s = steps[step], count = s.positions.length, box = $("profile");
   const width = box.clientWidth, left = 34, right = width - 8;
-  /* The scale stays that of a block while its last positions fill in, unless the block is a very long one. */
+  /* The scale stays while a block's last positions fill in, unless the block is very long. */
   const [start, stop] = trace.blocks[blockOf(s.positions[0])];
   const slot = (right - left) / Math.max(count, Math.min(stop - start, 32));
   const x = (n) => left + n * slot;
@@ -169,7 +169,7 @@ function drawProfile() {
     if (limit <= 1) svg.append(line(left, score(limit), right, score(limit), "limit"));
     svg.append(drawn);
   });
-  /* Where each rule stops, through both plots; equal ones stand side by side. */
+  /* Where each rule stops, through both plots; lines at one place are drawn side by side. */
   rules.slice().reverse().forEach(([, n], j) => {
     const i = rules.length - 1 - j, same = rules.slice(0, i).filter((other) => other[1] === n).length;
     const at = x(n) - 2 * same;

@@ -33,7 +33,7 @@ class Pieces:
 
     def __call__(self, token: int) -> int:
         if token not in self.index:
-            # The second of two shows the space that decoding leaves out in front of the first.
+            # Decoding leaves out a space in front of the first token; the second of two shows it.
             alone, twice = (self.tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
             text = twice[len(alone) :] if twice.startswith(alone) else alone
             self.index[token] = len(self.rows)
@@ -59,7 +59,7 @@ def step_data(step: Step, rule: Rule, pieces: Pieces) -> dict[str, Any]:
 
 
 def settings_of(config: DiffusionGenerationConfig) -> dict[str, Any]:
-    """The settings worth telling, by name: the main ones, and others that are not at their defaults."""
+    """The settings to show, by name: the main ones, and others that are not at their defaults."""
     settings = {"rule": repr(config.rule)}
     for field in fields(config):
         value = getattr(config, field.name)
@@ -107,7 +107,7 @@ def render(data: dict[str, Any]) -> str:
         ("/*style*/", (FOLDER / "page.css").read_text(encoding="utf-8")),
         ("/*script*/", (FOLDER / "page.js").read_text(encoding="utf-8")),
         ("/*data*/", embed(data)),
-        # Last: a response may hold any of the marks, the data no "<".
+        # Last: a response may contain any of the marks; the data has no "<".
         ("<!--response-->", escape(text)),
     ):
         page = page.replace(mark, content, 1)

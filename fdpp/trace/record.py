@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from fdpp.decoding.model import DiffusionModel
 from fdpp.decoding.output import DiffusionGenerationOutput
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.state import BlockState, Window
+from fdpp.models.llada import LLaDAModelLM
 from fdpp.selection import Selection
 
 
@@ -27,11 +27,11 @@ class Step:
         forward: number of the forward that evaluated it, from 0; with drafts a forward evaluates several steps.
         positions: counted from the response's first one.
         proposals: token ids.
-        missing: 1 - confidence, in float64: near 1 a confidence has lost the digits that tell positions apart.
+        missing: 1 - confidence, in float64: confidences near 1 have too few digits to tell positions apart.
         committed: bools, which of the positions the step committed.
         entropies: nats, empty unless the rule sorts by them.
-        shown: what the rule shows of its memory, by name; for `fdpp.Klass` "held still", steps over
-            which a prediction did so.
+        shown: what the rule shows of its memory, by name; for `fdpp.Klass` "held still", the number of steps over
+            which the prediction did.
     """
 
     forward: int
@@ -66,9 +66,9 @@ class Trace:
 
 
 class RecordingAdvance(Advance):
-    """Forwards of one sequence; `seen` has its steps by number.
+    """An `Advance` of one sequence that keeps its steps in `seen`, by number.
 
-    A guess at a draft is kept under the number of the step it guesses, until that step itself overwrites it.
+    A step on a draft is kept under the number it would have; if the draft is rejected, the real step overwrites it.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class RecordingAdvance(Advance):
         log_p = logits.double().log_softmax(-1)
         missing = -torch.expm1(log_p.gather(1, proposals[:, None])[:, 0])
         if self.config.last_ids:
-            # Confidences among the other tokens, which are not those of the logits.
+            # `last_ids` change the confidence (`ranked_last`), not the logits.
             missing = 1.0 - chosen.confidence[0, depth, masked].double()
         shown = {} if evidence.memory is None else self.rule.shown(evidence.memory)
         order = missing.argsort(stable=True)
@@ -115,11 +115,10 @@ class RecordingAdvance(Advance):
 
 
 @torch.no_grad()
-def record(model: Any, input_ids: Tensor, config: DiffusionGenerationConfig) -> Trace:
+def record(model: LLaDAModelLM, input_ids: Tensor, config: DiffusionGenerationConfig) -> Trace:
     """Decode as `model.generate(input_ids, generation_config=config)` does, and keep every step.
 
     Args:
-        model: a `fdpp.LLaDAModelLM`.
         input_ids: `[1, P]` int64, one prompt without padding.
         config: settings of any rule, cache and drafts.
 
@@ -130,7 +129,7 @@ def record(model: Any, input_ids: Tensor, config: DiffusionGenerationConfig) -> 
     check_prompt(input_ids, None)
     if input_ids.shape[0] != 1:
         raise ValueError(f"input_ids: expected one sequence to trace, got {input_ids.shape[0]}")
-    # A captured step shows nothing of what it computes, and a fused head no logits.
+    # A captured step does not show what it computes, and a fused head keeps no logits.
     config = replace(model.settled(config, {}), engine="eager", head="library")
     length, window = input_ids.shape[1] + config.max_new_tokens, model.config.max_sequence_length
     if length > window:

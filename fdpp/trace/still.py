@@ -14,7 +14,7 @@ OWN, OTHERS = "#1f5fbf", ("#b4500c", "#0b7a56", "#5c636e")
 
 
 def words(data: dict[str, Any]) -> list[tuple[str, int]]:
-    """The response up to its end, one printable word and commit step a position."""
+    """The response up to its end, one printable word and commit step per position."""
     stop = len(data["response"]) if data["end"] is None else data["end"]
     found = []
     for piece, step in zip(data["response"][:stop], data["commit"], strict=False):
@@ -36,8 +36,10 @@ def place(texts: list[str], width: float) -> list[tuple[float, int]]:
 
 
 def draw(data: dict[str, Any], path: Path, step: int) -> None:
-    """Write `data` (`fdpp.trace.page.data_of`) to a PNG: the response shaded by commit step, every step's commits, and
-    the profile and bound of `step`, from 0."""
+    """Write `data` (`fdpp.trace.page.data_of`) to a PNG.
+
+    It shows the response shaded by commit step, every step's commits, and the profile and bound of `step`, from 0.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch
 

@@ -16,9 +16,9 @@ def code_of(answer: str) -> str:
 
 
 def definitions(program: str) -> str:
-    """The imports, definitions and assignments of a program, of the longest beginning of its lines that parses.
+    """The imports, definitions and assignments in the longest run of a program's first lines that parses.
 
-    What is printed, asserted or called on the module's level is left out: a task's tests call what they need.
+    Prints, asserts and calls at module level are left out: a task's tests call what they need.
     """
     lines = program.splitlines()
     for end in range(len(lines), 0, -1):

@@ -1,4 +1,4 @@
-"""Requests of an evaluation, answered in batches of similar length, with a journal and an account of what they cost."""
+"""Requests of an evaluation, answered in batches of similar length, with a journal and a tally of the cost."""
 
 from __future__ import annotations
 
@@ -120,12 +120,12 @@ class Evaluator:
         self.warned = False
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens are added unless the text, out of a chat template, begins with BOS already."""
+        """Token ids, with special tokens unless the text already begins with BOS, as from a chat template."""
         bos = self.tokenizer.bos_token
         return self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
 
     def fit(self, ids: list[int], room: int) -> list[int]:
-        """The last of a prompt's ids, as many as the model's window holds beside `room` others."""
+        """The last ids of a prompt, as many as fit into the model's window with `room` others."""
         window = self.model.config.max_sequence_length
         if room > window:
             raise ValueError(f"expected responses and targets within the model's window of {window}, got {room} tokens")
@@ -183,8 +183,8 @@ class Evaluator:
     def decode(self, group: Group, members: dict[str, list[int]], bar: Any) -> None:
         """Decode what the journal lacks of a group.
 
-        A sampled request's stream is its place in the order of decoding, whatever the batch size; a batch that is not
-        whole in the journal is therefore decoded again.
+        A sampled request's noise depends on its place in the order of decoding, whatever the batch size. So a batch
+        that is only partly in the journal is decoded again.
         """
         keys = sorted(members, key=lambda key: -len(members[key]))
         if not group.temperature:
@@ -208,8 +208,8 @@ class Evaluator:
             bar.update(missing)
 
     def likelihoods(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Monte Carlo estimates of the log-likelihood (`evaluation.likelihood`) of targets, each with its context, and
-        whether the target is what greedy decoding gives."""
+        """The log-likelihood (`evaluation.likelihood`) of every target of `(context, target)`, and whether greedy
+        decoding gives it."""
         pairs = [self.pair_of(context, target) for context, target in requests]
         keys = [key_of(self.model_key, self.mc_num, self.seed, self.check_greedy, *pair) for pair in pairs]
         self.journal.add(
@@ -231,7 +231,7 @@ class Evaluator:
         return [(self.journal[key]["value"], self.journal[key]["greedy"]) for key in keys]
 
     def pair_of(self, context: str, target: str) -> Pair:
-        """Ids of both, split where the context ends; white space at its end belongs to the target."""
+        """Ids of both, split where the context ends; its trailing white space goes to the target."""
         split, whole = len(self.encode(context.rstrip())), self.encode(context + target)
         return Pair(self.fit(whole[:split], len(whole) - split), whole[split:])
 

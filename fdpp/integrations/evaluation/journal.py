@@ -1,4 +1,4 @@
-"""Finished requests on disk, so that an evaluation that was stopped goes on where it was."""
+"""Finished requests on disk, so that a stopped evaluation resumes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 
 class Journal:
-    """Records by key: in memory and, with a folder, one JSON line each in a file of this process's own.
+    """Records by key: in memory and, with a folder, one JSON line each in this process's own file.
 
-    Every `*.jsonl` of the folder is read, so that the processes of a later run, however many, share what is finished.
-    Lines are appended in one write; a line that is not whole, the end of a run that was cut off, is passed over.
+    Every `*.jsonl` of the folder is read, so a later run with any number of processes finds all that is finished. Lines
+    are appended in one write; an incomplete line, from a run that was cut off, is skipped.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, rank: int = 0) -> None:

@@ -1,8 +1,8 @@
 """Log-likelihoods of masked-diffusion models by LLaDA's Monte Carlo estimate (arXiv 2502.09992, equation 6).
 
-Of a target of L tokens l are masked, l uniform over 1 to L and the positions uniform: L / l times the sum of their
-log-probabilities has the mean that is reported, a lower bound on the log-likelihood. The number of masked tokens is
-drawn systematically, one uniform number for all samples, which leaves the mean and lowers the variance.
+A sample masks l of a target's L tokens, l uniform over 1 to L and the positions uniform. Its value is L / l times the
+sum of the masked tokens' log-probabilities. The mean over samples is reported; its expectation is a lower bound on the
+log-likelihood. The l of all samples are drawn systematically, from one uniform number, which lowers the variance.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fdpp.integrations.evaluation.responses import left_pad
+from fdpp.models.llada import LLaDAModelLM
 
 
 class Pair(NamedTuple):
-    """Token ids of a context, which may be empty, and of the target that is scored, which may not."""
+    """Token ids of a context, which may be empty, and of the target to score, which must not be."""
 
     context: list[int]
     target: list[int]
 
 
 def draw_masks(length: int, samples: int, generator: torch.Generator) -> Tensor:
-    """`[samples, length]` bool masks of a target; a target of one token has but one mask, `[1, 1]`."""
+    """`[samples, length]` bool masks of a target; a target of one token has one mask, `[1, 1]`."""
     cpu = torch.device("cpu")  # the generator's
     if length == 1:
         return torch.ones(1, 1, dtype=torch.bool, device=cpu)
@@ -44,11 +45,12 @@ def generator_for(pair: Pair, seed: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def score(model: Any, rows: Sequence[tuple[Pair, Tensor]]) -> list[float]:
+def score(model: LLaDAModelLM, rows: Sequence[tuple[Pair, Tensor]]) -> list[float]:
     """L / l times the log-probability of the masked tokens, for every pair with its mask `[L]`."""
     device, config = model.device, model.settled(None, {})
-    mask_id = config.mask_token_id
-    ids, attention_mask = left_pad([[*pair.context, *pair.target] for pair, _ in rows], config.pad_token_id, device)
+    mask_id, pad_id = config.mask_token_id, config.pad_token_id
+    assert mask_id is not None and pad_id is not None
+    ids, attention_mask = left_pad([[*pair.context, *pair.target] for pair, _ in rows], pad_id, device)
     masked = torch.zeros_like(ids, dtype=torch.bool)
     for b, (_, mask) in enumerate(rows):
         masked[b, ids.shape[1] - len(mask) :] = mask.to(device)
@@ -61,7 +63,7 @@ def score(model: Any, rows: Sequence[tuple[Pair, Tensor]]) -> list[float]:
 
 
 def log_likelihoods(
-    model: Any, pairs: Iterable[Pair], samples: int = 128, batch_size: int = 1, seed: int = 0
+    model: LLaDAModelLM, pairs: Iterable[Pair], samples: int = 128, batch_size: int = 1, seed: int = 0
 ) -> Iterator[float]:
     """The estimate for every pair, in order; masked rows of neighbouring pairs share forwards of `batch_size` rows."""
     rows = (

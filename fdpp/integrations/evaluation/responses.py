@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fdpp.decoding.settings import DiffusionGenerationConfig
+from fdpp.models.llada import LLaDAModelLM
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Response:
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask `[B, P]` (int64), every row at the right."""
+    """Left-padded ids and their attention mask, int64 `[B, P]`."""
     P = max(map(len, rows))
     ids = [[pad_id] * (P - len(row)) + list(row) for row in rows]
     mask = [[0] * (P - len(row)) + [1] * len(row) for row in rows]
@@ -53,7 +54,7 @@ def before_eos(ids: Sequence[int], eos: Sequence[int]) -> list[int]:
 def cut_at_stop(tokenizer: Any, ids: Sequence[int], stops: Sequence[str]) -> tuple[str, int]:
     """The text of `ids` before the first stop string, and how many whole tokens it has.
 
-    Special tokens are part of the text in which stop strings are looked for, and not of the text that is returned.
+    Stop strings are searched for in the text with special tokens; the returned text is without.
     """
     text = decode(tokenizer, ids)
     found = [at for at in map(text.find, stops) if at >= 0]
@@ -78,7 +79,7 @@ class StopStrings(StoppingCriteria):
 
 
 def respond(
-    model: Any,
+    model: LLaDAModelLM,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     config: DiffusionGenerationConfig,
@@ -86,8 +87,8 @@ def respond(
 ) -> list[Response]:
     """Decode one batch of prompts, given as token ids.
 
-    With `config.stop_at_eos` a sequence also ends with the block that completes one of `stops`: its text is the same,
-    the blocks after it are not decoded. Without it every block is decoded, as in the published loops.
+    With `config.stop_at_eos` a sequence also ends with the block that completes one of `stops`, which does not change
+    its text. Without it every block is decoded, as in the published loops.
     """
     config = model.settled(config, {})
     eos, pad = config.eos_token_id, config.pad_token_id
