@@ -95,7 +95,7 @@ class Nothing:
 
 def three_forwards(runner: Any) -> None:
     """A block's first forward, one of those that follow, and one of a single sequence."""
-    step, keep = runner.step, runner.keep
+    step, go_on_with = runner.step, runner.go_on_with
     runner.taken = 0
 
     def counted(self: Any, window: Any, drafts: int) -> Any:
@@ -107,9 +107,9 @@ def three_forwards(runner: Any) -> None:
         kept = sequences.new_zeros(int(self.taken == 2))
         if getattr(self, "cache", None) is not None:
             self.cache.resize(len(kept))
-        keep(self, kept)
+        go_on_with(self, kept)
 
-    runner.step, runner.keep = counted, shrunk
+    runner.step, runner.go_on_with = counted, shrunk
 
 
 def first_and_last_block(loop: Any) -> None:
