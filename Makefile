@@ -92,7 +92,7 @@ build/release/.ready: constraints.txt
 # What the wheel requires comes from the environment of the tests; TAG= and PACKAGES= are the release workflow's.
 release-check: PACKAGES = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 release-check: $(READY) build/release/.ready
-	build/release/bin/python tests/release_check.py --out dist $(if $(TAG),--tag '$(TAG)') $(if $(PACKAGES),--packages $(PACKAGES))
+	build/release/bin/python tests/helpers/release_check.py --out dist $(if $(TAG),--tag '$(TAG)') $(if $(PACKAGES),--packages $(PACKAGES))
 
 # Environments of their own: both bring hundreds of megabytes, and SGLang without its requirements, which are CUDA's.
 build/with-eval/.ready build/with-sglang/.ready: setup.py pyproject.toml constraints.txt tests/with_sglang/requirements.txt

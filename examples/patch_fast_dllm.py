@@ -16,7 +16,7 @@ from types import ModuleType
 import fdpp
 from fdpp import tiny
 
-STAND_IN = Path(__file__).parents[1] / "tests" / "script_like.py"
+STAND_IN = Path(__file__).parents[1] / "tests" / "helpers" / "script_like.py"
 
 
 def load(path: Path) -> ModuleType:

@@ -39,7 +39,7 @@ def reported(script: str) -> dict[str, dict[str, Any]]:
     """What a script of this folder reports, by name."""
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name(script)],
+        [sys.executable, Path(__file__).parent / "helpers" / script],
         env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)},
         cwd=root,
         capture_output=True,

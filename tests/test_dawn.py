@@ -627,7 +627,7 @@ def test_decodes_on_a_gpu_are_those_on_the_cpu(cache: str) -> None:
 
 @pytest.fixture(scope="module")
 def builds() -> list[dict[str, Any]]:
-    script = Path(__file__).with_name("aot_dawn.py")
+    script = Path(__file__).parent / "helpers" / "aot_dawn.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

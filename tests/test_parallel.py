@@ -49,7 +49,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*torchrun, str(TESTS / "two_processes.py"), str(folder)],
+        [*torchrun, str(TESTS / "helpers" / "two_processes.py"), str(folder)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,

@@ -28,7 +28,7 @@ NAMES = tuple(scripts.SELECTORS)
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module of its own: as if the script had been imported just now."""
-    path = Path(__file__).with_name("script_like.py")
+    path = Path(__file__).parent / "helpers" / "script_like.py"
     spec = importlib.util.spec_from_file_location("generate", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -22,7 +22,7 @@ def test_gpu_tests_compile_few_kernels() -> None:
     # Not the settings of the run that this test is part of.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("specialisations.py")],
+        [sys.executable, Path(__file__).parent / "helpers" / "specialisations.py"],
         env=environment | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)},
         cwd=root,
         capture_output=True,

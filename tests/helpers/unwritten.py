@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _device
 
 FUNCTIONS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
-FOLDERS = tuple(str(Path(__file__).parents[1] / name) + "/" for name in ("fdpp", "tests", "bench"))
+FOLDERS = tuple(str(Path(__file__).parents[2] / name) + "/" for name in ("fdpp", "tests", "bench"))
 MOST = 2**30
 """Bytes; what is larger is left alone: tests of far offsets allocate gigabytes that are never touched."""
 paused = False

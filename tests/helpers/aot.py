@@ -1,6 +1,6 @@
 """Compile what `fdpp.step.gpu.select` would launch, for GPUs that this machine lacks, and print what came out as JSON.
 
-A process of its own (`TRITON_INTERPRET=0 python tests/aot.py`): the interpreter's flag decides at import what
+A process of its own (`TRITON_INTERPRET=0 python tests/helpers/aot.py`): the interpreter's flag decides at import what
 `@triton.jit` makes. `gpu.select` itself runs, on tensors without memory and with a stand-in for Triton's driver that
 names the target, so that constants, argument types and alignment are those of a real launch.
 """

@@ -1,4 +1,6 @@
-"""Which kernels the GPU tests would compile: `python tests/specialisations.py [pytest arguments]` prints them as JSON.
+"""Which kernels the GPU tests would compile.
+
+`python tests/helpers/specialisations.py [pytest arguments]` prints them as JSON.
 
 A process of its own, like `aot.py`: the tests marked `gpu` run on tensors without memory that say they are on a GPU,
 and Triton, told of one that is not there, names the key of every launch and compiles and launches nothing. So a key is
@@ -36,7 +38,7 @@ import fdpp.step.gpu
 from fdpp.decoding.loop import BlockLoop
 from fdpp.decoding.runners import EagerRunner, StaticRunner
 
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 GPU = torch.device("cuda", 0)
 READ = {"item": 0, "equal": True, "__bool__": False, "__int__": 0, "__index__": 0, "__float__": 0.0}
 """What reading a value gives, by the name of the method."""
@@ -171,7 +173,8 @@ class TestModules(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
         return importlib.util.spec_from_file_location(fullname, file, loader=self) if known else None
 
     def get_filename(self, fullname: str) -> str:
-        return str(HERE / f"{fullname}.py")
+        path = TESTS / f"{fullname}.py"
+        return str(path if path.exists() else TESTS / "helpers" / f"{fullname}.py")
 
     def get_data(self, path: Any) -> bytes:
         return Path(path).read_bytes()
@@ -198,7 +201,7 @@ class Recorder:
     def pytest_collection_modifyitems(self, config: pytest.Config) -> None:
         """Before `conftest.py` looks for a GPU."""
         for plugin in config.pluginmanager.get_plugins():
-            if getattr(plugin, "__file__", None) == str(HERE / "conftest.py"):
+            if getattr(plugin, "__file__", None) == str(TESTS / "conftest.py"):
                 plugin.GPU = True
 
     @pytest.hookimpl(wrapper=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fdpp.models.llada import LLaDAModelLM
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a release must be, checked on the archives themselves: `python tests/release_check.py --out DIR`.
+"""What a release must be, checked on the archives themselves: `python tests/helpers/release_check.py --out DIR`.
 
 The source archive is built from this checkout and the wheel from the source archive, so both hold all they need. The
 wheel is then installed into a new environment, and decodes with the embedded model from an empty folder.
@@ -18,7 +18,7 @@ import venv
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BESIDE = ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "setup.py", "pyproject.toml")
 """What the source archive holds beside the package."""
 
