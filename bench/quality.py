@@ -33,14 +33,14 @@ ONE = "one per step"
 
 
 def called(rule: fdpp.Rule) -> str:
-    """The rule's name, with its number where that is all there is to it."""
+    """The rule's name, with its first number if the predicate alone decides."""
     by_number = type(rule).decide is fdpp.Rule.decide
     return f"{rule.name} {rule.params()[0]:g}" if by_number else str(rule.name)
 
 
-MAIN: dict[str, fdpp.Rule] = {ONE: fdpp.Quota(1)} | {
-    called(rule): rule for rule in (kind() for kind in fdpp.Rule.named().values() if kind is not fdpp.Quota)
-}
+# fdpp's own rules alone: one registered elsewhere may refuse a cache or drafts.
+OWN = [kind for kind in fdpp.Rule.named().values() if kind.__module__.startswith("fdpp.")]
+MAIN: dict[str, fdpp.Rule] = {ONE: fdpp.Quota(1)} | {called(kind()): kind() for kind in OWN if kind is not fdpp.Quota}
 SWEEP: dict[str, fdpp.Rule] = {
     **{f"threshold {tau}": fdpp.Threshold(tau) for tau in (0.5, 0.6, 0.7, 0.8, 0.95, 0.99)},
     **{f"factor {f}": fdpp.Factor(f) for f in (0.25, 0.5, 1.0, 1.25, 1.5)},

@@ -46,6 +46,12 @@ def test_a_batch_holds_prompts_of_one_length() -> None:
     assert all(len({len(problems[i].changes) for i in batch}) == 1 and len(batch) <= 25 for batch in batches)
 
 
+def test_the_stored_results_are_of_these_settings() -> None:
+    stored = json.loads((Path(quality.__file__).parent / "results/quality.json").read_text())
+    for name, settings in (("runs", quality.SETTINGS), ("bfloat16", quality.IN_BFLOAT16)):
+        assert {(run["rule"], run["cache"], run["drafts"]) for run in stored[name]} <= set(settings)
+
+
 @pytest.mark.slow
 def test_a_stopped_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -154,7 +154,7 @@ def test_the_name_is_registered_and_takes_flat_arguments():
     assert (evaluator.gen_length, evaluator.mc_num, evaluator.batch_size) == (64, 2, 3)
     assert FdppLM.create_from_arg_string("cache=none").evaluator.config.cache == "none"
     for arguments, message in (
-        ("rule=best", "expected one of quota"),
+        ("rule=best", "rule: expected one of "),
         ("margin=0.2,tau=0.8", r"unknown \['tau'\]"),
         ("batch_size=auto", "batch_size: expected an int"),
         ("dtype=float99", "dtype: expected"),
