@@ -1,6 +1,6 @@
 # make demo | test | lint | bench | gpu-check | gpu-rehearse, each from a fresh clone.
 #   PYTHON=python3.12   the interpreter that .venv is made with
-#   VENV=               no .venv: use $(PYTHON) and what it has installed, as it is
+#   VENV=               no .venv: use $(PYTHON) with what it has installed
 #   OUT=DIR             where bench and gpu-check leave their results
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ READY = $(if $(VENV),$(VENV)/.ready)
 .PHONY: help demo test lint bench bench-smoke gate quality picture clean eval-check sglang-check \
 	release-check history gpu-check gpu-run gpu-rehearse gpu-smoke gpu-test gpu-stress gpu-memcheck gpu-racecheck gpu-bench
 
-# Side by side the benchmarks would time the tests.
+# Run in parallel, the tests would slow what the benchmarks time.
 .NOTPARALLEL:
 
 help:
@@ -21,15 +21,15 @@ help:
 	@echo "make test       the tests, with the coverage of fdpp/ (at least 90%)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      selection and decodes on this machine: tables, plot, JSON under $(OUT)"
-	@echo "make gate       fails if this device has become slower against its baseline in bench/baselines"
+	@echo "make gate       fails if fdpp has become slower than this device's baseline in bench/baselines allows"
 	@echo "make quality    every rule and cache, with and without drafts, on held-out problems: table, plot, JSON"
 	@echo "make picture    the README's picture, from a decode of the embedded model"
 	@echo "make eval-check, make sglang-check  the tests beside lm-evaluation-harness, and beside SGLang"
 	@echo "make history    adds this version's headline figures to bench/history.md"
 	@echo "make release-check  builds the archives of a release, and checks and tries them"
-	@echo "make gpu-check  nine minutes on a CUDA device, the most telling first, with a summary at any moment: smoke,"
-	@echo "                figures, tests, stress, gate, memcheck, racecheck. Its parts: gpu-smoke, gpu-bench, gpu-test,"
-	@echo "                gpu-stress, gpu-memcheck, gpu-racecheck"
+	@echo "make gpu-check  all checks on a CUDA device in nine minutes: smoke, figures, tests, stress, gate, memcheck,"
+	@echo "                racecheck. The most telling come first, and a summary is there at any moment. Its parts:"
+	@echo "                gpu-smoke, gpu-bench, gpu-test, gpu-stress, gpu-memcheck, gpu-racecheck"
 	@echo "make gpu-rehearse  the same stages without a GPU, on small shapes"
 	@echo "make clean      remove .venv and everything generated"
 
@@ -45,7 +45,7 @@ endif
 demo: $(READY)
 	$(PY) -m fdpp demo
 
-# A process per core, each with a core of its own.
+# One process per core, so one thread each.
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
 	$(PY) -m pytest -m "not gpu" -n auto --maxprocesses 4 --dist worksteal --cov --cov-fail-under=90
@@ -94,7 +94,7 @@ release-check: PACKAGES = $(shell $(PY) -c 'import sysconfig; print(sysconfig.ge
 release-check: $(READY) build/release/.ready
 	build/release/bin/python tests/helpers/release_check.py --out dist $(if $(TAG),--tag '$(TAG)') $(if $(PACKAGES),--packages $(PACKAGES))
 
-# Environments of their own: both bring hundreds of megabytes, and SGLang without its requirements, which are CUDA's.
+# Environments of their own: both bring hundreds of megabytes. SGLang comes without its requirements, which are CUDA's.
 build/with-eval/.ready build/with-sglang/.ready: setup.py pyproject.toml constraints.txt tests/with_sglang/requirements.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -c constraints.txt setuptools wheel

@@ -1,4 +1,4 @@
-"""A pytest plugin for runs that may be cut: every failure is written down when it happens, not in the end.
+"""A pytest plugin for runs that may be cut off: it writes each failure when it happens, not at the end.
 
 `pytest -p at_once` appends to the file that `FAILURES` names.
 """
@@ -18,6 +18,6 @@ class AtOnce:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # What pytest-xdist's workers report comes by once more in the process that started them.
+    # Under pytest-xdist the process that started the workers sees their reports again.
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(AtOnce())

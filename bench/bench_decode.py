@@ -1,23 +1,26 @@
 """Whole decodes: `generate` against the published way, on the same weights in the same process.
 
-`python bench/bench_decode.py --out FOLDER` writes `decode-<device>.json`. On a GPU: LLaDA-8B's shape with random
-weights (or `--checkpoint PATH`), prompt 800, 256 new tokens, blocks of 32. On a CPU: the embedded model with real
-rules, and a random model of 96 M parameters with LLaDA's vocabulary.
+`python bench/bench_decode.py --out FOLDER` writes `decode-<device>.json`.
 
-Random weights have no confidence profile, so their tokens per forward are set: both ways follow LLaDA's schedule with
-as many steps as the published 4.24 (Fast-dLLM++) and 2.88 (threshold 0.9) tokens per forward would take, rounded up.
+- On a GPU: LLaDA-8B's shape with random weights (or `--checkpoint PATH`), prompt 800, 256 new tokens, blocks of 32.
+- On a CPU: the embedded model with real rules, and a random model of 96 M parameters with LLaDA's vocabulary.
 
-`--headline` is what the figures of a first run on a GPU should be, the most telling first: batch 1, 4.24 tokens per
-forward, dual and prefix cache, prompts of 800 tokens and of 801 (which padding fills up to a bucket).
+Random weights give no real confidence profile, so their tokens per forward are set. Both ways follow LLaDA's schedule,
+with the steps that the published 4.24 (Fast-dLLM++) and 2.88 (threshold 0.9) tokens per forward take, rounded up.
 
-What a step costs outside of the model is the time of the same decode with a model that has its logits ready. Two
-schedules differ only in the number of cached forwards, so their difference gives the time of one. `steps` has the time
-of a full step, `ms_refresh`, and of the others on average, `ms_step`: ours between CUDA events around replays of the
-captured steps, without what the host does between two of them, and on a finished block, so that the selection reads no
-logits (some 10 us); the published ones, in one more decode, from the call of one forward to that of the next, waited
-for, so with the selection and the host.
+`--headline` takes the figures of a first run on a GPU, the most telling first: batch 1, 4.24 tokens per forward, dual
+and prefix cache, prompts of 800 tokens and of 801 (which is padded up to a bucket).
 
-Results are written after each way of each setting. What fails is written down as its error.
+- `ms_outside_model`: the same decode with a model whose logits are ready, per forward.
+- `ms_cached_forward`: two schedules differ only in their number of cached forwards, so their difference gives the time
+  of one.
+- `steps`: mean time of a full step, `ms_refresh`, and of the others, `ms_step`.
+  - Ours lie between CUDA events around replays of the captured steps: without the host's work between two steps, and
+    on a finished block, so that the selection reads no logits (some 10 us).
+  - The published ones, in one more decode, last from one forward's call to the next's, synchronised: with the selection
+    and the host.
+
+Results are written after each way of each setting. A failure is recorded as its error.
 """
 
 from __future__ import annotations
@@ -162,7 +165,7 @@ class Run:
 def timed(decode: Callable[[], Any], repeats: int) -> tuple[Any, float, int]:
     """What a decode returns, its median time and its peak memory in bytes: everything on a GPU, its own on a CPU.
 
-    The first decode, which compiles and captures, is not timed; of slow ones fewer than `repeats` are, to 5 seconds.
+    The first decode compiles and captures, and is not timed. After 5 seconds no further repeat is started.
     """
     decode()
     if ON_GPU:
@@ -180,7 +183,7 @@ def timed(decode: Callable[[], Any], repeats: int) -> tuple[Any, float, int]:
 
 
 def release(model: Any) -> None:
-    """Give back what nobody holds, and what `generate` has captured on `model`: it would count as the next one's."""
+    """Free unused memory and what `generate` has captured on `model`, which would count towards the next setting."""
     model.forget_captures()
     if ON_GPU:
         gc.collect()
@@ -188,7 +191,7 @@ def release(model: Any) -> None:
 
 
 class Watched:
-    """A published forward that notes when it is called, and whether for the whole sequence."""
+    """A published forward that notes the time of each call, and whether it is a full forward."""
 
     def __init__(self, forward: published_decode.Forward) -> None:
         self.forward = forward
@@ -203,7 +206,7 @@ class Watched:
         return self.forward(tokens, past, replace)
 
     def steps(self) -> dict[str, float]:
-        """Mean milliseconds from the call of a forward to what was noted next."""
+        """Mean milliseconds from one note to the next."""
         pairs = list(itertools.pairwise(self.called))
         return means([(full, 1e3 * (after - at)) for (at, full), (after, _) in pairs])
 
@@ -275,7 +278,7 @@ class Setting:
     def found(
         self, way: str, sequences: Tensor, nfe: int, seconds: float, peak: int, steps: Any, without_model: Any
     ) -> dict[str, Any]:
-        """The results of a way; those of its steps, and of its time without a model, may be missing."""
+        """The results of a way; the times of its steps, and without a model, may be errors instead."""
         response = self.responses[way] = sequences[:, self.run.prompt.shape[1] :]
         counted = response >= 0 if self.eos is None else torch.isin(response, self.eos).cumsum(1) == 0
         result = {
@@ -306,17 +309,17 @@ def agreement(published: Tensor, ours: Tensor, eos: Tensor | None) -> float:
 
 
 def cached_forward(rows: list[dict[str, Any]], floor: float) -> None:
-    """Add to the rows of one cache, batch and prompt what a cached forward takes, all in, from their difference."""
+    """Add the time of a cached forward, all in, to the rows of one cache, batch and prompt: from their difference."""
     for way in WAYS:
         runs = sorted((row[way] for row in rows if "seconds" in row.get(way, {})), key=lambda result: result["nfe"])
         if len(runs) == 2 and runs[0]["nfe"] < runs[1]["nfe"]:
             ms = 1e3 * (runs[1]["seconds"] - runs[0]["seconds"]) / (runs[1]["nfe"] - runs[0]["nfe"])
-            for result in runs if ms > 0 else ():  # else all noise
+            for result in runs if ms > 0 else ():  # else the difference is noise
                 result |= {"ms_cached_forward": ms, "floor_percent": 100 * floor / ms}
 
 
 def weight_bytes(model: Any) -> int:
-    """What a forward must read of the weights: all but the embedding, unless it is the head as well."""
+    """Bytes of weights that a forward must read: all but the embedding, unless that is tied to the head."""
     skipped = None if model.config.weight_tying else model.get_input_embeddings().weight
     return sum(p.numel() * p.element_size() for p in model.parameters() if p is not skipped)
 
@@ -332,7 +335,7 @@ def settings_of(name: str, shape: Shape, cache: str) -> list[tuple[str, Diffusio
 
 
 def order(shape: Shape, prompts: list[int], caches: list[str]) -> list[tuple[int, int, str]]:
-    """Batch sizes, prompts and caches, the quick and telling ones first: a big batch without a cache takes longest."""
+    """Batch sizes, prompts and caches; the slowest, big batches without a cache, come last."""
     found = [(B, P, cache) for B in shape.batches for P in prompts for cache in caches]
     return sorted(found, key=lambda setting: setting[2] == "none" and setting[0] > 1)
 
@@ -356,7 +359,7 @@ class Benchmark:
         return measure.write(self.options.out, "decode", self.results)
 
     def in_time(self, facts: dict[str, Any]) -> bool:
-        """Whether there is time for a setting; one for which there is none is noted."""
+        """Whether there is time for a setting; if not, it is noted as left out."""
         if time.monotonic() - self.began <= self.options.budget:
             return True
         self.results["left_out"].append(facts)
@@ -375,7 +378,7 @@ class Benchmark:
         return model, partial(random_prompts, model)
 
     def shape(self, name: str) -> None:
-        """All settings of one shape: both ways of each, and ours once more with compiled layers when all are done."""
+        """All settings of one shape, each both ways; at the end, ours again with compiled layers."""
         shape, options = SHAPES[name](), self.options
         if options.batches:
             shape = replace(shape, batches=tuple(options.batches))
@@ -428,17 +431,17 @@ class Benchmark:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["8b"] if ON_GPU else ["tiny", "100m"])
-    parser.add_argument("--smoke", action="store_true", help="a very small model alone, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="only a very small model, to see that it runs")
     parser.add_argument("--headline", action="store_true", help="batch 1, both caches, two prompts, the first schedule")
     parser.add_argument("--checkpoint", help="a LLaDA checkpoint in place of random weights in the shape 8b")
     parser.add_argument("--caches", nargs="+", choices=("dual", "prefix", "none"))
     parser.add_argument("--batches", nargs="+", type=int, help="batch sizes (default: those of the shape)")
-    text = "lengths of the prompts (default: that of the shape; the embedded model's are problems)"
+    text = "lengths of the prompts (default: that of the shape; the embedded model gets problems)"
     parser.add_argument("--prompts", nargs="+", type=int, help=text)
     text = "measure batch 1 also with norm, rotation and gate fused by torch.compile (default: on a GPU)"
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=ON_GPU, help=text)
     parser.add_argument("--repeats", type=int, default=3, help="timed decodes of each (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no setting is begun")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no setting is started")
     parser.add_argument("--out", type=Path, default=measure.RESULTS / "local", help="folder of the result file")
     options = parser.parse_args(arguments)
     if options.headline:

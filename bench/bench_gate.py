@@ -25,7 +25,7 @@ DECODES = [("8b", "dual", 64)] if ON_GPU else [("tiny", "dual", 128), ("tiny", "
 
 
 def repeated(call: Callable[[], Any], in_graph: bool) -> Callable[[], None]:
-    """`CALLS` calls, waited for; ours in a CUDA graph where there is one."""
+    """`CALLS` calls, synchronised; with `in_graph` in a CUDA graph if there is a GPU."""
     calls = [call] * CALLS
     replay = (measure.captured(calls) if in_graph else measure.Calls(calls)).replay
 

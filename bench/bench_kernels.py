@@ -1,11 +1,15 @@
 """The fused head and the split attention against what they would replace, in the same run.
 
-`python bench/bench_kernels.py --out FOLDER` writes `kernels-<device>.json`. Head: the library's product and `select`
-against `project_select`, by masked rows. Attention of a padded block over a cache: `scaled_dot_product_attention` with
-a mask against `block_attention`, and without a mask and so without padding as the bound. Branches, drafts of one block
-over one cache: the cache's own operators (`BlockCache.attend_shared`) against `block_attention`. On a GPU everything
-runs in CUDA graphs; on a CPU both ways are PyTorch's own operators, and what the head saves there is memory. What fails
-is a row that says why.
+`python bench/bench_kernels.py --out FOLDER` writes `kernels-<device>.json`:
+
+- head, by masked rows: the library's product and `select` against `project_select`;
+- attention of a padded block over a cache: `scaled_dot_product_attention` with a mask against `block_attention`;
+  without a mask, and so without padding, it is the bound;
+- branches, drafts of one block over one cache: the cache's own operators (`BlockCache.attend_shared`) against
+  `block_attention`.
+
+On a GPU everything runs in CUDA graphs. On a CPU both ways are PyTorch's own operators, and the head saves memory. A
+failure is a row that says why.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ RULE = fdpp.Frechet(0.25)
 
 
 def timed(ways: dict[str, Callable[[], Any]], budget: float) -> dict[str, Any]:
-    """Microseconds, in a graph of several, and extra memory of each way, or why it failed."""
+    """Microseconds (a call's share of a graph of several) and extra memory of each way, or why it failed."""
 
     def one(call: Callable[[], Any]) -> dict[str, Any]:
         us = 1e6 * measure.graph_seconds([call] * measure.CALLS, budget)
@@ -85,7 +89,7 @@ def attention(B: int, n: int, S: int, heads: int, head_size: int, budget: float)
 
 
 def branch_ways(B: int, drafts: int, n: int, S: int, heads: int, head_size: int) -> dict[str, Callable[[], Tensor]]:
-    """`drafts` contents each of a block of `n` columns at the end of `S`, of which the first b % 32 are padding."""
+    """`drafts` branches of a block of `n` columns at the end of `S`; sequence b's first b % 32 columns are padding."""
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def random(rows: int, columns: int) -> Tensor:

@@ -1,9 +1,9 @@
 """One denoising step at LLaDA's vocabulary: fused, in two launches and the published way, in the same run.
 
-`python bench/bench_select.py --out FOLDER` writes `select-<device>.json`. On a GPU: microseconds under CUDA graphs with
-warm and cold L2, launches, GB/s and their share of the copy bandwidth, for 1 to 4096 masked rows. On a CPU times alone;
-the two-launch selection is there only with Triton's interpreter (`TRITON_INTERPRET=1`, with `--smoke`), since Triton
-does not compile. A size that fails is a row that says why. `--smoke` goes a GPU's way on a CPU as well.
+`python bench/bench_select.py --out FOLDER` writes `select-<device>.json`. On a GPU, for 1 to 4096 masked rows:
+microseconds under CUDA graphs with warm and cold L2, launches, GB/s and their share of the copy bandwidth. On a CPU:
+times alone; Triton does not compile there, so the two-launch selection needs its interpreter (`TRITON_INTERPRET=1`,
+with `--smoke`). A size that fails is a row that says why. `--smoke` takes a GPU's path on a CPU as well.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def ways(mask_id: int = MASK_ID) -> dict[str, Callable[[Tensor, Tensor], Any]]:
 
 
 def check(problem: Problem, implementations: dict[str, Callable[[Tensor, Tensor], Any]], mask_id: int) -> None:
-    """What is compared must be the same step; the two-launch selection knows no rule but the threshold."""
+    """All ways must take the same step. The two-launch selection knows only the threshold rule."""
     tokens = implementations["fdpp"](*problem)
     if not tokens.equal(implementations["published"](*problem)):
         raise AssertionError("fdpp and the published selection commit differently")
@@ -77,7 +77,7 @@ def check(problem: Problem, implementations: dict[str, Callable[[Tensor, Tensor]
 def in_graphs(
     way: str, call: Callable[[Tensor, Tensor], Any], problem: Problem, nbytes: int, budget: float
 ) -> dict[str, Any]:
-    """Launches, and times in CUDA graphs: one problem again and again, then enough of them to turn over the L2."""
+    """Launches, and times in CUDA graphs: warm with one problem repeated, cold with more problems than the L2 holds."""
     row: dict[str, Any] = {"launches": measure.launches(partial(call, *problem))}
     if way == "published":
         return row
@@ -93,7 +93,7 @@ def in_graphs(
 def measured(
     size: tuple[int, int, int], bandwidth: float, V: int, mask_id: int, budget: float, graphs: bool
 ) -> dict[str, Any]:
-    """What every way takes on one size, in graphs as well with `graphs`."""
+    """Time and memory of every way on one size; with `graphs` also in CUDA graphs."""
     B, T, masked = size
     problem = make_problem(B, T, masked, V, mask_id)
     implementations = ways(mask_id)

@@ -1,8 +1,8 @@
 """Fail if ours has become slower against the published way than this device's stored baseline allows.
 
-`python bench/gate.py FILE` reads what `pytest bench/bench_gate.py --benchmark-json=FILE` measured. What is compared is
-ours over the published way, each its fastest round of the same run: a busy machine slows both, and never speeds one up.
-The baselines are `bench/baselines/<device>.json`; where there is none, the gate passes, says so and stores what it saw.
+`python bench/gate.py FILE` reads what `pytest bench/bench_gate.py --benchmark-json=FILE` measured. It compares ours
+over the published way, each its fastest round of the same run: a busy machine slows both, and speeds up neither. The
+baselines are `bench/baselines/<device>.json`. Without one the gate passes, says so and stores what it saw.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def compare(measured: dict[str, float], baseline: dict[str, Any]) -> list[str]:
         )
         print(line)
         if now / before > allowed:
-            problems.append(f"{line}, allowed are {allowed}")
+            problems.append(f"{line}, at most {allowed} is allowed")
     return problems
 
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         target.write_text(json.dumps(seen, indent=1) + "\n")
         if not options.store:
             print(
-                f"gate: no baseline for {about['device']} yet; what was measured is in {target}, to be kept as {path}"
+                f"gate: no baseline for {about['device']} yet; to make this run the baseline, copy {target} to {path}"
             )
         return 0
     problems = compare(measured, json.loads(path.read_text()))

@@ -1,13 +1,17 @@
-"""What to run on a machine with a GPU for some minutes, the most telling first: `make gpu-check`.
+"""All checks on a GPU in some minutes, the most telling first: `make gpu-check`.
 
-Wherever it is cut, what is done by then is written: `summary.txt` anew after every stage, results after every setting,
-failures of tests as they happen. No stage can hold the run. Each has a limit, its own seconds and what earlier ones
-left over, and is killed with all that it started; what cannot be killed is left behind; and a watchdog ends everything
-after `--minutes`. The exit status is 1 unless all that could run here has passed.
+It may be cut off at any moment: `summary.txt` is rewritten after every stage, results after every setting, failures of
+tests as they happen. No stage can hold up the run:
 
-It takes torch, triton, transformers and pytest; more if there are pytest-xdist (one run of the tests in place of one a
-file), pytest-benchmark (the gate) and compute-sanitizer. `--rehearse` runs the same stages on small shapes without a
-GPU.
+- A stage has its own seconds and what earlier ones left over. Then it is killed with all that it started.
+- What cannot be killed is left behind.
+- A watchdog ends everything after `--minutes`.
+
+The exit status is 1 unless all that could run here has passed.
+
+It needs torch, triton, transformers and pytest. It also uses pytest-xdist (one run of the tests instead of one per
+file), pytest-benchmark (the gate) and compute-sanitizer where they are installed. `--rehearse` runs the same stages on
+small shapes without a GPU.
 """
 
 from __future__ import annotations
@@ -33,13 +37,13 @@ PYTEST = [sys.executable, "-m", "pytest"]
 TESTS = [*PYTEST, "-v", "--tb=short", "-p", "at_once", "-p", "no:cacheprovider"]
 PROCESSES = min(8, os.cpu_count() or 1)
 SECONDS = "<seconds>"
-"""In a command: most of the time that its stage has got."""
+"""Stands in a command for most of its stage's time."""
 
 GRACE = 2.0
 """Seconds in which a killed process must be gone."""
 
 LEAST = 5.0
-"""Seconds below which no stage is begun, but a short one."""
+"""Seconds below which no stage is started; half its own seconds for a short one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Stage:
         missing: why the stage must be left out here, "" if it need not.
         probe: a command that must succeed, or the stage is left out.
         required: without it nothing else makes sense.
-        nothing: an exit status that says there was nothing to do, as pytest's 5.
+        nothing: an exit status for nothing to do, such as pytest's 5.
     """
 
     name: str
@@ -73,7 +77,7 @@ def script(name: str, *options: str | Path) -> list[str]:
 
 
 def side_by_side(selection: list[str], files: list[Path]) -> list[list[str]]:
-    """The selected tests of the files: by pytest-xdist, or in a run for every file."""
+    """The selected tests of the files: by pytest-xdist, or in one run per file."""
     command = [*TESTS, *selection]
     if importlib.util.find_spec("xdist"):
         return [[*command, "-n", str(PROCESSES), "--dist", "worksteal", *map(str, files)]]
@@ -145,14 +149,14 @@ def stages(out: Path, rehearse: bool = False) -> list[Stage]:
             10,
             gated,
         ),
-        # Every tensor an allocation of its own, so that reading past one is seen.
+        # One allocation per tensor, so that reading past one is seen.
         sanitizer("memcheck", out, rehearse, 45, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         sanitizer("racecheck", out, rehearse, 35),
     ]
 
 
 class Summary:
-    """A line a stage, in a file that is written anew at every change."""
+    """One line per stage, in a file that is rewritten at every change."""
 
     def __init__(self, path: Path, names: list[str]) -> None:
         self.path, self.lock = path, threading.Lock()
@@ -179,7 +183,7 @@ class Summary:
             self.write()
 
     def cut(self, minutes: float) -> None:
-        """What the watchdog leaves: it waits for nobody, not even for the lock."""
+        """The summary that the watchdog leaves. It waits for nothing, not even for the lock."""
         held = self.lock.acquire(timeout=1.0)
         for name, (verdict, seconds, _) in self.rows.items():
             if verdict == "running":
@@ -195,7 +199,7 @@ class Summary:
 
 
 class Children:
-    """Processes, each the leader of a group, of which none is ever waited for without end."""
+    """Processes, each the leader of its own group; every wait for one has a limit."""
 
     def __init__(self) -> None:
         self.running: list[subprocess.Popen[bytes]] = []
@@ -215,7 +219,7 @@ class Children:
         return child
 
     def kill(self) -> list[int]:
-        """Kill all that runs, with what it has started; returns the ids of those that did not go."""
+        """Kill all running processes with what they started; returns the ids of those that survived."""
         for child in self.running:
             with contextlib.suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)
@@ -231,7 +235,7 @@ class Children:
     def run(
         self, commands: list[list[str]], logs: list[Path], seconds: float, at_once: int, environment: dict[str, str]
     ) -> tuple[list[int | None], list[int]]:
-        """Exit statuses of the commands, None for what ended too late or was not begun; and whom no signal ended."""
+        """Exit statuses of the commands, None if too late or not started; and the ids of processes that survived."""
         until = time.monotonic() + seconds
         waiting = list(zip(commands, logs, strict=True))
         codes: list[int | None] = []
@@ -251,7 +255,7 @@ def with_checkout(out: Path, rehearse: bool, more: dict[str, str]) -> dict[str, 
     """The environment with this checkout importable and kernels compiled, or interpreted on a CPU."""
     paths = [str(ROOT), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
     device = {"TRITON_INTERPRET": "0"}
-    if rehearse:  # with one thread: on shapes this small others only get in its way
+    if rehearse:  # with one thread: on shapes this small more of them only slow each other
         device = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {
         **os.environ,
@@ -268,7 +272,7 @@ RESULT = re.compile(
 
 
 def counts(lines: list[str]) -> str:
-    """Of tests that are logged one a line: how many passed and so on, and how many of the kinds that matter most."""
+    """Verdicts of tests logged one per line: how many of each, and how many passed of the kinds that matter most."""
     found = []
     for line in lines:
         match = RESULT.match(line)
@@ -295,10 +299,10 @@ class Run:
         self.began = time.monotonic()
         self.summary = Summary(out / "summary.txt", [stage.name for stage in wanted])
         total = 60.0 * minutes
-        # Stages that stop at their limits leave time to say so.
+        # Leaves time to report a stage that is stopped at its limit.
         self.end = self.began + total - min(GRACE + 1.0, 0.05 * total)
         planned = sum(stage.seconds for stage in wanted if not stage.missing)
-        # What those that are left out do not need is for the others.
+        # The others get the time of stages that are left out.
         self.scale = max((self.end - self.began) / planned, 1.0) if planned else 1.0
 
     def plan(self) -> str:
@@ -306,7 +310,7 @@ class Run:
         for stage in self.wanted:
             limit = f"left out: {stage.missing}" if stage.missing else f"{self.scale * stage.seconds:5.0f} s at most"
             lines.append(f"  {stage.name:<12} {limit}")
-        return "\n".join([*lines, "  what a stage leaves over is for those after it"])
+        return "\n".join([*lines, "  a stage's unused time goes to those after it"])
 
     def watch(self) -> None:
         """Ends the program after `minutes`, whatever it is doing."""
@@ -320,10 +324,10 @@ class Run:
         os._exit(1)
 
     def all(self) -> bool:
-        """Run them; whether all that could run has passed."""
+        """Run the stages; returns whether all that could run passed."""
         print(self.plan(), flush=True)
         threading.Thread(target=self.watch, daemon=True).start()
-        # Should not even the watchdog's thread get to run.
+        # In case even the watchdog's thread is held up.
         faulthandler.dump_traceback_later(60.0 * self.minutes + GRACE, exit=True, file=sys.__stderr__)
         try:
             planned, unfit = 0.0, ""
@@ -341,7 +345,7 @@ class Run:
                 self.summary.note(stage.name, "running")
                 try:
                     verdict, detail = self.outcome(stage, limit)
-                except Exception as error:  # a command that is not there, a log that cannot be read
+                except Exception as error:  # a missing command, an unreadable log
                     self.children.kill()
                     verdict, detail = "FAILED", f"{type(error).__name__}: {error}"
                 self.summary.note(stage.name, verdict, time.monotonic() - began, detail)
@@ -354,7 +358,7 @@ class Run:
         return self.summary.passed()
 
     def outcome(self, stage: Stage, limit: float) -> tuple[str, str]:
-        """Run a stage; how it ended and what there is to say."""
+        """Run a stage; returns its verdict and a detail."""
         name, until = stage.name.replace(" ", "-"), time.monotonic() + limit
         environment = with_checkout(self.out, self.rehearse, stage.environment)
         if stage.probe:

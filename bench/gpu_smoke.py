@@ -1,10 +1,11 @@
 """Every kernel and every kind of captured step, once: `python bench/gpu_smoke.py --out FOLDER`, a minute on a GPU.
 
-A kernel must agree with the float64 reference. A captured decode must be that of the same steps without graphs, bit for
-bit; how many of its tokens differ from those of the readable engine is said, and must be none for one sequence in
-float32. Each check prints one line when it is done and adds one to `smoke.jsonl`; what fails leaves the others alone,
-and the exit status is 1 in the end. Without a GPU the kernels run in Triton's interpreter, smaller, and there are no
-graphs.
+- A kernel must agree with the float64 reference.
+- A captured decode must equal the same steps without graphs, bit for bit. The tokens in which it differs from the eager
+  engine are counted; for one sequence in float32 there must be none.
+
+Each check prints a line when it is done and adds one to `smoke.jsonl`. A failure does not stop the others; it makes the
+exit status 1. Without a GPU the kernels run in Triton's interpreter, on smaller shapes, and there are no graphs.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from fdpp.step.terms import Terms, pack
 HALF = torch.bfloat16 if ON_GPU else torch.float16
 
 Check = tuple[str, Callable[[], str]]
-"""A name, and what raises an `AssertionError` or says what was seen."""
+"""A name, and a function that raises an `AssertionError` or returns what was seen."""
 
 
 def select_agrees(problem: Problem) -> str:
@@ -60,7 +61,7 @@ def select_agrees(problem: Problem) -> str:
 
 
 def head_agrees(B: int, T: int, D: int, vocabulary: int, dtype: torch.dtype, temperature: float = 0.0) -> str:
-    """`project_select`, against the reference on logits that are multiplied in float64."""
+    """`project_select` against the reference on logits from a float64 product."""
     g = generator(T)
     weight = F.normalize(torch.randn(vocabulary, D, generator=g), dim=1)
     favourite = torch.randint(0, vocabulary, (B, T), generator=g)
@@ -84,7 +85,7 @@ def head_agrees(B: int, T: int, D: int, vocabulary: int, dtype: torch.dtype, tem
 
 
 def attention_agrees(dtype: torch.dtype, padded: bool, B: int, H: int, kv: int, n: int, S: int, d: int) -> str:
-    """At most half as far again from float64 as PyTorch in the same dtype."""
+    """At most 1.5 times as far from float64 as PyTorch in the same dtype, plus 2e-6."""
     g = generator(S)
     q, k, v = (torch.randn(B, h, T, d, generator=g).to(dtype).to(DEVICE) for h, T in ((H, n), (kv, S), (kv, S)))
     left = torch.arange(B, device=DEVICE) * (S // (2 * B)) if padded else None
@@ -99,7 +100,7 @@ def attention_agrees(dtype: torch.dtype, padded: bool, B: int, H: int, kv: int, 
 
 
 def branches_agree(dtype: torch.dtype, D: int, H: int, kv: int, n: int, S: int, d: int) -> str:
-    """D contents of a block at the end of `S` columns, a quarter of them padding, against a copy of the cache each."""
+    """D branches of a block at the end of `S` columns, a quarter of them padding, against a cache copied for each."""
     g = generator(S + D)
     cached = [torch.randn(1, kv, S, d, generator=g).to(dtype).to(DEVICE) for _ in range(2)]
     q, *own = (torch.randn(D, h, n, d, generator=g).to(dtype).to(DEVICE) for h in (H, kv, kv))
@@ -115,7 +116,7 @@ def branches_agree(dtype: torch.dtype, D: int, H: int, kv: int, n: int, S: int, 
 
 
 def edges_agree(dtype: torch.dtype, n: int, S: int) -> str:
-    """A block of the last `n` of `S` columns with the keys of the others shared; the last half of it is looked at."""
+    """The edges of the last half of `n` fed columns, at the end of `S`; the keys of the other columns are shared."""
     g, rule, rows, H, kv, hd = generator(n), dawn.Dawn(tau_sink=0.1, tau_edge=4 / S), 2, 4, 2, 16
     queries = [(2 * torch.randn(rows, H, n, hd, generator=g)).to(dtype) for _ in range(2)]
     shared = [torch.randn(rows, kv, S, hd, generator=g).to(dtype) for _ in range(2)]
@@ -152,9 +153,9 @@ def commits_agree(T: int, S: int) -> str:
 
 
 def dawn_agrees(dtype: torch.dtype) -> str:
-    """A whole decode by the rule, its kernels as `generate` launches them, beside that on the CPU in float32.
+    """A whole decode by the rule, its kernels as `generate` launches them, against the CPU's in float32.
 
-    Products are added up in another order there, which near ties of a random model need not survive.
+    The CPU sums products in another order, which may decide near ties of a random model.
     """
     rule = dawn.Dawn(tau_sink=0.1, tau_edge=0.05, tau_low=0.3, tau_high=0.6, tau_induce=0.4)
     settings: dict[str, Any] = {"rule": rule, "max_new_tokens": 16, "block_length": 8}
@@ -188,7 +189,7 @@ def kernels() -> Iterator[Check]:
         yield name, partial(branches_agree, dtype, 3, 4, 2, 32, long, 128 if ON_GPU else 32)
         yield f"dawn, edges, {dtype}", partial(edges_agree, dtype, 16, long)
     yield "dawn, commits", partial(commits_agree, 32, long)
-    # Nothing of it a multiple of a tile.
+    # No size is a multiple of a tile.
     yield "select, odd sizes", partial(select_agrees, random_problem(0, 3, 7, 53, Frechet(0.1)))
     yield "fused head, odd sizes", partial(head_agrees, 3, 5, 33, 131, HALF)
     yield "block_attention, odd sizes", partial(attention_agrees, HALF, True, 2, 6, 2, 33, 129, 20)
@@ -198,7 +199,7 @@ def kernels() -> Iterator[Check]:
 
 
 def counted(ours: Tensor, theirs: Tensor, exact: bool, whose: str) -> str:
-    """How many tokens differ; an `AssertionError` if any does in what must be exact."""
+    """How many tokens differ; with `exact` any difference is an `AssertionError`."""
     differing = int((ours != theirs).sum())
     text = f"{differing} of {ours.numel()} tokens differ from {whose}"
     assert not exact or not differing, text
@@ -211,7 +212,7 @@ def model_in(dtype: torch.dtype) -> Any:
 
 
 def decode_agrees(dtype: torch.dtype, settings: dict[str, Any], ragged: bool) -> str:
-    """A captured decode against the same steps without graphs, and against the readable engine."""
+    """A captured decode against the same steps without graphs, and against the eager engine."""
     model, mask = model_in(dtype), None
     ids = prompts(1, 16)
     if ragged:
@@ -258,7 +259,7 @@ def decodes() -> Iterator[Check]:
 
 
 def run(checks: Iterator[Check], path: Path) -> int:
-    """Print and store what comes of each check as soon as it is known; how many failed."""
+    """Print and store each check's outcome as soon as it is known; returns how many failed."""
     failed = 0
     for name, check in checks:
         name, began = name.replace("torch.", ""), time.perf_counter()

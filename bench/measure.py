@@ -1,7 +1,7 @@
-"""How the benchmarks time, count and weigh what they run, and on what it was measured.
+"""How the benchmarks measure time, launches and memory, and on what device.
 
-All of it works on a CPU as well, so that what is to run on a GPU has run before: calls are made one by one where there
-are no graphs, and the clock is the host's where there are no events.
+All of it works on a CPU as well, so that it has run before it gets a GPU: calls are made one by one where there are no
+graphs, and the clock is the host's where there are no events.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 RESULTS = Path(__file__).parent / "results"
 CALLS = 20 if ON_GPU else 1
-"""How often in a row what takes microseconds on a GPU is called."""
+"""How often a call that takes microseconds on a GPU is repeated."""
 
 
 def synchronize() -> None:
@@ -57,7 +57,7 @@ def median_seconds(call: Callable[[], Any], *, calls: int = 1, rounds: int = 3, 
 
 
 class Replayed(Protocol):
-    """What is recorded once and run again and again, as a `torch.cuda.CUDAGraph` is."""
+    """What is captured once and replayed, like a `torch.cuda.CUDAGraph`."""
 
     def replay(self) -> None: ...
 
@@ -74,7 +74,7 @@ class Calls:
 
 
 def captured(calls: Sequence[Callable[[], Any]]) -> Replayed:
-    """A CUDA graph of the `calls`, one after another; on a CPU the calls."""
+    """A CUDA graph of the `calls`, one after another; on a CPU the calls themselves."""
     if not ON_GPU:
         return Calls(calls)
     side = torch.cuda.Stream()
@@ -105,7 +105,7 @@ def elapsed(call: Callable[[], Any]) -> float:
 
 
 def replay_seconds(replay: Callable[[], Any], budget: float = 0.5) -> float:
-    """Median seconds of a replay: of 3 to 20, as many as begin within `budget` seconds."""
+    """Median seconds of 3 to 20 replays, as many as start within `budget` seconds."""
     replay()
     times: list[float] = []
     started = time.perf_counter()
@@ -145,7 +145,7 @@ def matmul_rate(size: int, dtype: torch.dtype) -> float:
 
 
 def l2_bytes() -> int:
-    """Size of the device's cache; on a CPU, where nothing is concluded from it, a page."""
+    """Size of the device's L2; on a CPU, where nothing depends on it, a page."""
     return torch.cuda.get_device_properties(DEVICE).L2_cache_size if ON_GPU else 1 << 12
 
 
@@ -195,14 +195,14 @@ def environment() -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """Type and message of an error, on one line; a device without enough memory is a result."""
+    """Type and message of an error, on one line. Running out of memory is a result, not an error."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `call` found, or why it failed, as its `error`: one setting must not cost the others."""
+    """What `call` returns, or its failure as `error`, so that one setting does not cost the others."""
     try:
         return call()
     except Exception as error:
@@ -230,7 +230,7 @@ def write(folder: Path, kind: str, results: dict[str, Any]) -> Path:
     path = folder / f"{kind}-{slug(about['device']) if ON_GPU else 'cpu'}.json"
     part = path.with_suffix(".part")
     part.write_text(json.dumps({"environment": about, **results}, indent=1) + "\n")
-    return part.replace(path)  # whoever is stopped in the midst of it leaves the earlier results
+    return part.replace(path)  # a run that is stopped while it writes keeps the earlier results
 
 
 def close(path: Path, results: dict[str, Any]) -> None:

@@ -1,10 +1,14 @@
 """The published way to decode LLaDA, written from the papers, on the weights of a model of ours: the yardstick.
 
-What Fast-dLLM (arXiv 2505.22618) and Fast-dLLM++ (arXiv 2606.02955) run: an eager model with three projections for
-queries, keys and values; caches of keys without their rotary embedding, concatenated to the new ones (prefix cache) or
-overwritten sequence by sequence (dual cache), and rotated again, all of them, in every layer of every step; the head on
-every row that was fed; the selection of `published.select`; one host synchronisation a step and, with the dual cache,
-some in every layer. A causal mask that the published model builds and never uses is left out.
+What Fast-dLLM (arXiv 2505.22618) and Fast-dLLM++ (arXiv 2606.02955) run:
+
+- an eager model with three projections for queries, keys and values;
+- caches of keys without their rotary embedding, concatenated to the new ones (prefix cache) or overwritten sequence by
+  sequence (dual cache); every layer of every step rotates all of them again;
+- the head on every row that was fed, then the selection of `published.select`;
+- one host synchronisation per step and, with the dual cache, some in every layer.
+
+A causal mask that the published model builds and never uses is left out.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Every rule, cache and draft depth on held-out problems of the embedded model: `make quality`.
 
-For each setting: exact answers with a 95% interval, NFE, tokens per forward (response tokens before EOS), how many
-responses are those of one position per step with the same cache, and with drafts how many are, token for token, those
-of the same rule without. The latter is counted in bfloat16 as well. A run that was stopped goes on where it was.
+For each setting: exact answers with a 95% interval, NFE, tokens per forward (response tokens before EOS), and how many
+responses equal those of one position per step with the same cache. With drafts also how many responses equal, token for
+token, those of the same rule without drafts; this is counted in bfloat16 as well. A stopped run resumes where it was.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ IN_BFLOAT16: list[tuple[str, str, int | str]] = [
 
 
 def share_of(rule: str, cache: str, drafts: int | str, count: int) -> int:
-    """How many of `count` problems a run takes: drafts are dear without the dual cache, a hundred forwards more so."""
+    """How many of `count` problems a run takes: fewer where drafts are slow, without the dual cache or with "auto"."""
     if drafts == 1 or (cache == "dual" and drafts != "auto"):
         return count
     return max(count // (10 if rule == ONE and cache != "dual" else 5), 1)
@@ -128,7 +128,7 @@ def run(rule: str, cache: str, drafts: int | str, count: int, dtype: torch.dtype
 
 
 def in_bfloat16(rule: str, cache: str, drafts: int | str, count: int) -> dict[str, Any]:
-    """How many of `count` responses drafts leave as they are, all in bfloat16."""
+    """How many of `count` responses drafts leave unchanged, all in bfloat16."""
     drafted, alone = (run(rule, cache, d, count, torch.bfloat16)["responses"] for d in (drafts, 1))
     same = sum(map(list.__eq__, drafted, alone))
     return {"rule": rule, "cache": cache, "drafts": drafts, "problems": count, "same_as_undrafted": same}
@@ -143,11 +143,11 @@ def worded(problem: tiny.Problem) -> list[str]:
 
 @torch.no_grad()
 def calibration(count: int) -> list[dict[str, float]]:
-    """Confidence against correctness, over all steps of one per step without a cache.
+    """Confidence against correctness, over all steps of a decode without a cache that commits one position per step.
 
-    A proposal is correct if it is the token of the right response at its position. A right response opens its lines in
-    one of three ways: in that of which a word is committed, before that in the one that was drawn with the problem.
-    Positions after the response are not counted.
+    A proposal is correct if it is the token of the right response at its position. Three responses are right, which
+    open their lines differently. The one that counts is the one whose opening has a committed word, before that the
+    problem's own. Positions after the response are not counted.
     """
     torch.set_num_threads(1)
     model, tokenizer = tiny.load()
@@ -210,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
-    parser.add_argument("--no-sweep", action="store_true", help="leave out the rules' other margins and thresholds")
+    parser.add_argument("--no-sweep", action="store_true", help="leave out the sweeps of the rules' numbers")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/quality.json"))
     arguments = parser.parse_args()
@@ -226,7 +226,7 @@ def main() -> None:
     }
     partial = arguments.out.with_suffix(".partial.json")
     results = json.loads(partial.read_text()) if partial.exists() else fresh
-    # What another version has measured, of another model or on fewer problems, is not gone on with.
+    # Results of another version, another model or another number of problems are not resumed.
     same = [(r["environment"]["commit"], r["checkpoint"], r["problems"]) for r in (results, fresh)]
     results = results if same[0] == same[1] else fresh
     wanted = [s for s in SETTINGS if s[1] in arguments.caches and not (arguments.no_sweep and s[0] in SWEEP)]
@@ -253,7 +253,7 @@ def main() -> None:
         for future in tqdm(as_completed(futures), total=len(futures), unit="setting"):
             kind = futures[future]
             results[kind] = future.result() if kind == "calibration" else [*results[kind], future.result()]
-            # Whole or not at all, so that a run killed here can go on too.
+            # Written whole or not at all, so that a run killed here can resume too.
             unfinished = partial.with_suffix(".tmp")
             unfinished.write_text(json.dumps(results))
             unfinished.replace(partial)

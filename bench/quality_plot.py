@@ -35,7 +35,7 @@ def frontier(axes: Any, runs: list[dict[str, Any]]) -> None:
 
 
 def calibration(axes: Any, bins: list[dict[str, float]]) -> None:
-    """Share of right proposals against confidence, over how many proposals there are."""
+    """Share of right proposals against confidence, with bars for the number of proposals."""
     total = sum(b["count"] for b in bins)
     counts = axes.twinx()
     counts.bar([b["confidence"] for b in bins], [100 * b["count"] / total for b in bins], width=0.03, color="lightgrey")
@@ -43,7 +43,7 @@ def calibration(axes: Any, bins: list[dict[str, float]]) -> None:
     axes.set_zorder(counts.get_zorder() + 1)
     axes.patch.set_visible(False)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-    # The interval of a share, two standard errors, is what a reader needs to tell noise from a miscalibrated bin.
+    # Two standard errors of a share tell noise from a miscalibrated bin.
     errors = [2 * (b["correct"] * (1 - b["correct"]) / b["count"]) ** 0.5 for b in bins]
     axes.errorbar(
         [b["confidence"] for b in bins], [b["correct"] for b in bins], errors, fmt="o", markersize=4, linewidth=1

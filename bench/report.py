@@ -129,7 +129,7 @@ def kernels_table(result: Result) -> str:
         ("attention", ("sdpa, mask", "sdpa, no mask", "block_attention")),
         ("branches", ("attend_shared", "block_attention")),
     ):
-        # Results from before there were branches have none.
+        # Older results have no branches.
         for row in result.get(kind, []):
             drafts = f"{row['branches']} branches, " if kind == "branches" else ""
             size = f"{row['sequences']} x {row.get('queries')} queries over {row.get('columns')} columns"
@@ -147,7 +147,7 @@ def kernels_table(result: Result) -> str:
 
 
 def targets(select: list[Result], decode: list[Result]) -> list[tuple[str, str, bool]]:
-    """What was aimed at on one H200, what was measured, and whether it is met; only of what is there."""
+    """Each target on one H200, the measurement, and whether it is met; only for results that are there."""
     found: list[tuple[str, str, bool]] = []
     for result in select:
         if result["environment"]["device"].startswith("CPU"):

@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[1] / "bench"))
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# A shell starts its background jobs with Ctrl-C ignored, and so would be the programs that tests interrupt.
+# A shell's background jobs ignore Ctrl-C, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

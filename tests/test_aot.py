@@ -13,9 +13,9 @@ import pytest
 from inputs import TRITON
 
 SPILLS_ALLOWED = {
-    # ptxas gives up 8 bytes to get down to 80 registers, which lets three programs share a multiprocessor.
+    # ptxas spills 8 bytes to get down to 80 registers, which lets three programs share a multiprocessor.
     "sm_80-Frechet-256x128x126464-bfloat16-sampled": 8,
-    # The same with 168 registers, with which three of its programs do, and with 80, with which six do.
+    # The same for 168 registers (three of its programs share one) and for 80 (six do).
     "project_kernel-sm_100-EntropyBound-1x32-bfloat16": 16,
     "attend_kernel-sm_90-1x32-1056x32x64-float16": 8,
 }
@@ -138,7 +138,7 @@ def test_tiles_fit_into_shared_memory(tiled: dict[str, dict[str, Any]]) -> None:
 
 
 def test_tiles_are_multiplied_by_matrix_instructions(tiled: dict[str, dict[str, Any]]) -> None:
-    """Those of the newer targets take 64 rows, which tiles of a head with one block or of few queries do not have."""
+    """Those of the newer targets need 64 rows; tiles of a head with one block or of few queries have fewer."""
     full = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
     for name, build in tiled.items():
         if build["kernel"] in ("project_kernel", "attend_kernel"):
@@ -149,7 +149,7 @@ def test_tiles_are_multiplied_by_matrix_instructions(tiled: dict[str, dict[str, 
 
 
 def test_weights_keys_and_values_come_sixteen_bytes_at_a_time(tiled: dict[str, dict[str, Any]]) -> None:
-    """Copied to shared memory while the tile before is multiplied; without such copies on gfx942, but as wide."""
+    """Copied to shared memory while the tile before is multiplied; gfx942 has plain loads, as wide."""
     for name, build in tiled.items():
         bulk = build["kernel"] in ("project_kernel", "attend_kernel")
         loads = [operation for operation in build["memory"] if operation.startswith(("ld.", "buffer_l", "global_l"))]

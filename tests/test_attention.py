@@ -62,7 +62,7 @@ def run(
     own: Own | None = None,
     column: Tensor | int | None = None,
 ) -> Tensor:
-    """What an implementation makes of it, on the CPU."""
+    """An implementation's result, on the CPU."""
     device = "cuda" if implementation == "cuda" else "cpu"
     column = torch.tensor([column]) if isinstance(column, int) else column
     given = (q, k, v, left, *(own or (None, None)), column)
@@ -74,7 +74,7 @@ def run(
 
 
 def assert_as_good(out: Tensor, *inputs: Any, of: Callable[..., Tensor] | None = None) -> None:
-    """As far from float64 as PyTorch in the same dtype, give or take a rounding; `of`: what both make of a row."""
+    """At most 1.5 times as far from float64 as PyTorch in the same dtype, plus 2e-6; `of` gives both ways' results."""
     want, theirs = (of(way, *inputs) if of else way(*inputs) for way in (truth, library))
     assert out.shape == want.shape and out.dtype == inputs[0].dtype
     assert (out - want).abs().amax() <= (theirs - want).abs().amax() * 1.5 + 2e-6
@@ -116,7 +116,7 @@ def test_half_precision(implementation: str, dtype: torch.dtype) -> None:
 @each_implementation
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_padding_is_not_read(implementation: str, index: torch.dtype) -> None:
-    """Keys that start within a split and a tile, at their borders, in the last split, and behind all of them."""
+    """Keys that start within a split and a tile, at their borders, in the last split, and past all of them."""
     S = 512
     left = torch.tensor([0, 1, 31, 32, 127, 128, 300, 384, 511, 512], dtype=index)
     q, k, v = random_inputs(0, len(left), 2, 1, 3, S, 16)
@@ -152,7 +152,7 @@ def test_scale(implementation: str) -> None:
 
 @each_implementation
 def test_scores_far_apart(implementation: str) -> None:
-    """Weights that underflow, and scores beyond what the exponential takes."""
+    """Weights that underflow, and scores beyond the exponential's range."""
     q, k, v = random_inputs(1, 1, 2, 2, 5, 600, 32)
     inputs = (q * 100, k, v)
     out = run(implementation, *inputs)
@@ -254,7 +254,7 @@ def random_branches(
 def by_row(
     way: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, left: Tensor | None, own: Own, column: int
 ) -> Tensor:
-    """Every row over its own keys and those of its sequence's that are neither padding nor in the block's columns."""
+    """Every row over its own keys, and over its sequence's that are neither padding nor in the block's columns."""
     found = []
     for row in range(len(q)):
         b = row // (len(q) // len(k))
@@ -336,7 +336,7 @@ def test_what_a_branch_replaces_is_not_read(implementation: str, column: int) ->
 @each_implementation
 @pytest.mark.parametrize("column", [0, 50, 124, 130, 248])
 def test_a_block_amid_padding_is_seen(implementation: str, column: int) -> None:
-    """Own keys are no padding; cached columns before `left` stay padding, on both sides of the block."""
+    """Own keys are never padding; cached keys before `left` stay padding, on both sides of the block."""
     S, n = 256, 8
     left = torch.tensor([column, column + 1, column + n, column + n + 1, 200, 255, 256, 300])
     q, k, v, own = random_branches(2, len(left), 1, 2, 1, 3, n, S, 16)
@@ -402,7 +402,7 @@ def test_branches_in_strides(implementation: str) -> None:
 
 @each_implementation
 def test_branches_do_not_depend_on_each_other(implementation: str) -> None:
-    """Not even on what is no number in another branch of the sequence; what the cache holds reaches all of them."""
+    """NaN in one branch stays in it; NaN in the cache reaches all branches of the sequence."""
     q, k, v, own = random_branches(2, 2, 3, 2, 1, 4, 6, 60, 16)
     left = torch.tensor([0, 40])
     want = run(implementation, q, k, v, left, own=own, column=44)
@@ -522,7 +522,7 @@ def test_compiled_without_a_graph_break(dynamic: bool) -> None:
 
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
-    """Short blocks take the kernel in the interpreter, as on a GPU; lists their sequences, branches and paddedness."""
+    """Short blocks take the kernel in the interpreter, as on a GPU; lists sequences, branches and whether padded."""
     if not INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")
     seen: list[tuple[int, int, bool]] = []
@@ -571,7 +571,7 @@ def test_a_decode_is_the_same(split: list[tuple[int, int, bool]], settings: dict
     assert out.sequences.equal(want.sequences) and out.nfe.equal(want.nfe)
     assert bool(split) == (settings["cache"] != "none")
     assert "drafts" not in settings or max(branches for _, branches, _ in split) == settings["drafts"]
-    # In static steps the padding of a length bucket, of which a block's columns do not know.
+    # Static steps have the padding of a length bucket.
     assert not split or any(paddedness for *_, paddedness in split) == (padded or "engine" in settings)
 
 

@@ -35,7 +35,7 @@ SAMPLE = (
     "tests/test_docs.py::test_python_runs_as_pasted[docs/many-devices.md]",
     "tests/test_layout.py::test_every_imported_package_is_declared",
 )
-"""`torch.compile`, an operator check, a file of which hypothesis runs a part, a benchmark, and what needs accelerate or
+"""`torch.compile`, an operator check, a file that hypothesis runs in part, a benchmark, and what needs accelerate or
 pip."""
 
 
@@ -70,7 +70,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """In the root of the checkout, with nothing of this environment's in the way."""
+    """In the root of the checkout, without this process's settings of Python, pytest and coverage."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "COV"))}
     return subprocess.run(
         [str(python), *arguments], cwd=ROOT, env=kept, capture_output=True, text=True, timeout=300, check=False

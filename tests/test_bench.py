@@ -1,4 +1,4 @@
-"""The benchmarks: that what they compare is the same, that they run, and what is made of their results."""
+"""The benchmarks: they compare equal steps, they run, and their results become tables and plots."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_published_decode_gives_our_tokens(cache: str, settings: dict[str, A
         mask_id=MASK,
     )
     assert sequences.equal(ours.sequences)
-    # A batch of theirs goes on until its slowest row is done, block by block.
+    # The published code decodes each block until the batch's slowest row is done.
     assert nfe == (7 if "steps" in settings else nfe) and nfe >= ours.nfe.max()
 
 
@@ -154,7 +154,7 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
 def test_a_budget_leaves_out_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool, left_out: int
 ) -> None:
-    """The whole shape or, where that was begun in time, its settings."""
+    """The whole shape or, if that was started in time, its settings."""
     in_time = bench_decode.Benchmark.in_time
 
     def late(self: bench_decode.Benchmark, facts: dict[str, Any]) -> bool:
@@ -274,7 +274,7 @@ def test_a_device_without_memory_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_results_are_there_after_each_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a run that is killed in its second setting the first is left."""
+    """A run that is killed in its second setting leaves the first."""
 
     def killed(B: int, T: int, *rest: Any) -> Any:
         if T == 8:

@@ -11,7 +11,7 @@ from fdpp import LLaDAModelLM
 from fdpp.attention.cache import BlockCache, tree_mask
 
 ATOL = 2e-4
-"""Of logits of about 5: float32 sums in another order."""
+"""For logits of about 5: float32 sums in another order."""
 
 
 def keys_and_values(B: int, T: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -176,7 +176,7 @@ def test_a_dual_forward_sees_the_old_rest_and_the_new_block(llada: LLaDAModelLM)
     assert (logits - forward(llada, new, None, 0, 14)[:, start:stop]).abs().max() > 0.1
     mixed = old.clone()
     mixed[:, start:stop] = new[:, start:stop]
-    # Layer 0's keys know their own token alone, so there a forward over the mixed tokens tells what to expect.
+    # Layer 0's keys depend on their own token alone, so a forward over the mixed tokens gives the expected ones.
     whole = BlockCache()
     forward(llada, mixed, whole, 0, 14)
     torch.testing.assert_close(cache.keys[0], whole.keys[0])

@@ -312,7 +312,7 @@ def test_nothing_is_captured_anew_where_nothing_changed(captures: Captures) -> N
 
 @pytest.mark.parametrize("kind", ["forward", "pre-forward", "of all modules"])
 def test_hooks_are_called(kind: str, captures: Captures) -> None:
-    """A replay would not: while there is one, decodes run as they come, and the captures stay for later."""
+    """A replay would skip them: while there is a hook, decodes run eagerly and the captures are kept."""
     llada, ids, calls = small_model(), prompts(2, 11), []
     before = llada.generate(ids, **SIZES)
     made, config = steps_of(llada), fdpp.DiffusionGenerationConfig()
@@ -369,7 +369,7 @@ def test_what_is_evicted_is_freed_at_once(captures: Captures) -> None:
         captures.logs.clear()
         alive = {P: [graph() is not None for graph in seen] for P, seen in graphs_seen.items()}
         assert not any(alive.pop(16)) and all(all(seen) for seen in alive.values())
-        llada.generate(prompts(1, 48), **{**SIZES, "max_new_tokens": 16})  # used again, so the next one goes first
+        llada.generate(prompts(1, 48), **{**SIZES, "max_new_tokens": 16})  # used again, so 80 is evicted first
         llada.generate(prompts(1, 16), **{**SIZES, "max_new_tokens": 16})
         captures.logs.clear()
         assert not any(graph() for graph in graphs_seen[80]) and all(graph() for graph in graphs_seen[48])
@@ -445,7 +445,7 @@ def test_every_sequence_has_its_own_keys_when_the_next_block_begins(
 
 
 class FakeCuda:
-    """As much of `torch.cuda` as a capture takes: it hands out streams in turns and has one that is current."""
+    """The part of `torch.cuda` that a capture needs: it hands out streams in turn and has a current one."""
 
     def __init__(self, streams: int = 32) -> None:
         self.streams, self.made, self.current, self.pools, self.calls = streams, 0, "default", 0, []
@@ -586,7 +586,7 @@ def test_a_failed_capture_gives_back_what_it_had(where: str, cuda: FakeCuda, mon
         assert after == [("endAllocateToPool", 0, held.pool)] and not kept
         return
     assert after[:2] == [("endAllocateToPool", 0, held.pool), ("releasePool", 0, held.pool)] and len(kept) == 1
-    # A small capture in order, after which the generators draw again.
+    # A small capture that ends in order, so that the generators draw again.
     assert after[2:] == [("begin", held.stream, None, "global"), ("end", held.stream)]
     cuda.broken = False
     assert held.capture(lambda: None) is not None

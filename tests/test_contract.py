@@ -1,4 +1,4 @@
-"""What holds of every rule in the registry, those of others in `rules_of_others` included, each a module of its own."""
+"""What holds of every rule in the registry, those in `rules_of_others` included, each a module of its own."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_row_in_a_batch_is_the_row_alone(llada: fdpp.LLaDAModelLM, rule: fdpp.
 
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Holds every step of a decode against the rule's specification; the list has what each committed."""
+    """Compares every step of a decode with the rule's specification; lists how many positions each committed."""
     commits: list[int] = []
     take = Choice.__call__
 
@@ -144,7 +144,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         truth = specified(choice.rule, evidence, states, terms, block)
         for name in ("tokens", "committed", "remaining", "proposal"):
             ours, theirs = getattr(chosen, name).flatten(0, 1), getattr(truth, name)
-            if name == "proposal":  # what stands at committed positions is the rule's own affair
+            if name == "proposal":  # a rule may propose anything at committed positions
                 masked = states.flatten(0, 1) == terms.mask_id
                 ours, theirs = ours[masked], theirs[masked]
             assert ours.equal(theirs), name
@@ -204,7 +204,7 @@ class Refusing(TorchDispatchMode):
 
 
 def exempt(function: Any) -> Any:
-    """An operator's CPU implementation, in whose place a kernel is captured."""
+    """An operator's CPU implementation; a capture holds a kernel in its place."""
 
     def run(*args: Any) -> Any:
         with _disable_current_modes():

@@ -310,10 +310,10 @@ def attention_kernel(
 @pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 def test_averaged_attention_three_ways(implementation: str, dtype: torch.dtype) -> None:
-    """Float64 is the truth, PyTorch in the inputs' dtype the competition: our error is at most its.
+    """Float64 is the truth; our error is at most that of PyTorch in the inputs' dtype.
 
-    Float32: at most four times its, since exp2(score - lse) takes two numbers rounded at the scores' size; on a GPU
-    eight times, since its exp2 is itself off by up to 2**-22.
+    In float32 at most four times PyTorch's, since exp2(score - lse) takes two numbers rounded at the scores' size; on a
+    GPU eight times, since its exp2 is itself off by up to 2**-22.
     """
     rows, H, n, hd, layers = 2, 2, 16, 16, 2
     queries, keys = random_layers(5, rows, H, H, n, hd, layers, dtype)
@@ -606,7 +606,7 @@ class TestOperators:
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_decodes_on_a_gpu_are_those_on_the_cpu(cache: str) -> None:
-    """Of two rows that weights wrong by 1e-5 leave as they are, and that no threshold decodes alike."""
+    """Two rows that decode the same with weights off by 1e-5, and otherwise by `tau_low` or `tau_high` alone."""
     prompt = next(t.prompt for t in trajectories("dawn") if t.run["prompt"] == "p20ab")
     there = LLaDAModelLM.from_pretrained(DATA / "model_tiny").eval().to("cuda")
 

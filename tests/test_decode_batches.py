@@ -139,7 +139,7 @@ def test_the_prompt_is_never_changed(llada: LLaDAModelLM, rule: fdpp.Rule, cache
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_masks_in_the_prompt_do_not_compete(cache: str) -> None:
-    """They are fed as they are to every forward, and no commit goes to them."""
+    """Every forward is fed them as they are, and none is committed."""
     model = Scripted([5, 6, 7, 8], [0.9, 0.8, 0.7, 0.6], prompt=2)
     model.logits[:2] = 0.0
     model.logits[:2, 9] = 100.0

@@ -21,7 +21,7 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for na
 EVERY = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 ELSEWHERE = {"gpu", "network"}
-"""What a block may need that is no module: such a block is compiled, and never run here."""
+"""Needs that are no module: a block with one of them is compiled, and never run here."""
 
 OPERATORS = {"|", "&&", "||", ";", ">", "<", "&"}
 

@@ -1,4 +1,4 @@
-"""Published DAWN decodes: every step of theirs taken by ours, and whole decodes by `generate`.
+"""Published DAWN decodes: each of their steps taken by ours, and whole decodes by `generate`.
 
 The published code breaks its own rule in two ways (FORMAT.md, section 1). It overwrites position 0, prompt or not, when
 a conflict has removed a candidate or a row has nothing masked; `prompt_change_events` lists each. And it skips clause 3
@@ -47,7 +47,7 @@ def states(trajectory: Trajectory) -> Tensor:
 
 @functools.cache
 def coupled(index: int) -> list[tuple[int, int]]:
-    """The calls and rows of a run at which our step differs from the published one, each shown to be its fault."""
+    """The calls and rows of a run at which our step differs from the published one, each shown to be a fault of it."""
     trajectory = RUNS[index]
     run, P, T = trajectory.run, trajectory.prompt.shape[1], trajectory.run["params"]["block_length"]
     rule, without_set = rule_of(run), rule_of(run, tau_low=1.0)

@@ -1,7 +1,7 @@
 """Complete published decodes, reproduced by `generate`: every token, the forward that decided it, and the NFE.
 
 FORMAT.md, section 4, describes the runs. Runs that rounding can change (`stable` false) are not compared. Where the
-published code breaks its own rule, the rule is imitated here, so that the rest of the decode can be compared.
+published code breaks its own rule, the fault is imitated here, so that the rest of the decode can be compared.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def ours(
         rule,
         params.get("steps") if rule == fdpp.Quota() else None,
         drafts,
-        # FreeDave's `debug` is its batch, a state at a time.
+        # FreeDave's `debug` is its batch layout, one state at a time.
         "tree" if drafts > 1 and params["draft_mode"] == "tree_attention" else "batch",
     )
 

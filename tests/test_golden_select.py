@@ -39,7 +39,7 @@ GROUPS = {
     group: [entry["id"] for entry in INDEX if entry["group"] == group] for group in ("std", "edge", "orig", "attn")
 }
 GROUPS["few"] = ["s010", "s097", "o009", "o015", "e000", "e004", "e007", "e010", "e011", "e014", "e015", "e016"]
-"""What the kernel is asked in the interpreter, where it is slow; on a GPU it is asked everything."""
+"""The cases for the kernel in the interpreter, where it is slow; a GPU runs all."""
 
 CENSUS = {
     "std": {"equal": 4060, "quota of none": 92, "published code breaks its rule": 98},
@@ -62,7 +62,7 @@ CENSUS = {
         "mask id is the argmax": 34,
     },
 }
-"""Rows compared and how each was decided, so that none is left out unseen."""
+"""Rows compared and how each was decided, so that none is left out unnoticed."""
 
 
 Select = Callable[[Tensor, Tensor, Tensor, list[fdpp.Rule], int], Selection]

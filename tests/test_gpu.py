@@ -119,7 +119,7 @@ def test_a_captured_step_is_one_launch() -> None:
 
 @pytest.mark.parametrize("sequences", [gpu.TICKETS, gpu.TICKETS + 1, 70_000])
 def test_many_sequences(sequences: int) -> None:
-    """More than the kept tickets serve, and more than a grid's second dimension may have."""
+    """More than the kept tickets serve, and more than a grid's second dimension may hold."""
     tokens = torch.full((sequences, 1), 16, device=DEVICE)
     logits = torch.randn(sequences, 1, 17, device=DEVICE)
     out = fdpp.select(logits, tokens, rule=EntropyBound(0.0), mask_id=16)

@@ -1,4 +1,4 @@
-"""The run on a GPU machine: that it keeps its time and leaves its results whatever its stages do, and its rehearsal."""
+"""The run on a GPU machine: it keeps to its time and leaves its results whatever its stages do; and its rehearsal."""
 
 from __future__ import annotations
 

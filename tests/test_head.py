@@ -21,7 +21,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def with_exact_products(model: LLaDAModelLM) -> LLaDAModelLM:
-    """Logits that no way of adding up rounds: hidden states and head are multiples of 1/64, of at most 10 bits."""
+    """Logits that are exact in any order of sums: hidden states and head are multiples of 1/64, of at most 10 bits."""
     norm = model.model.transformer["ln_f"]
     norm.forward = lambda x: (type(norm).forward(norm, x).clamp(-8.0, 8.0) * 64).round() / 64
     head = model.get_output_embeddings().weight
@@ -31,7 +31,7 @@ def with_exact_products(model: LLaDAModelLM) -> LLaDAModelLM:
 
 @pytest.fixture(scope="module", params=DEVICES)
 def llada(request: pytest.FixtureRequest) -> LLaDAModelLM:
-    """On a GPU the library and the kernel may round differently, so what is compared to the bit must be exact."""
+    """On a GPU the library and the kernel may round differently, so what is compared bit for bit must be exact."""
     model = small_model().to(request.param)
     return model if request.param == "cpu" else with_exact_products(model)
 

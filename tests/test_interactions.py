@@ -46,7 +46,7 @@ def test_everything_together(
     try:
         DiffusionGenerationConfig(seed=0, **decode)
     except ValueError:
-        # A combination that is refused; which ones are, `test_llada_options` says.
+        # A refused combination; `test_llada_options` says which are.
         decode = {name: value for name, value in decode.items() if name not in options}
     engine = "static" if how == "static" and not isinstance(rule, fdpp.Dawn) else "eager"
     processors = [Boost()] if how == "processor" else None

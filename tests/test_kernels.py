@@ -38,7 +38,7 @@ def test_launch_configurations_cover_the_vocabulary(B: int, T: int, V: int) -> N
 
 
 def test_launch_configurations_fill_the_device() -> None:
-    """One 32-token block at LLaDA's vocabulary is cut into hundreds of programs, a big batch into one a row."""
+    """One 32-token block at LLaDA's vocabulary is cut into hundreds of programs, a big batch into one per row."""
     assert 32 * select_launch(1, 32, 126464).splits >= 264
     assert select_launch(256, 32, 126464).splits == 1
 

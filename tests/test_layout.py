@@ -142,7 +142,7 @@ def test_wheel_holds_kernels_types_checkpoint_and_license(wheel, checkout):
 
 
 def imported(*folders: str, besides: tuple[str, ...] = ()) -> set[str]:
-    """Top-level names that the folders' files import, but for those `besides`, the standard library and fdpp."""
+    """Top-level names that the folders' files import, except those in `besides`, the standard library and fdpp."""
     found = set()
     files = {path for folder in folders for path in (ROOT / folder).rglob("*.py")}
     for path in files - {file for name in besides for file in (ROOT / name, *(ROOT / name).rglob("*.py"))}:

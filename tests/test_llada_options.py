@@ -89,7 +89,7 @@ def test_drafts_change_nothing_but_the_cost(
 def test_static_steps_take_the_same_decode(
     llada: LLaDAModelLM, options: dict[str, Any], cache: str, drafts: int
 ) -> None:
-    """Those of other options, which the model holds as well, must not serve."""
+    """Those of other options, which the model holds as well, must not be reused."""
     ids, mask = ragged()
     for own in ({}, options):
         settings = {"rule": Quota(2), "cache": cache, "drafts": drafts, **SIZES, **own}

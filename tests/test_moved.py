@@ -1,4 +1,4 @@
-"""Import paths of before."""
+"""Old import paths."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_what_was_public_is_where_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("name", MOVED)
 def test_a_module_has_one_identity(name: str) -> None:
-    """Under its old name it is the same object, which goes on being itself."""
+    """Its old name gives the same object, which keeps its new name."""
     module = import_module(name)
     assert module.__name__ == MOVED[name] and module.__spec__ is not None and module.__spec__.name == MOVED[name]
     assert sys.modules[name] is sys.modules[MOVED[name]]

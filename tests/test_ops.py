@@ -52,7 +52,7 @@ def test_opcheck(device: str, rule: Rule, dtype: torch.dtype, active: bool, temp
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_of_awkward_arguments(device: str) -> None:
-    """Other strides, one row of numbers a sequence, no positions at all."""
+    """Other strides, one row of numbers per sequence, no positions at all."""
     problem = random_problem(0, 8, 8, 21, *(Frechet(0.1 * i) for i in range(8)), active=True)
     assert problem.active is not None
     transposed = dataclasses.replace(
@@ -78,7 +78,7 @@ def test_select_is_the_implementation(rule: Rule) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_recorded_gradients_end_at_the_choice(rule: Rule, compiled: bool) -> None:
-    """Logits are those of a model that is called as it is, without no_grad."""
+    """A model that is called without no_grad gives such logits."""
     torch._dynamo.reset()
     problem = random_problem(3, 2, 8, 30, rule)
     scale = torch.ones((), requires_grad=True)
@@ -178,7 +178,7 @@ def test_select_under_compile(temperature: float) -> None:
 
 
 def test_errors_under_compile() -> None:
-    """A wrong shape is found while tracing, with the same words."""
+    """A wrong shape is found while tracing, with the same message."""
     compiled = torch.compile(
         lambda logits, tokens: fdpp.select(logits, tokens, rule=Quota(1), mask_id=4), backend="aot_eager"
     )

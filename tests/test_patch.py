@@ -38,7 +38,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def everything(target: Any) -> dict[Any, Any]:
-    """All that hangs on a target, by identity."""
+    """Everything that a target holds, by identity."""
     if isinstance(target, ModuleType):
         return {name: id(value) for name, value in vars(target).items()}
     held: dict[Any, Any] = {"order": [path for path, _ in target.named_modules(remove_duplicate=False)]}
@@ -189,7 +189,7 @@ def test_a_patch_runs_the_fused_step_on_the_masked_columns(script: ModuleType, f
 
 @pytest.mark.parametrize("margin", [0.0, -0.5, 0.9])
 def test_numbers_of_all_kinds(script: ModuleType, margin: float, fused: list[Any]) -> None:
-    """Also bounds that are no setting of our rules, one number per row, a quota of nothing and more than there is."""
+    """Also bounds that our rules refuse, one number per row, a quota of 0 and one above the number of masks."""
     arguments = problem()
     arguments["logits"][..., 39] = -30
     quotas = (torch.tensor([0, 4]), torch.tensor([[2], [3]]), torch.tensor([99, 1]))
@@ -256,7 +256,7 @@ def test_nothing_masked_in_a_row_or_at_all(script: ModuleType) -> None:
 
 
 def test_long_sequences_and_recorded_gradients(script: ModuleType, fused: list[Any]) -> None:
-    """The published loops pass prompt and response together; more masked columns than a step takes are theirs."""
+    """The published loops pass prompt and response together; the original takes what has too many masked columns."""
     arguments = problem(L=1500)
     arguments["logits"][..., 39] = -30
     arguments["logits"].requires_grad_()
@@ -275,7 +275,7 @@ def test_long_sequences_and_recorded_gradients(script: ModuleType, fused: list[A
     "change", [{"temperature": 0.7}, {"remasking": "random"}, {"logits": problem()["logits"].double()}], ids=str
 )
 def test_what_the_step_cannot_do_is_left_to_the_original(script: ModuleType, name: str, change: dict[str, Any]) -> None:
-    """With the same seed of torch's generator, the same values; the mask id, which only theirs proposes, tells."""
+    """The same seed of torch's generator gives the same values. Only the original proposes the mask id."""
     arguments = {**problem(), **change}
     if "margin" not in scripts.parameters_of(name):
         arguments["num_transfer_tokens"] = torch.tensor([2, 3])

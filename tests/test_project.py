@@ -59,7 +59,7 @@ def random_head(
     seed: int, B: int, T: int, D: int, V: int, *rules: Rule, dtype: torch.dtype = torch.float32, masked: float = 0.7,
     mask_id: int | None = None, active: bool = False, temperature: float = 0.0,
 ) -> Head:  # fmt: skip
-    """Hidden states along one row of the weight each, so that confidences spread over (0, 1)."""
+    """Hidden states, each along one row of the weight, so that confidences spread over (0, 1)."""
     g = generator(seed)
     mask_id = V - 1 if mask_id is None else mask_id
     weight = torch.randn(V, D, generator=g)
@@ -86,7 +86,7 @@ def half(implementation: str) -> torch.dtype:
 
 
 def run(implementation: str, head: Head, hidden: Tensor | None = None, weight: Tensor | None = None) -> Selection:
-    """What an implementation makes of it; the outputs lie on the CPU."""
+    """An implementation's step; the outputs lie on the CPU."""
     device, step = "cuda" if implementation == "cuda" else "cpu", head.step
     take = project.project_cpu if implementation == "cpu" else project.project_gpu
     params = torch.cat([pack(rule, device) for rule in step.rules])
@@ -109,8 +109,8 @@ def library(head: Head) -> Selection:
 def assert_as_specified(out: Selection, head: Head, rounding: float = 1e-4) -> None:
     """Three ways: the specification on float64 products, the same-dtype product and `select`, and `out`.
 
-    `out` decides as the specification wherever its logits being off by `rounding` changes nothing, and its confidences
-    are at most as far off as the library's.
+    Wherever logits off by `rounding` change nothing, `out` decides as the specification. Its confidences are at most as
+    far off as the library's.
     """
     step, before = head.step, inputs.CLOSE
     truth, theirs = expected(step), library(head)

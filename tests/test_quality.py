@@ -1,4 +1,4 @@
-"""`make quality`: its interval, what it calls a right response, and that a stopped run goes on where it was."""
+"""`make quality`: its interval, its right responses, its labels, and a stopped run that resumes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_stopped_run_goes_on(
         "environment": quality.environment(),
         "checkpoint": digest,
         "problems": 2,
-        # Not what a decode gives: it must be kept, not made again.
+        # No decode gives these responses and seconds, so a rerun would show.
         "runs": [{**quality.run("klass", "dual", 1, 2), "seconds": -1.0, "responses": [[1], [2]]}],
         "bfloat16": [
             {"rule": rule, "cache": cache, "drafts": drafts, "problems": 1, "same_as_undrafted": 1}

@@ -24,7 +24,7 @@ def rule_of(peer: str, params: dict[str, Any]) -> fdpp.Rule:
         return Wino(params["threshold"], params["threshold_back"])
     if peer == "credit":
         return Credit(params["threshold"], params["credit_alpha"], params["boost_gamma"], params["decay_beta"])
-    # None: the best of a run always commits, or no other does.
+    # Without a low threshold a run's best always commits; without a high one only the best do.
     high = 1.0 if params["threshold"] is None else params["threshold"]
     return Hierarchy(params["low_threshold"] or 0.0, high)
 

@@ -79,7 +79,7 @@ def test_every_setting_survives_the_file(tmp_path: Path) -> None:
         "head",
         "confidence_eos_eot_inf",
     ]
-    # Neither goes with every one of the others.
+    # Each is refused together with some of the others.
     apart = DiffusionGenerationConfig(head="fused"), DiffusionGenerationConfig(confidence_eos_eot_inf=True)
     for each in (config, *apart):
         each.save_pretrained(tmp_path)
@@ -95,7 +95,7 @@ def test_a_checkpoint_brings_its_settings(auto: Any, tmp_path: Path) -> None:
     assert type(loaded) is LLaDAModelLM and loaded.generation_config == model.generation_config
     out = loaded.generate(prompts(1, 4))
     assert (out.sequences.shape[1], out.nfe.item()) == (24, 4 + 4 + 2)
-    # What is given wins, and a whole config stands in the place of the model's.
+    # Arguments win, and a whole config replaces the model's.
     assert loaded.generate(prompts(1, 4), rule=Quota(4)).nfe.item() == 2 + 2 + 1
     other = DiffusionGenerationConfig(rule=Quota(1), max_new_tokens=6, stop_at_eos=False)
     assert loaded.generate(prompts(1, 4), generation_config=other).nfe.item() == 6

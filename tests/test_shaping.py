@@ -31,7 +31,7 @@ def llada() -> LLaDAModelLM:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_ranking_last_on_every_implementation(implementation: str, dtype: torch.dtype) -> None:
-    """The confidence of others is that without the ids; of equal ones, the lower position comes first."""
+    """The other positions' confidence leaves the ids out; of equal confidences the lower position comes first."""
     B, T, ids, mask_id = 3, 12, (3, 5), 7
     logits = torch.randn(B, T, 40, generator=torch.Generator().manual_seed(0)) * 3
     logits[:, ::2, 3] += 9.0

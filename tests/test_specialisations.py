@@ -12,7 +12,7 @@ import pytest
 from inputs import TRITON
 
 MOST = 220
-"""At half a second to two a kernel: some minutes for a run with nothing in Triton's cache."""
+"""At half a second to two per kernel, some minutes for a run with an empty Triton cache."""
 
 
 @pytest.mark.skipif(TRITON == "3.6", reason="Triton 3.6 has no name for a rule's predicate")

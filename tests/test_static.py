@@ -39,8 +39,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(scope="module", params=DEVICES)
 def llada(request: pytest.FixtureRequest) -> LLaDAModelLM:
-    """On a GPU in float64. Static steps run at other batch sizes than eager ones, for which a library may add up in
-    another order; there that decides nothing."""
+    """On a GPU in float64: static steps run at other batch sizes than eager ones, for which a library may sum in
+    another order. In float64 that decides nothing."""
     return small_model() if request.param == "cpu" else exact_model().to(request.param)
 
 
@@ -92,7 +92,7 @@ def test_same_decode_with_other_settings(llada: LLaDAModelLM, settings: dict[str
 
 
 class Capturable(TorchDispatchMode):
-    """Refuses what on a GPU would wait for the device, or copy from the host, in the midst of a capture."""
+    """Refuses what on a GPU would wait for the device, or copy from the host, during a capture."""
 
     WAITING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2")
     looking = True
@@ -109,7 +109,7 @@ class Capturable(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def unseen(self, function: Any) -> Any:
-        """`function`, the CPU's stand-in for a kernel, which may do as it likes."""
+        """`function`, the CPU's stand-in for a kernel, exempt from the check."""
 
         def call(*args: Any) -> Any:
             self.looking = False
@@ -200,7 +200,7 @@ def test_a_replay_is_its_step_to_the_bit(settings: dict[str, Any], batch: str, d
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=str)
 def test_how_far_the_engines_may_differ(device: str, dtype: torch.dtype, bound: float) -> None:
-    """A first forward of five sequences, which static steps take with a sixth: as far as the dtype's rounding goes."""
+    """A first forward of five sequences, which static steps pad to six: up to the dtype's rounding."""
     llada = small_model(n_heads=2, n_kv_heads=1).to(device, dtype)
     ids, mask = ragged(llada)
 

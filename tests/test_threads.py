@@ -64,7 +64,7 @@ def test_the_answers_of_many_threads_are_those_of_one(engine: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_threads_capture_and_replay(dtype: torch.dtype) -> None:
-    """On a GPU, two models that begin without a capture; every answer to the bit that of the same steps alone."""
+    """On a GPU, two models that begin without a capture; every answer equals that of the same steps alone."""
     models = [small_model(seed, n_heads=2, n_kv_heads=1).to("cuda", dtype) for seed in range(2)]
     requests = [request(number) for number in range(24)]
 
@@ -83,7 +83,7 @@ def test_many_threads_capture_and_replay(dtype: torch.dtype) -> None:
 
 
 def test_one_decode_at_a_time_has_the_static_steps() -> None:
-    """A model's; another model's are another matter."""
+    """Per model: another model's static steps are free."""
     llada, other, inside, most = small_model(), small_model(), threading.Lock(), []
 
     def decode(number: int) -> None:

@@ -1,8 +1,8 @@
-"""Compile what `fdpp.step.gpu.select` would launch, for GPUs that this machine lacks, and print what came out as JSON.
+"""Compile what `fdpp.step.gpu.select` would launch, for GPUs that this machine lacks, and print the builds as JSON.
 
 A process of its own (`TRITON_INTERPRET=0 python tests/helpers/aot.py`): the interpreter's flag decides at import what
-`@triton.jit` makes. `gpu.select` itself runs, on tensors without memory and with a stand-in for Triton's driver that
-names the target, so that constants, argument types and alignment are those of a real launch.
+`@triton.jit` makes. `gpu.select` itself runs, on tensors without memory; a stand-in for Triton's driver names the
+target. So constants, argument types and alignment are those of a real launch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def variants() -> list[Variant]:
 
 
 class TargetDriver:
-    """As much of a Triton driver as choosing a compilation target takes."""
+    """The part of a Triton driver that the choice of a target needs."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -87,7 +87,7 @@ class TargetDriver:
 
 
 class Compiled:
-    """Stands in for the kernel in `fdpp.gpu`: compiles instead of launching, and keeps the result."""
+    """Stands in for a kernel: compiles instead of launching, and keeps the result."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel

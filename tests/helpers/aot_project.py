@@ -1,6 +1,6 @@
-"""Compile what `fdpp.project` and `fdpp.attention` would launch, for GPUs that this machine lacks; prints JSON.
+"""Compile what `fdpp.step.project` and `fdpp.attention` would launch, for GPUs that this machine lacks; prints JSON.
 
-See `aot.py` for the way.
+See `aot.py`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def heads() -> list[Head]:
 
 @dataclass(frozen=True)
 class Block:
-    """Attention of `n` columns of `B` sequences over `S`; with branches, of as many contents of them each."""
+    """Attention of `n` columns of `B` sequences over `S`, in so many branches each if there are any."""
 
     target: str
     B: int = 1
@@ -120,9 +120,9 @@ class Block:
 def blocks() -> list[Block]:
     found = []
     for target in TARGETS:
-        # One split and several, of a block, of few queries and of all heads of a group.
+        # One split and several; a block, few queries, all heads of a group.
         found += [Block(target), Block(target, B=16), Block(target, n=5), Block(target, heads=28, kv_heads=4)]
-        # Branches alike, their splits several and one.
+        # The same with branches.
         found += [Block(target, branches=4), Block(target, heads=28, kv_heads=4, branches=4)]
         found += [Block(target, n=5, branches=4), Block(target, B=4, branches=4)]
     found += [

@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on a CPU: a capture that takes down every operator, and a replay that runs them again."""
+"""A stand-in for CUDA graphs on a CPU: a capture records every operator, a replay runs the step again."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Log = list[tuple[Any, ...]]
 
 
 def described(argument: Any) -> Any:
-    """What a library makes its plans of."""
+    """What a library plans by."""
     if isinstance(argument, Tensor):
         return tuple(argument.shape), argument.stride(), argument.dtype
     return argument if isinstance(argument, (bool, int, float, str, type(None), torch.dtype)) else type(argument)
 
 
 class Operators(TorchDispatchMode):
-    """Takes down every operator with the shapes, strides and dtypes of its arguments."""
+    """Records every operator with the shapes, strides and dtypes of its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Operators(TorchDispatchMode):
 
 
 class Graph:
-    """Runs a step again, and leaves the outcome in the tensors of its capture. It keeps nothing alive, like CUDA's."""
+    """Runs a step again and copies the outcome into the tensors of its capture. Like CUDA's it keeps nothing alive."""
 
     def __init__(self, run: partial[None]) -> None:
         arena, advance = run.args
@@ -56,10 +56,10 @@ class Graph:
 
 
 class Captures:
-    """What was captured, by all models, and what a capture is to come to.
+    """The captures of all models, which can be made to fail.
 
     Attributes:
-        logs: of every step the operators of its warm-up and those of its capture.
+        logs: every step, with the operators of its warm-up and those of its capture.
         fail: called in every capture, may raise.
     """
 
@@ -69,7 +69,7 @@ class Captures:
         self.fail: Callable[[], None] = lambda: None
 
     def capture(self, run: partial[None]) -> Graph:
-        """`run` is a step's; unlike a CUDA graph's capture this one runs it, and so takes back what it did."""
+        """`run` is a step's. Unlike a CUDA graph's capture this one runs it, and so restores the state after it."""
         arena, step = run.args[0], run.func.__self__  # type: ignore[attr-defined]
         before = arena.state.each(torch.clone)
         with Operators() as mode:

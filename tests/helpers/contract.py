@@ -16,11 +16,11 @@ from fdpp.step import reference
 from fdpp.step.terms import Terms
 
 SETTINGS = 2
-"""Drawn of every rule, beside its defaults."""
+"""Settings drawn for every rule, besides its defaults."""
 
 
 def value(number: Number, default: Any, draw: random.Random) -> Any:
-    """A value that the field may have; where all up to infinity may be, one of the lower ones."""
+    """A value within the field's limits, at most 2 above the lower one."""
     if number.whole:
         return int(number.interval) + draw.randrange(2)
     low, high = (float(bound) for bound in number.interval[1:-1].split(","))
@@ -28,7 +28,7 @@ def value(number: Number, default: Any, draw: random.Random) -> Any:
 
 
 def settings_of(kind: type[fdpp.Rule]) -> list[fdpp.Rule]:
-    """The rule's defaults and some other settings, always the same ones."""
+    """The rule's defaults and some other settings, the same in every run."""
     draw, found = random.Random(kind.name), [kind()]
     while len(found) <= SETTINGS:
         numbers = {field: value(number, getattr(kind, field), draw) for field, number in kind.numbers.items()}

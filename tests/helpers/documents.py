@@ -102,7 +102,7 @@ def agrees(output: str, expected: str) -> bool:
 
 
 def run(job: dict) -> dict:
-    """`{"line": ..., "output": ..., "error": ...}` of a block of Python or of a command of fdpp's."""
+    """`{"line": ..., "output": ..., "error": ...}` of a block of Python or of an fdpp command."""
     out = io.StringIO()
     error = None
     stdin = sys.stdin
@@ -116,7 +116,7 @@ def run(job: dict) -> dict:
                 if code:
                     error = f"exit code {code}"
             else:
-                # A file: Triton reads the source of a kernel. Empty lines above: a traceback has the document's lines.
+                # Triton reads a kernel's source from a file. Empty lines above: tracebacks have the document's lines.
                 path = Path(f"line_{job['line']}.py").absolute()
                 path.write_text("\n" * (job["line"] - 1) + job["code"], encoding="utf-8")
                 runpy.run_path(str(path), run_name=path.stem)

@@ -118,10 +118,10 @@ def trajectories(peer: str) -> list[Trajectory]:
 
 
 def seen_by_rows(step_of: Tensor, block_length: int) -> tuple[Tensor, Tensor]:
-    """The same decode counted by each row: its step `[B, R]` that decided a position, and its forwards `[B]`.
+    """The decode counted per row: the row's own step that decided each position, `[B, R]`, and its forwards `[B]`.
 
     `step_of` counts the batch's forwards. There the rows begin a block together, when the slowest has finished the one
-    before; a row takes no part in forwards after its own block is complete.
+    before. A row takes no part in forwards after its own block is complete.
     """
     own = torch.zeros(step_of.shape[0], 1, dtype=torch.int64)
     begin, steps = 0, []

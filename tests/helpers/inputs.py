@@ -17,7 +17,7 @@ from fdpp.step import cpu, gpu, reference
 from fdpp.step.terms import Terms, pack
 
 TRITON = triton.__version__.rpartition(".")[0]
-"""Registers and spills are held to those of Triton 3.7; other versions' are taken as they are."""
+"""The bounds on registers and spills depend on it."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = [
@@ -29,10 +29,10 @@ IMPLEMENTATIONS = [
 
 
 def on_gpu(where: Callable[..., bool]) -> pytest.MarkDecorator:
-    """Of a test's cases a GPU runs those whose parameters `where` accepts, the other implementations all.
+    """A GPU runs only the cases whose parameters `where` accepts; the other implementations run all.
 
-    Every combination of constants, types and alignment is another kernel, which takes a second to compile: what differs
-    in data alone is tested with the kernels that are there already (see `specialisations.py`).
+    Every combination of constants, types and alignment is another kernel, which takes a second to compile. Cases that
+    differ only in data take the kernels that are there already (see `specialisations.py`).
     """
     return pytest.mark.cases(where=where)
 
@@ -107,7 +107,7 @@ def random_problem(
 
 
 def run(implementation: str, problem: Problem) -> Selection:
-    """What an implementation makes of `problem`; the outputs lie on the CPU."""
+    """The step that an implementation takes on `problem`; the outputs lie on the CPU."""
     device = "cuda" if implementation == "cuda" else "cpu"
     select = cpu.select if implementation == "cpu" else gpu.select
     params = torch.cat([pack(rule, device) for rule in problem.rules])
@@ -122,8 +122,8 @@ def run(implementation: str, problem: Problem) -> Selection:
 
 
 def run_in_block(implementation: str, problem: Problem, T: int = 8) -> Selection:
-    """`run`; on a GPU in a block of `T` positions, of which the last ones are committed and their logits NaN, so that
-    blocks of any length take one kernel."""
+    """`run`; on a GPU in a block that is padded to `T` positions, committed and with NaN as logits: so blocks of any
+    length take one kernel."""
     (B, n), V = problem.tokens.shape, problem.logits.shape[2]
     if implementation != "cuda":
         return run(implementation, problem)
@@ -135,7 +135,7 @@ def run_in_block(implementation: str, problem: Problem, T: int = 8) -> Selection
 
 
 def to_device(tensor: Tensor, device: str) -> Tensor:
-    """A copy that keeps strides and everything between the elements, or the tensor itself where it lies already."""
+    """A copy with the same strides and the same memory between the elements; no copy if it is on `device` already."""
     if tensor.device.type == device:
         return tensor
     storage = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0).to(device)
@@ -162,9 +162,9 @@ def expected(problem: Problem) -> Selection:
 def is_close_call(problem: Problem, truth: Selection, b: int) -> bool:
     """Whether float32 may rightly commit other positions of sequence `b` than `truth` does.
 
-    Every rule's predicate can only turn false as a cost grows: if it counts the same with all residuals lowered and
-    with all raised, it does with any rounding between. Besides, the cut must not fall between two residuals that are
-    nearly, but not bit for bit, equal.
+    Every rule's predicate can only turn false as a cost grows. So a count that is the same with all residuals lowered
+    and with all raised is the same with any rounding between. Besides, the cut must not fall between two residuals that
+    are nearly, but not bit for bit, equal.
     """
     rule, logits = problem.rule(b), problem.logits[b]
     profile = []

@@ -26,7 +26,7 @@ LLADA_OPTIONS: list[dict[str, Any]] = [
 
 
 def ragged() -> tuple[Tensor, Tensor]:
-    """Four prompts of other lengths, one of them empty."""
+    """Four prompts of different lengths, one of them empty."""
     return left_pad([prompts(1, P, seed=P + 4)[0] for P in (3, 9, 0, 5)])
 
 
@@ -53,9 +53,9 @@ def plain_llada(
     confidence_eos_eot_inf: bool = False,
     commit_step: Tensor | None = None,
 ) -> Tensor:
-    """A prompt `[P]` with its response: a full forward a step, float64, a loop over positions.
+    """A prompt `[P]` with its response: one full forward per step, float64, a loop over positions.
 
-    `commit_step` `[max_new_tokens]`, if given, says what commits in which step, whatever the confidence.
+    `commit_step` `[max_new_tokens]`, if given, sets the step in which each position commits, whatever its confidence.
     """
     P, per_block = len(prompt), steps // (max_new_tokens // block_length)
     x = torch.cat((prompt, torch.full((max_new_tokens,), MASK)))

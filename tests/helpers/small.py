@@ -22,7 +22,7 @@ RULES = (
     fdpp.Klass(0.3, 0.5, 1),
     fdpp.Dawn(tau_sink=0.1, tau_edge=0.05, tau_low=0.3, tau_high=0.6, tau_induce=0.4),
 )
-"""One of each kind at least, with numbers that make these models commit some positions of a block and not others."""
+"""At least one of each kind, with numbers that make these models commit some positions of a block and not others."""
 
 
 def small_model(seed: int = 0, **config: Any) -> LLaDAModelLM:

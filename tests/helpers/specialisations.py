@@ -2,16 +2,24 @@
 
 `python tests/helpers/specialisations.py [pytest arguments]` prints them as JSON.
 
-A process of its own, like `aot.py`: the tests marked `gpu` run on tensors without memory that say they are on a GPU,
-and Triton, told of one that is not there, names the key of every launch and compiles and launches nothing. So a key is
-Triton's own: constants, types, arguments that are 1 or multiples of 16, alignment of pointers, warps and stages.
+A process of its own, like `aot.py`. The tests marked `gpu` run on tensors without memory that claim to be on a GPU.
+Triton is told of a GPU that is not there: it gives the key of every launch, and compiles and launches nothing. So a key
+is Triton's own: constants, types, arguments that are 1 or multiples of 16, alignment of pointers, warps and stages.
 
-What a test reads from such a GPU is zeros, so its assertions are evaluated, for the launches in them, but may fail; a
-decode takes three forwards of its first and of its last block, with all sequences and with one. Graphs replay nothing.
+On such a GPU:
 
-Not counted: what inductor generates and PyTorch compiles (`torch.compile` and `opcheck` call the function once, as it
-is), kernels that only batches or drafts between the least and the most of a decode take, and slow tests. Examples of
-hypothesis that values would reject are counted. A test that such a GPU cannot serve ends early, and is listed.
+- What a test reads is zeros. Its assertions are evaluated for the launches in them, and may fail.
+- A decode takes three forwards of its first and of its last block, with all sequences and with one.
+- Graphs replay nothing.
+- A test that the GPU cannot serve ends early, and is listed.
+
+Not counted:
+
+- what inductor generates and PyTorch compiles (`torch.compile` and `opcheck` call the function once, as it is);
+- kernels of batch sizes and draft counts between a decode's least and most;
+- slow tests.
+
+Hypothesis's examples that values would reject are counted.
 """
 
 from __future__ import annotations
@@ -79,12 +87,12 @@ class AbsentGPU(TorchFunctionMode):
             return x.to("meta")
         args = tuple("meta" if names(value, "cuda") else value for value in args)
         kwargs = {key: "meta" if names(value, "cuda") else value for key, value in kwargs.items()}
-        # Memory that is pinned for a GPU needs one.
+        # Pinned memory needs a GPU.
         return function(*args, **{key: value for key, value in kwargs.items() if key != "pin_memory"})
 
 
 class Nothing:
-    """A stream or a graph: takes all that is asked of it and does nothing."""
+    """A stream or a graph that accepts every call and does nothing."""
 
     cuda_stream = 0
 
@@ -124,14 +132,14 @@ def first_and_last_block(loop: Any) -> None:
 
 
 def seated(self: Any, sequences: Tensor) -> Tensor:
-    """Which rows these are is for values to say."""
+    """All sequences: which of them stay depends on values."""
     if self.cache is not None:
         self.cache.resize(len(sequences))
     return sequences
 
 
 def stand_in() -> None:
-    """In the place of what asks for a GPU."""
+    """Replace what needs a GPU."""
     triton.runtime.driver.set_active(aot.TargetDriver("sm_90"))
     torch.compile = lambda function=None, **_: function or (lambda inner: inner)
     torch.library.opcheck = lambda operator, args, **_: operator._backend_fns["cuda"](*args)
@@ -155,7 +163,7 @@ def stand_in() -> None:
 
 
 class Tolerant(ast.NodeTransformer):
-    """`assert x` becomes `x`, and whatever that raises is of no interest."""
+    """`assert x` becomes `x`, and what that raises is ignored."""
 
     def visit_Assert(self, node: ast.Assert) -> ast.Try:
         handler = ast.ExceptHandler(ast.Name("Exception", ast.Load()), None, [ast.Pass()])
@@ -186,7 +194,7 @@ class TestModules(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
 
 
 class Recorder:
-    """A plugin of pytest, and Triton's hook for a launch that needs a kernel."""
+    """A pytest plugin, and Triton's hook for a launch that needs a kernel."""
 
     def __init__(self) -> None:
         self.tests: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -216,7 +224,7 @@ class Recorder:
             self.stopped[report.nodeid] = report.longreprtext.splitlines()[-1]
 
     def report(self) -> dict[str, Any]:
-        """Counts by kernel and by test: all that a test asks for, and what no other one does."""
+        """Counts by kernel and by test: all kernels that a test takes, and those that no other test does."""
         kernels: dict[str, int] = defaultdict(int)
         asked: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         for (kernel, _), tests in self.tests.items():

@@ -32,9 +32,9 @@ def unchanged(*arguments: Any, **keywords: Any) -> Callable[[Any], Any]:
 
 
 def install() -> None:
-    """Put the stand-in where `import hypothesis` finds it, unless there is the real one.
+    """Put the stand-in where `import hypothesis` finds it, unless the real one is installed.
 
-    torch's compiler looks for hypothesis as well, by `find_spec`, which fails over a module without a spec.
+    torch's compiler looks for hypothesis as well, by `find_spec`, which fails on a module without a spec.
     """
     if importlib.util.find_spec("hypothesis") is not None:
         return

@@ -31,7 +31,7 @@ V, MASK = 41, 6
 
 
 def peculiar(rule: fdpp.Rule, cut: int, temperature: float) -> Problem:
-    """Rows that are ties over the cut, or have everything that matters on one side of it."""
+    """Rows with ties across the cut, or with everything that matters on one side of it."""
     problem = random_problem(3, 1, 16, V, rule, mask_id=MASK, masked=1.0, temperature=temperature)
     rows = problem.logits[0]
     rows[0] = 0.0

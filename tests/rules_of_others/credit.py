@@ -21,7 +21,7 @@ class Accumulated(NamedTuple):
 
 @dataclass(frozen=True)
 class Credit(fdpp.Rule):
-    """`Threshold(threshold)` on logits + alpha ln(1 + W), and whatever is within 1e-5 of the most confident one.
+    """`Threshold(threshold)` on logits + alpha ln(1 + W), and all positions within 1e-5 of the most confident one.
 
     Every step multiplies the credit W by beta and adds c^gamma at each masked position's most likely token.
     """

@@ -13,16 +13,16 @@ from fdpp.rules import Needs, Rows, Sight, number
 from fdpp.selection import Selection
 
 FIRST = 30
-"""The commits of the step before a block's first one, as published."""
+"""Commits assumed of the step before a block's first, as published."""
 
 
 class Verified(NamedTuple):
     """What the rule remembers.
 
     Attributes:
-        verdict: `[b, D, T]`, the probability of a committed position's token, seen from everything but the token.
+        verdict: `[b, D, T]`, the probability of a position's token, given all columns but its own.
         states: `[b, D, T]` int64, the tokens.
-        commits: `[b, D]` int64, how many the step before committed.
+        commits: `[b, D]` int64, how many positions the step before committed.
     """
 
     verdict: Tensor
@@ -34,8 +34,8 @@ class Verified(NamedTuple):
 class Wino(fdpp.Rule):
     """Commit all with c > threshold, at most `cap` of them, and take back tokens whose verdict is below `back`.
 
-    cap = min(max(floor(0.7 masks), 5), 20). A step that commits but one takes none back, and one takes back fewer than
-    the step before it committed: so a block of T ends within T forwards.
+    cap = min(max(floor(0.7 masks), 5), 20). A step that commits only one takes none back. A step takes back fewer than
+    the step before it committed. So a block of T positions ends within T forwards.
     """
 
     threshold: float = number(0.6, "[0, 1]", "confidence, 0 to 1; less is faster", option="tau", line=True)

@@ -169,7 +169,7 @@ def test_every_rule_goes_by_its_name(name):
 
 
 def test_humaneval_in_chat_form_is_checked_by_its_tests(monkeypatch, loaded):
-    """The task's data and the program runner come from the Hugging Face Hub: both are stood in for."""
+    """The task's data and the program runner come from the Hugging Face Hub: both have stand-ins."""
 
     class Runner:
         def compute(self, references, predictions, k):

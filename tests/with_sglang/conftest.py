@@ -1,4 +1,4 @@
-"""The released SGLang as it is, on a machine without a GPU: torchvision alone is stood in for."""
+"""The released SGLang as it is, on a machine without a GPU: only torchvision has a stand-in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from made_up import BLOCK, MASK
 
 
 class Torchvision(MetaPathFinder, Loader):
-    """An empty torchvision: PyPI's build needs the CUDA build of torch, and SGLang imports it for images alone."""
+    """An empty torchvision: PyPI's build needs the CUDA build of torch, and SGLang imports it only for images."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
