@@ -1,9 +1,21 @@
-"""What a rule is: which proposals of a step may be committed together.
+"""What a rule is: which proposals of a step may be committed together. To write one, read this page from the top.
 
-A profile is the sequence's masked positions sorted by confidence, c_(1) >= ... >= c_(n), equal ones by position. A rule
-accepts some prefix lengths; a step commits the longest accepted one, and at least one position while any is masked.
-That much is the predicate, and compiled into the fused step. A rule that has to see more says what it `needs`, keeps
-what it finds in a memory of its own (`observe`) and changes the step's decision (`decide`).
+A sequence's profile is its masked positions sorted by confidence, c_(1) >= ... >= c_(n), the lower position first among
+equals. A rule's predicate accepts some prefixes of it. A step commits the longest accepted prefix, and at least one
+position while any is masked. The predicate is compiled into the fused step, and many rules are no more than that.
+
+A rule that has to see more says what it `needs` and overrides hooks. Each forward of a decode evaluates D states of b
+sequences (D = 1 without drafts), whose block has T columns. It calls these in turn; N stands for b * D:
+
+1. `rows(block, length)` before the forward, with `Needs.rows`: the mask rows that are fed beside the sequence;
+2. `observe(sight, before)` after it: the memory of the D states, tensors `[b, D, ...]`;
+3. `weigh(logits, memory)`, if there is a memory: the logits `[N, T, V]` to decide by;
+4. the predicate, in the fused step;
+5. `decide(step, tokens, candidate, memory, block, mask_id)`: the decision, fields `[N, T]`.
+
+A memory lives for one block. That of the last accepted state is handed to the next forward; a block's first forward
+gets none. With drafts, every guess of a state takes a memory from `again` before the forward, then 3 to 5 with N = b.
+`fdpp.select` calls the predicate and `decide` alone, without a memory.
 """
 
 from __future__ import annotations
@@ -23,14 +35,17 @@ from fdpp.selection import Selection
 class Needs(NamedTuple):
     """What a rule has to see beyond the logits of masked positions; a decode asks this and not the rule's class.
 
+    A decode with what is refused raises `ValueError`.
+
     Attributes:
-        logits: the logits of whole positions, all of the block's: no fused head, a sharded vocabulary is gathered.
-        block: proposals and confidences at the block's committed positions too.
+        logits: the logits of all positions of the block; a sharded vocabulary is gathered. Refused: `head="fused"`.
+        block: proposals and confidences at the block's committed positions too (see `Rule.decide`).
         fed: the model's confidence at every column that is fed (`Sight.fed_confidence`).
-        attention: queries and keys of the layers `Rule.probed`. They are read at columns given as numbers, so such a
-            decode is not captured, and no process of a sharded model has those of all heads.
-        rows: mask rows beside the sequence (`Rule.rows`). Full forwards alone feed them (`cache="none"`), and what a
-            draft's rows would be is not defined.
+        attention: queries and keys of the layers `Rule.probed`. Refused: `engine="static"`, since they are read at
+            columns given as numbers ("auto" runs such a decode eagerly); a sharded head, since no process has the
+            queries and keys of all heads; `cfg_scale`.
+        rows: mask rows beside the sequence (`Rule.rows`). Refused: a cache, since only full forwards feed them; drafts,
+            since a draft's rows are not defined; `cfg_scale`; `head="fused"`.
     """
 
     logits: bool = False
@@ -41,11 +56,11 @@ class Needs(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """E mask tokens that are fed beside a sequence of L columns and that no column of it sees.
+    """E mask tokens that are fed beside every sequence of L columns. No column of the sequence sees them.
 
     Attributes:
-        columns: `[E]` int64, the columns in whose place they stand: their position ids are those of these columns.
-        sees: `[E, L + E]` bool, which columns and which of the rows each of them sees.
+        columns: `[E]` int64, the columns whose position ids they have.
+        sees: `[E, L + E]` bool, which columns and which of the rows each of them sees. Padding is never seen.
     """
 
     columns: Tensor
@@ -57,7 +72,7 @@ class Sight(NamedTuple):
 
     Attributes:
         states: `[b, D, T]` int64, the block's tokens in each state.
-        logits: `[b, D, T, V]` of the block.
+        logits: `[b, D, T, V]` of the block, after guidance, `logits_processor` and `logits_eos_inf`.
         tokens: `[b, D, n]` int64, all that was fed.
         block, fed: the columns of the block and of what was fed, each a slice or an int64 tensor of columns.
         full: whether everything was fed, as in every block's first forward.
@@ -66,7 +81,7 @@ class Sight(NamedTuple):
         mask_id: the id that marks a masked position.
         rows: `[b, D, E, V]`, the logits of `Rule.rows`; None without `Needs.rows`.
         probe: the forward's queries and keys; None without `Needs.attention`.
-        fed_confidence: the model's confidence at what was fed, float32 `[b, D, n]`, where `Needs.fed`.
+        fed_confidence: returns the model's confidence at what was fed, float32 `[b, D, n]`; needs `Needs.fed`.
     """
 
     states: Tensor
@@ -84,17 +99,18 @@ class Sight(NamedTuple):
 
 
 Memory = Any
-"""What a rule remembers of D states: a NamedTuple of tensors `[b, D, ...]`, or of `[b * D, ...]` in a step."""
+"""What a rule remembers of states, for one block: a NamedTuple of tensors `[b, D, ...]`, in a step `[b * D, ...]`."""
 
 
 class Number(NamedTuple):
-    """A field of a rule: the numbers that it may be, and how the command line has it.
+    """A numeric field of a rule: its allowed values, and its option on the command line.
 
     Attributes:
-        interval: such as `"[0, 1)"`; of a `whole` number the least one.
+        interval: such as `"[0, 1)"`; for a `whole` number the least one.
         about: what it is, in a few words.
-        unit: what stands for it in the help.
-        option: its name on the command line, where that is not the field's.
+        unit: its placeholder in the help.
+        option: the option's name, if not the field's.
+        whole: whether it is an int.
         optional: whether None is allowed.
         line: whether confidences are compared with it.
     """
@@ -125,7 +141,7 @@ class Number(NamedTuple):
 
 
 def number(default: float, interval: str, about: str, **more: Any) -> Any:
-    """A field of a rule that is a finite number in `interval`; `more` are those of `Number`."""
+    """A field of a rule that is a finite number in `interval`; `more` are other attributes of `Number`."""
     return dataclasses.field(default=default, metadata={"number": Number(interval, about, **more)})
 
 
@@ -137,7 +153,7 @@ def whole(default: int | None, least: int, about: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Curve:
-    """A score of every prefix length that falls as the prefix grows, and the limit that it must stay above."""
+    """A score for every prefix length, falling as the prefix grows, and the limit that it must stay above."""
 
     name: str
     limit: float
@@ -147,24 +163,32 @@ class Curve:
 class Rule:
     """Base of all rules: a frozen dataclass and one predicate, in one file.
 
-    A subclass names `predicate`, a `@triton.jit` function `(n, last, total, p0, p1) -> bool` of plain arithmetic. For
-    every prefix of the sorted profile at once it sees the prefix's length `n`, the cost `last` of its last position and
-    the sum `total` of its costs, all float64, and `params`, two numbers of the rule's. It is compiled into the fused
-    kernel on a GPU and applied to PyTorch tensors on the CPU.
+    The predicate is a `@triton.jit` function `(n, last, total, p0, p1) -> bool` of plain arithmetic and comparisons. It
+    is compiled into the fused kernel on a GPU and applied to PyTorch tensors on the CPU. It sees every prefix of the
+    sorted profile at once: its length `n`, an int, and in float64 the cost `last` of its last position, the sum `total`
+    of its costs, and `p0` and `p1`, which `params` returns.
 
-    Fields that are made with `number` and `whole` are checked, and are options of the command line where the rule has
-    a `name`.
+    Fields made with `number` and `whole` are checked. They are options of the command line if the rule has a `name`.
+
+    Static steps capture `rows`, `observe`, `again`, `weigh` and `decide` in a CUDA graph, unless the rule needs
+    attention. A replay runs none of their Python, so what changes must be in the memory. No operation in them may wait
+    for the device, copy from the host or have a shape that depends on data:
+
+    - no `item`, `tolist`, `cpu` or `torch.equal`, and no `if` on a tensor;
+    - no `nonzero`, `unique`, `masked_select` or `x[mask]` (use `torch.where`), no `repeat_interleave` by a tensor;
+    - no `torch.isin` of many ids (use `==`);
+    - no `torch.tensor(..., device=...)`, and no `x[columns] = number` for a tensor of columns (use `index_fill`).
 
     Attributes of the class:
         predicate: the prefix test.
         order: "confidence" sorts by confidence, descending, and a position costs 1 - c, or min(1, 1 - c + calibration);
             "entropy" sorts by entropy, ascending, and a position costs its entropy in nats.
         needs: what it has to see.
-        revokes: whether a committed token may still be taken back or edited while its block is decoded. Then an EOS
-            ends a sequence only once its block is finished.
-        counts: whether the rule commits a given number of positions, `p0`, which may then be drawn at random.
-        name: how commands call it; None: they don't offer it.
-        title: how tables and plots call it, before its first number.
+        revokes: whether `decide` may take back or edit a token that an earlier step of the block committed. Then an EOS
+            ends a sequence only once its block is finished, and the commit step of a position taken back is -1.
+        counts: whether `p0` is the number of positions to commit; `remasking="random"` then draws them.
+        name: its name in commands; None: they don't offer it.
+        title: its name in tables and plots, before its first number.
         about: what it commits, in a few words, for the command line.
     """
 
@@ -222,7 +246,7 @@ class Rule:
         return title if main is None else f"{title} {getattr(self, main):g}"
 
     def params(self) -> tuple[float, float]:
-        """The predicate's `p0` and `p1`; the first of the rule's numbers, unless it says otherwise."""
+        """The predicate's `p0` and `p1`; by default the rule's first number (0 if it has none) and 0."""
         main = next(iter(self.numbers), None)
         return (0.0 if main is None else float(getattr(self, main))), 0.0
 
@@ -235,35 +259,41 @@ class Rule:
         return False
 
     def successive(self, start: int, stop: int, length: int, steps: int | None) -> list[Rule]:
-        """The rules of the successive steps of a block, positions `start` to `stop` of a response of `length`; the last
-        one goes on for as long as is needed. `steps` are those of the whole response, None without a schedule."""
+        """The rules of a block's successive steps; the last one repeats until the block is finished.
+
+        The block is positions `start` to `stop` of a response of `length`. `steps` are those of the whole response,
+        None without a schedule. Only `params` and `calibration` of these rules count: the hooks are `self`'s.
+        """
         return [self]
 
     def rows(self, block: Tensor, length: int) -> Rows:
         """The rows that a rule with `Needs.rows` feeds beside a sequence of `length` columns.
 
-        `block` `[T]` int64 are the block's columns. No operation may wait for the device.
+        `block` `[T]` int64 are the block's columns.
         """
         raise NotImplementedError(f"{type(self).__name__} needs rows and does not say which")
 
     def observe(self, sight: Sight, before: tuple[Tensor, Memory] | None) -> Memory | None:
-        """What to remember of every state in `sight`; a NamedTuple of tensors `[b, D, ...]`, or None.
+        """The memory of every state in `sight`: a NamedTuple of tensors `[b, D, ...]`, or None.
 
-        `before` has the logits `[b, 1, T, V]` and the memory `[b, 1, ...]` of the state before the first one, None in
-        a block's first forward. The D states follow one another. No operation may wait for the device or depend in
-        shape on data, so that a step can be captured.
+        The D states are successive. `before` has the logits `[b, 1, T, V]` and the memory `[b, 1, ...]` of the state
+        before the first one; it is None in a block's first forward. To override it takes `Needs.logits`.
         """
         return None
 
     def again(self, logits: Tensor, memory: Memory) -> Memory:
-        """The memory of the state after the one that `logits` and `memory` are of, had the predictions held still.
+        """The memory of the next state, had the predictions held still, for the guesses of drafts.
 
-        It is for the guesses of drafts: a bad one costs a forward's gain and changes no token.
+        `logits` `[b, 1, T, V]` and `memory` `[b, 1, ...]` are those of the state before it. A bad guess costs what the
+        draft would have saved and changes no token.
         """
         return memory
 
     def weigh(self, logits: Tensor, memory: Memory) -> Tensor:
-        """The logits `[N, T, V]` to decide by, from the model's and the memory of N states."""
+        """The logits `[N, T, V]` to decide by, from the model's and the memory `[N, ...]` of N states.
+
+        Not called without a memory.
+        """
         return logits
 
     def decide(
@@ -275,14 +305,23 @@ class Rule:
         block: slice | Tensor | None,
         mask_id: int,
     ) -> Selection:
-        """The step's decision, after the prefix test made it `step`: fields `[N, T]`, of N states.
+        """The step's decision on N states, fields `[N, T]`, where the prefix test's is `step`.
 
-        `candidate` `[N, T]` are the masked positions that may commit. `memory` is that of these states, None where the
-        rule keeps none. `block` are the block's columns, None where the step is not one of a decode (`fdpp.select`);
-        then there is no memory either. The block is finished when `remaining` is 0.
+        `tokens` of the result are the next states. A block is finished when `remaining` is 0. Apart from an EOS nothing
+        else ends it, so a rule that revokes must reach 0 by itself. `fdpp.selection.recommit` makes a result from
+        another commit mask.
 
-        In a decode with `Needs.block` all positions were asked for as if masked: proposals and confidences stand at
-        committed ones too, those of the most likely token, and `step.committed` may name such a position.
+        Args:
+            step: the prefix test's decision.
+            tokens: `[N, T]` int64, the states.
+            candidate: `[N, T]` bool, the masked positions that may commit.
+            memory: of these states, `[N, ...]`; None if the rule keeps none, and outside of a decode (`fdpp.select`).
+            block: the block's columns, a slice or an int64 tensor `[T]`; None outside of a decode.
+            mask_id: the id that marks a masked position.
+
+        In a decode with `Needs.block` the prefix test takes all positions as masked. Committed ones then have a
+        proposal, their most likely token, and its confidence. `step.tokens`, `committed` and `remaining` are those of a
+        block of masks: make them anew from `tokens`.
         """
         return step
 
@@ -291,11 +330,11 @@ class Rule:
         return {}
 
     def curve(self, missing: list[float]) -> Curve | None:
-        """The rule's criterion over a sorted profile, given by its 1 - c, as a curve to draw."""
+        """The rule's criterion as a curve to draw, over a sorted profile whose 1 - c are `missing`; None: no curve."""
         return None
 
     def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
-        """The specification of the predicate, in float64, of a sorted prefix: r, of which c = 1 / (1 + r), and H."""
+        """The predicate's specification in float64, given a sorted prefix's r, where c = 1 / (1 + r), and H in nats."""
         costs = entropies if self.order == "entropy" else [min(1.0, shortfall(r) + self.calibration) for r in residuals]
         predicate = getattr(type(self).predicate, "fn", type(self).predicate)
         return bool(predicate(len(residuals), costs[-1], sum(costs), *self.params()))
