@@ -37,7 +37,7 @@ def candidates(tokens: Tensor, mask_id: int, active: Tensor | None = None) -> Te
 
 
 def recommit(selection: Selection, tokens: Tensor, candidate: Tensor, committed: Tensor) -> Selection:
-    """`selection` of the step from `tokens`, with another commit mask `[B, T]`, of `candidate` positions alone."""
+    """`selection`, a step from `tokens`, with another commit mask `[B, T]` that holds `candidate` positions alone."""
     # Not by `_replace`, which PyTorch 2.11's compiler cannot follow.
     return Selection(
         tokens=torch.where(committed, selection.proposal, tokens),

@@ -46,8 +46,8 @@ def normalized(b_acc, total):
 def load_columns(cached, own, strides, strides_own, o_s, o_d, m_sd, column, n_own, HAS_OWN: tl.constexpr):
     """Channels `o_d` of keys or values of columns `o_s`: of the block's own from `column` on, else of the cache.
 
-    Pointers chosen by a mask keep it one copy to shared memory, sixteen bytes at a time. Triton's compiler for AMD does
-    not take such pointers (3.7), so there are two loads, each of the columns that the other leaves out.
+    Pointers chosen by a mask make it a single copy to shared memory, sixteen bytes at a time. Triton's compiler for AMD
+    does not take such pointers (3.7), so there are two loads, each of the columns that the other leaves out.
     """
     p_s = cached + o_s.to(tl.int64) * strides[2] + o_d
     if HAS_OWN:
@@ -91,8 +91,8 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (B * kv_heads * BRANCHES * row tiles, SPLITS): what reads the same keys lies together, to share them in L2.
-    One split writes `out`, several the parts; both lie as `[B * BRANCHES, n, heads, ...]`."""
+    """Grid (B * kv_heads * BRANCHES * row tiles, SPLITS): neighbours read the same keys and share them in L2.
+    One split writes `out`, several write the parts; both lie as `[B * BRANCHES, n, heads, ...]`."""
     tiles = tl.cdiv(GROUP * n, BLOCK_M)
     i_m, i_bk, i_s = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     i_branch, i_bk = i_bk % BRANCHES, i_bk // BRANCHES
@@ -117,8 +117,8 @@ def attend_kernel(
     if HAS_FIRST:
         b_first = tl.load(first + i_b).to(tl.int32)
         if HAS_OWN:
-            # Keys have no order, so a block amid padding may stand at its end: no tile is then without a key, whose
-            # maximum would be -inf.
+            # The order of keys does not matter, so a block amid padding is moved to the padding's end: a tile without
+            # a key would have the maximum -inf.
             b_first = tl.minimum(b_first, S)
             b_column = tl.maximum(b_column, b_first - n_own)
             b_first = tl.minimum(b_first, b_column)
@@ -160,7 +160,7 @@ def attend_kernel(
 
 @triton.jit
 def combine_kernel(part, out, HEAD_SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Grid (B * n * heads): the splits of one query, weighted by what they hold of the softmax."""
+    """Grid (B * n * heads): the splits of one query, weighted by their share of the softmax."""
     i_row = tl.program_id(0).to(tl.int64)
     o_s, o_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_SIZE

@@ -22,7 +22,7 @@ class Partial(NamedTuple):
 @triton.jit
 def load_plane(planes, plane, i_b, o_t, o_s, m_ts, other, B, T, SPLITS: tl.constexpr):
     """Plane `plane` of `planes` `[planes, B, T, SPLITS]` at sequence `i_b`, positions `o_t` and splits `o_s`."""
-    # .cg: other programs wrote these, and the L1 of this multiprocessor must not answer.
+    # .cg skips this multiprocessor's L1, which may be stale: other programs wrote these.
     offset = ((plane * B + i_b).to(tl.int64) * T + o_t[:, None]) * SPLITS + o_s[None, :]
     return tl.load(planes + offset, mask=m_ts, other=other, cache_modifier=".cg")
 
@@ -31,7 +31,7 @@ def load_plane(planes, plane, i_b, o_t, o_s, m_ts, other, B, T, SPLITS: tl.const
 def store_partial(
     partial, o_bt, i_s, m_bt, summary, B, T, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr, SPLITS: tl.constexpr
 ):
-    """Write the summaries of split `i_s` where `load_plane` looks; `o_bt`: the positions, flat, one or a tile."""
+    """Write the summaries of split `i_s` where `load_plane` reads them; `o_bt`: one flat position or a tile of them."""
     plane = B.to(tl.int64) * T * SPLITS
     offset = o_bt * SPLITS + i_s
     tl.store(partial.planes + offset, summary.top, mask=m_bt)
@@ -76,14 +76,14 @@ def merge_splits(partial, i_b, o_t, m_t, B, T, SAMPLED: tl.constexpr, BY_ENTROPY
 
 @triton.jit
 def residual_and_entropy(summary, b_mask_logit, BY_ENTROPY: tl.constexpr):
-    """Add the mask id's logit to the normaliser; residual, entropy in nats and whether the row is usable."""
+    """Residual, entropy in nats and whether the row is usable, with the mask id's logit added to the normaliser."""
     top, rest, logit = summary.top, summary.rest, summary.logit
     m_usable = (rest == rest) & (top > float("-inf")) & (top < float("inf")) & (b_mask_logit < float("inf"))
     residual = rest * tl.exp(top - logit) + tl.exp(b_mask_logit - logit)
     residual = tl.where(m_usable, residual, float("inf"))
     entropy = residual
     if BY_ENTROPY:
-        # Relative to the largest logit of all, so that no proposal is so unlikely that a weight overflows.
+        # Relative to the largest logit of all: relative to an unlikely proposal, a weight would overflow.
         peak = tl.maximum(top, b_mask_logit)
         scale, mask_weight = decay(top, peak), decay(b_mask_logit, peak)
         weight = scale * (rest + decay(logit, top))
@@ -124,7 +124,8 @@ def decide(
     BLOCK_T: tl.constexpr,
     COUNT_RANKS: tl.constexpr,
 ):
-    """All of sequence `i_b`; `mask_logit` points to the mask id's logit at its first position, `stride_mt` apart.
+    """Decide all of sequence `i_b`; `mask_logit` points to the mask id's logit at its first position, others are
+    `stride_mt` apart.
 
     `out` is a `fdpp.Selection` of pointers.
     """

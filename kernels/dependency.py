@@ -1,12 +1,12 @@
 """DAWN's dependency graph from queries and keys, and the independent set on it (Luo et al., arXiv 2602.06953).
 
-The averaged attention A[i, j] is the mean of exp(s_ij - lse_i) over heads and layers. Three passes, of which none
-writes a value per query and key:
+The averaged attention A[i, j] is the mean of exp(s_ij - lse_i) over heads and layers. There are three passes; none of
+them writes a value per query and key:
 
 1. `lse_kernel`: every query's log-sum-exp, per layer and head.
 2. `column_kernel`: the attention a key receives, summed over the fed queries, per layer and head; `[layers * H, S]` in
    float32, added up in a fixed order later, so a sequence's sinks do not depend on its batch.
-3. `edges_kernel`: for the block's queries alone, A in registers, tile by tile, and out of it one bit per key.
+3. `edges_kernel`: A of the block's queries alone, tile by tile in registers, reduced to one bit per key.
 
 Scores are recomputed in every pass: the queries and keys of a few layers are small beside the model's weights. Layers
 are separate tensors of equal strides, handed over as tuples, so no key is copied. Exponents are to base 2.
@@ -124,7 +124,7 @@ def scores(b_q, inputs, layout, i_r, i_h, o_k, CASE: tl.constexpr):
     return tl.where(m_k[None, :], b_score, float("-inf"))
 
 
-# Triton specialises every element of a tuple, so numbers that no kernel is compiled for are arguments of their own.
+# Triton specialises every element of a tuple. Numbers that must not be specialised are arguments of their own.
 @triton.jit(do_not_specialize=["start", "n", "S"])
 def lse_kernel(inputs, lse, strides, start, n, S, CASE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """Grid (query tiles, layers * H, rows): `lse` `[rows, layers * H, n]` float32, to base 2."""
@@ -241,8 +241,8 @@ def independent_kernel(
 ):
     """Grid (rows): all clauses of the rule and the greedy independent set of one sequence (see `fdpp.rules.dawn`).
 
-    The set grows by the most confident free position, the lower one of equals, whose neighbours then leave; both
-    directions of its edges are read from the bits, so the block's graph is never unpacked.
+    Each round adds the most confident free position, the lower one of equals, and drops its neighbours. Both directions
+    of its edges are read from the bits, so the block's graph is never unpacked.
     """
     i_r = tl.program_id(0).to(tl.int64)
     o_t, o_bit = tl.arange(0, BLOCK_T), tl.arange(0, 32)

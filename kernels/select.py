@@ -7,7 +7,7 @@ from fdpp.kernels.decide import decide, store_partial
 from fdpp.kernels.vocab import summarize_row
 
 
-# Tokens of one sequence may start anywhere in its row; what is read an element at a time gains nothing from alignment.
+# Tokens may be a slice of a longer row and so start anywhere; reads of single elements gain nothing from alignment.
 @triton.jit(
     do_not_specialize=["B", "T", "stride_pb", "mask_id"],
     do_not_specialize_on_alignment=["tokens", "active", "numbers", "seeds"],

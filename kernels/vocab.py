@@ -14,7 +14,7 @@ from fdpp.kernels.noise import gumbel
 
 
 class Summary(NamedTuple):
-    """Some part of a row of logits, or of several rows.
+    """The summary of a part of a row of logits, or of several rows.
 
     Attributes:
         top: the part's largest logit.

@@ -30,8 +30,8 @@ def stop_ids(config: DiffusionGenerationConfig, device: torch.device) -> Tensor 
 class Advance:
     """Draft, forward, verify, commit. It holds nothing that changes: `(state, ...) -> (state, outcome)`.
 
-    No operation waits for the device or depends in shape on data, so a call can be captured in a CUDA graph; `eos`, as
-    `stop_ids` makes it, then stands at the address that the graph reads.
+    No operation waits for the device or has a shape that depends on data, so a CUDA graph can capture a call. The graph
+    reads `eos`, as `stop_ids` makes it, at its address.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Advance:
     ) -> tuple[BlockState, Outcome]:
         """Evaluate the current tokens and `drafts - 1` guesses of what follows, and take all steps that hold.
 
-        `schedule` `[S, 3]` are the packed rules of the block's successive steps; the last one goes on.
+        `schedule` `[S, 3]` are the packed rules of the block's successive steps; the last one repeats.
         """
         states = self.draft(state, window, schedule, drafts)
         index = state.steps[:, None] + torch.arange(drafts, device=states.device)
@@ -108,7 +108,7 @@ class Advance:
     ) -> Selection:
         """One step on each of the `states` `[b, D, T]` by its `evidence`; fields of shape `[b, D, ...]`.
 
-        `index` `[b, D]` is the number of each step in its sequence: it names the noise and the entry of the `schedule`.
+        `index` `[b, D]` is the number of each step in its sequence: it selects the noise and the `schedule`'s entry.
         """
         if schedule.shape[0] == 1:
             params = schedule.expand(index.numel(), -1)

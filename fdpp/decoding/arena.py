@@ -37,7 +37,7 @@ switch = Switch()
 
 @contextmanager
 def uncaptured() -> Iterator[None]:
-    """Let static steps run operation by operation, in all threads: what a captured one is to be compared with."""
+    """Run static steps operation by operation, in all threads: the reference for captured ones."""
     before, switch.on = switch.on, False
     try:
         yield
@@ -49,8 +49,8 @@ class Step:
     """One step of an arena: `drafts` states in a window of fixed widths. It knows nothing of the arena that holds it.
 
     Attributes:
-        graph: what replays it, None if it runs operation by operation.
-        outcome: what came of the last time; `captured` is where a replay leaves it.
+        graph: the CUDA graph that replays it, None if it runs operation by operation.
+        outcome: that of the last run; `captured` is the one that a replay writes.
         summary: that of the outcome, on the host.
     """
 
@@ -148,12 +148,12 @@ def shapes(evidence: Evidence) -> list[torch.Size]:
 
 
 class Bucket:
-    """Arenas of one length and setting, by batch size and block length; all stand on the front rows of one cache.
+    """Arenas of one length and setting, by batch size and block length; all use the front rows of one cache.
 
     The first forward, which allocates the cache, must be one of `capacity` sequences.
 
     Attributes:
-        sound: False while the cache is allocated or a step made: what was interrupted there is not used again.
+        sound: False while the cache is being allocated or a step made: a bucket interrupted then is not used again.
         eos: the ids that end a sequence, at a fixed address.
     """
 

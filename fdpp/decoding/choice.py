@@ -1,4 +1,4 @@
-"""The steps that a rule takes on what a forward says."""
+"""The steps that a rule takes on the evidence of a forward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fdpp.step.terms import Terms
 
 
 class Choice:
-    """Takes one step on each of some states.
+    """Takes one step on every state.
 
     Args:
         config: its rule decides. Positions that propose one of `last_ids` rank last. With random remasking a rule that
@@ -57,7 +57,7 @@ class Choice:
         return Selection(*(field.unflatten(0, states.shape[:2]) for field in chosen))
 
     def everywhere(self, logits: Tensor, tokens: Tensor, terms: Terms) -> Selection:
-        """The step as if all positions were masked; at those that are not, of the most likely token."""
+        """The step as if all positions were masked; committed ones propose their most likely token."""
         masks = torch.full_like(tokens, terms.mask_id)
         step = self.step(logits, masks, None, terms)
         if not terms.sampled:
@@ -68,7 +68,7 @@ class Choice:
         return step._replace(proposal=proposal, confidence=torch.where(masked, step.confidence, sure.confidence))
 
     def drawn(self, step: Selection, tokens: Tensor, terms: Terms) -> Selection:
-        """`step` with as many positions, drawn at random."""
+        """`step` with its k positions drawn at random."""
         assert terms.seeds is not None
         committed = drawn(tokens, terms.params[:, 0], terms.seeds, terms.mask_id)
         return recommit(step, tokens, candidates(tokens, terms.mask_id), committed)

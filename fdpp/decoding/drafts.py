@@ -1,10 +1,12 @@
 """Draft and verify (FreeDave, arXiv 2510.00294): several steps of a decode from one forward.
 
-The predictions for a state give the next state exactly. Applied once more, to the positions that are then still masked,
-they give a guess of the state after that, and so on: a chain of drafts. One forward evaluates all of them. Where the
-step from a state, by the state's own predictions, is just the next draft, that draft's predictions are already at hand;
-the first draft is always right, so a forward never does less than an undrafted one, and the decode is the undrafted one
-state by state, whatever the rule.
+- Draft: the predictions for a state give the next state exactly. Applied again, to the positions that are then still
+  masked, they give a guess of the state after it, and so on: a chain of states.
+- Verify: one forward evaluates the whole chain. Where the step from a state, by its own predictions, leads to the next
+  draft, that draft is right, and its predictions are already at hand.
+
+The first state of a chain is always right, so a forward never does less than an undrafted one. The decode is the
+undrafted one state by state, whatever the rule.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from fdpp.selection import Selection
 
 
 class Chain:
-    """What one forward over the `states` `[b, D, T]` has shown, given the step `chosen` from each of them.
+    """Verifies the `states` `[b, D, T]` of one forward, given the step `chosen` from each of them.
 
-    No step is taken from a state that ends its sequence (`state.ends`, with its `mask_id` and `eos`), or its block. A
-    rule that `revokes` may take a committed token back; an EOS then ends nothing before the block is finished.
+    No step is taken from a state that ends its sequence (`state.ends`, with its `mask_id` and `eos`) or its block. With
+    a rule that `revokes` an EOS ends nothing before the block is finished, since it may be taken back.
 
     Attributes:
         accepted: `[b]` int64, how many of the states are right, at least 1.
@@ -39,7 +41,7 @@ class Chain:
                 value[:, 0] for value in (chosen.tokens, chosen.remaining, chosen.nonfinite)
             )
             return
-        # A draft that is complete or over has no step of its own to save.
+        # A draft whose block or sequence has ended has no step left to save.
         if revokes:
             self.offered = (chosen.tokens != states)[:, 1:].any(2) & (chosen.remaining[:, :-1] > 0)
         else:
@@ -63,9 +65,9 @@ class Chain:
         return self.last(value)[:, None]
 
     def commit_step(self, index: Tensor, before: Tensor) -> Tensor:
-        """`before` `[b, T]` with the step's number, of `index` `[b, D]`, at what the steps from right states commit.
+        """`before` `[b, T]`, updated by the steps from right states.
 
-        What they take back has -1.
+        Positions that they commit get the step's number, from `index` `[b, D]`; those that they take back get -1.
         """
         if self.revokes:
             return self.last_event(index, before)
@@ -75,7 +77,7 @@ class Chain:
         return torch.where(commits.any(1), (commits * index[:, :, None]).sum(1), before)
 
     def last_event(self, index: Tensor, before: Tensor) -> Tensor:
-        """`commit_step` where a position may be committed and taken back by turns."""
+        """`commit_step` for a rule that revokes: a position's last commit or revocation counts."""
         taken = (self.states != self.mask_id) & (self.chosen.tokens == self.mask_id)
         for depth in range(index.shape[1]):
             event = torch.where(taken[:, depth], -1, index[:, depth, None])
@@ -103,7 +105,7 @@ def cache_for(config: DiffusionGenerationConfig) -> BlockCache | None:
 
 
 def depth_after(accepted: int, drafts: int | str) -> int:
-    """How many states the next forward evaluates, once the last one's most successful chain had `accepted` of them.
+    """How many states the next forward evaluates, given how many of the last one's longest chain were accepted.
 
     A fixed `drafts` is that many. "auto" takes twice what was accepted: 2 after a wrong draft, more while the drafts
     hold. No depth costs forwards, since the first state of every chain is right.

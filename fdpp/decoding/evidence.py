@@ -16,7 +16,7 @@ class Evidence(NamedTuple):
 
     Attributes:
         logits: `[b, D, T, V]`; on a CPU also those of the masked positions alone, `[m, V]` in their order; with a fused
-            head the hidden states that they would be made of, `[b, D, T, d_model]`.
+            head the hidden states in their place, `[b, D, T, d_model]`.
         memory: what the rule remembers of each state, tensors `[b, D, ...]`; None where it remembers nothing.
     """
 

@@ -27,8 +27,8 @@ class Forwards:
 
     Args:
         model: the model.
-        config: what its rule needs beyond the logits is read off too; its `branches` are the layout of several
-            states in one forward, see `fdpp.attention.BlockCache`.
+        config: its rule says what is read off beside the logits; its `branches` are the layout of several states in
+            one forward, see `fdpp.attention.BlockCache`.
         processor: changes the logits, see `fdpp.decoding.shaping.processed`.
     """
 
@@ -57,8 +57,8 @@ class Forwards:
     def __call__(self, state: BlockState, states: Tensor, window: Window, cache: BlockCache | None) -> Evidence:
         """A forward with `states` `[b, D, T]` in the block, and the evidence of each.
 
-        The head sees the block's positions alone, on a CPU the masked ones where nobody asks for more, and what the
-        rule needs.
+        The head sees the block's positions, and others only if the rule needs them. On a CPU it sees the masked ones
+        alone, if nothing needs more.
         """
         D, n = states.shape[1], window.width()
         tokens = state.sequences[:, window.fed][:, None].repeat(1, D, 1)
@@ -102,7 +102,7 @@ class Forwards:
         return Evidence(logits, self.rule.observe(sight, state.evidence))
 
     def shaped(self, logits: Tensor, state: BlockState, states: Tensor, window: Window) -> Tensor:
-        """The logits `[b, D, T, V]` that decide, from the model's."""
+        """The model's `logits` after guidance, the processor and `logits_eos_inf`, `[b, D, T, V]`."""
         if self.cfg_scale > 0.0:
             logits = guided(logits, self.cfg_scale)
         if self.processor is not None:
@@ -112,13 +112,13 @@ class Forwards:
     def confidence(self, logits: Tensor) -> Tensor:
         """The confidence a masked position with these `logits` `[N, n, V]` would have: float32 `[N, n]`."""
         tokens = torch.full(logits.shape[:2], self.mask_id, dtype=torch.int64, device=logits.device)
-        # Whatever the rule would commit: its numbers are not read.
+        # What the rule would commit is not used, so its numbers may be zeros.
         terms = Terms(torch.zeros(1, 3, dtype=torch.float64, device=logits.device), self.rule.key(), self.mask_id)
         parts = zip(logits.split(MAX_POSITIONS, 1), tokens.split(MAX_POSITIONS, 1), strict=True)
         return torch.cat([prefix_step(rows, masks, None, terms).confidence for rows, masks in parts], dim=1)
 
     def mask(self, state: BlockState, window: Window, D: int) -> Tensor | None:
-        """What D states of every sequence may see without a cache, which would say it itself; None: everything."""
+        """The attention mask of D states of every sequence without a cache, which has its own; None: no mask."""
         n, tree = window.width(), self.layout == "tree"
         padding = state.padding if window.padding is None else None
         if padding is not None and not tree:
@@ -181,7 +181,7 @@ class Forwards:
         return self.rule.rows(block, length)
 
     def mask_beside(self, state: BlockState, window: Window, rows: Rows) -> Tensor:
-        """`[b, 1, n + E, n + E]` bool: no column sees a row, a row sees what it says; nobody sees padding."""
+        """`[b, 1, n + E, n + E]` bool: columns see no row, rows see what `Rows.sees` says, and none sees padding."""
         length, n, E = state.sequences.shape[1], window.width(), rows.columns.shape[0]
         device = state.sequences.device
         upper = torch.arange(n + E, device=device).lt(n).expand(n, -1)

@@ -1,4 +1,4 @@
-"""`generate`: the shape of transformers' text-diffusion models around the block loop."""
+"""`generate`: the interface of transformers' text-diffusion models to the block loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fdpp.decoding.static import steps_for
 
 TOKEN_IDS = ("mask_token_id", "eos_token_id", "pad_token_id", "eot_token_id")
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-"""What `from_pretrained` passes on about where a file is."""
+"""Arguments of `from_pretrained` that say where a file is."""
 
 
 def without_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,9 +61,9 @@ class DiffusionGenerationMixin:
             attention_mask: `[B, P]`, 1 at prompt tokens and 0 at padding; None: no padding.
             generation_config: settings, in the place of the model's own `generation_config`; any of its fields can also
                 be given by name and then wins.
-            streamer: receives `put(prompt)`, `put_draft(block)` after every forward where it has it, `put(block)` for
-                every finished block and `end()`, as `transformers.TextDiffusionStreamer` does. A draft is the block's
-                tokens so far `[B, T]`, masks included; one that asks for logits instead is refused.
+            streamer: receives `put(prompt)`, `put_draft(block)` after every forward if it has that method, `put(block)`
+                for every finished block and `end()`, as `transformers.TextDiffusionStreamer` does. A draft is the
+                block's tokens so far `[B, T]`, masks included; a streamer that asks for logits instead is refused.
             stopping_criteria: called after every block as `criterion(sequences so far, None, new_token_length=T)`, with
                 all B sequences, ended ones too, and T the block's length, as in transformers' text diffusion; True ends
                 a sequence.
@@ -127,7 +127,7 @@ class DiffusionGenerationMixin:
         """Capture ahead of time what `generate` with the same settings would capture on first use.
 
         It serves batches of up to `batch_size` prompts, padded or not. Prompts of another length in the same length
-        bucket find all steps but one: the full forward of prompts of equal length feeds as many columns as they have.
+        bucket find all steps but one, the full forward of equally long prompts: it feeds as many columns as they have.
         Where the static engine is not used (on a CPU, unless asked for) there is nothing to do.
 
         Args:
@@ -152,7 +152,7 @@ class DiffusionGenerationMixin:
     def settled(
         self, generation_config: DiffusionGenerationConfig | None, overrides: dict[str, Any]
     ) -> DiffusionGenerationConfig:
-        """All settings of a decode: those of `overrides` before those of `generation_config` before the model's."""
+        """All settings of a decode: `overrides` win over `generation_config`, which wins over the model's."""
         unknown = set(overrides) - set(DiffusionGenerationConfig.__dataclass_fields__)
         if unknown:
             known = ", ".join(DiffusionGenerationConfig.__dataclass_fields__)
@@ -205,7 +205,7 @@ def check_kind(config: Any) -> DiffusionGenerationConfig:
 
 
 def taken_by(custom_generate: Callable[..., Any] | None, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Those of `overrides` that are no settings of a decode but that `custom_generate` names, or takes all of."""
+    """Those of `overrides` that are no settings of a decode and that `custom_generate` takes, by name or by `**`."""
     if custom_generate is None:
         return {}
     if not callable(custom_generate):
@@ -221,7 +221,7 @@ def taken_by(custom_generate: Callable[..., Any] | None, overrides: dict[str, An
 def with_token_ids(config: DiffusionGenerationConfig, model_config: Any) -> DiffusionGenerationConfig:
     """`config` with its missing token ids from the model's, all checked against its vocabulary.
 
-    The padding id falls back to the first EOS id. EoT is looked up where it is asked for.
+    The padding id falls back to the first EOS id. EoT is looked up for `confidence_eos_eot_inf` alone.
     """
     mask, eos, pad, eot = (
         getattr(model_config, name, None) if getattr(config, name) is None else getattr(config, name)

@@ -1,9 +1,9 @@
-"""CUDA graphs of one set of steps: a stream and a memory pool that they share with each other and with nothing else.
+"""CUDA graphs of one set of steps. They share a stream and a memory pool with each other and with nothing else.
 
-PyTorch keeps a cuBLAS workspace for every handle and stream, allocates it where the first product runs, and lets go of
-it when it likes: with a graph of that stream, with the thread, with another library's call. Graphs go on using its
-address. So a capture stream runs nothing but captures: its workspace is then allocated within a capture, from the
-graphs' own pool, whose memory goes to nobody else while one of them lives, whoever frees the workspace.
+PyTorch keeps a cuBLAS workspace for every handle and stream. It allocates it where the first product runs and may free
+it at any time: with a graph of that stream, with the thread, with another library's call. Graphs go on using its
+address. So a capture stream runs nothing but captures. Its workspace is then allocated within a capture, from the
+graphs' own pool: whoever frees it, its memory goes to nobody else while one of the graphs lives.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 CAPTURING = threading.RLock()
-"""Held during a capture: the allocator and the generators know one at a time."""
+"""Held during a capture: the allocator and the generators allow one at a time."""
 
 MOST_STREAMS = 24
-"""Capture streams of a device. PyTorch has 32 of each priority and hands them out in turns. Ours have the high one, for
-which others hardly ask: a product on one of them would share its workspace with the graphs."""
+"""Capture streams of a device. PyTorch has 32 streams of each priority and hands them out in turns. Ours have the high
+one, which others seldom ask for: their products on one of ours would share its workspace with the graphs."""
 
 ABANDONED: list[Any] = []
-"""Graphs whose capture broke off, kept for good: what PyTorch still knows of them must not be freed memory."""
+"""Graphs whose capture broke off, never freed: PyTorch may still refer to them."""
 
 
 class Streams:
@@ -91,7 +91,7 @@ class Graphs:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                     run()
             except BaseException:
-                # `torch.cuda.graph` stops short here of giving back the stream, the allocator and the generators.
+                # Here `torch.cuda.graph` gives back neither the stream nor the allocator nor the generators.
                 self.abandon(graph)
                 raise
             finally:
@@ -99,14 +99,14 @@ class Graphs:
         return graph
 
     def forget_workspace(self) -> None:
-        """Let this thread's first product allocate a workspace: there may be one in the pool of an earlier borrower."""
+        """Make this thread's first product allocate a workspace: it may have one in the pool of an earlier borrower."""
         thread = threading.get_ident()
         if self.used and thread not in self.threads:
             torch._C._cuda_clearCublasWorkspaces()
         self.threads.add(thread)
 
     def abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End for PyTorch what CUDA has broken off. Where `run` alone raised, the capture has ended in order."""
+        """Tell PyTorch that a capture has ended after CUDA broke it off. If only `run` raised, it ended in order."""
         try:
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
         except RuntimeError:  # it allocates to no pool any more
@@ -125,7 +125,7 @@ def graphs_on(device: torch.device) -> Graphs | None:
 
 
 class Collector:
-    """The garbage collector, switched off by the first who asks and on by the last."""
+    """The garbage collector, switched off by the first `hold` and on again by the last `release`."""
 
     def __init__(self) -> None:
         self.lock, self.held, self.collects = threading.Lock(), 0, False

@@ -14,7 +14,7 @@ INTERNAL = nn.Module().__dict__.keys() - {"training"} | {"_static_steps"}
 
 
 def settings_of(values: dict[str, Any]) -> dict[str, Any]:
-    """Those attributes that say how a module computes: numbers and words, also in collections, and functions."""
+    """The attributes that say how a module computes: numbers, strings, collections of them, and functions."""
 
     def setting(value: Any) -> Any:
         if isinstance(value, (list, tuple)):

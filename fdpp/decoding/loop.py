@@ -38,7 +38,7 @@ class BlockLoop:
     their block is complete. A forward evaluates one state of every row or, with drafts, several.
 
     Attributes:
-        whole: the state of all B sequences, complete for those that take part in no forward at the moment.
+        whole: the state of all B sequences, up to date for those that take part in no forward at the moment.
         live: indices of the sequences with blocks to come.
     """
 
@@ -67,7 +67,7 @@ class BlockLoop:
     def padding_of_all(self, padding: Tensor | None) -> int | None:
         """Columns on the left that no full forward feeds, given each prompt's padding `[B]`; None: a mask hides them.
 
-        What all have alike a static full forward leaves out, and needs no mask; an eager one masks it.
+        A static full forward leaves out padding that all sequences share, and needs no mask; an eager one masks it.
         """
         if padding is None:
             return self.extra
@@ -103,7 +103,7 @@ class BlockLoop:
         return torch.tensor(self.cache.seat(sequences.tolist()), device=self.device)
 
     def windows(self, block: int) -> tuple[Window, Window]:
-        """What a block's first forward feeds, and what the others do."""
+        """The window of a block's first forward, and that of the others."""
         columns = self.block_columns(block)
         first = Window.of(slice(self.padding or 0, self.length), columns, True, self.padding)
         if self.config.cache == "none":

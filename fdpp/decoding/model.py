@@ -16,10 +16,10 @@ class DiffusionModel(Protocol):
     Attributes:
         config: with `vocab_size`, `n_layers` and `max_sequence_length`.
         model: the transformer without its head. `model(input_ids, attention_mask=, position_ids=, cache=, start=,
-            wanted=)` of ids `[B, n]` returns hidden states `[B, n, d_model]`, or with `wanted`, a slice or indices
-            `[m]` of the n positions, those alone. With a cache every layer hands its queries, keys and values to
-            `cache.attend`, and the n positions stand at its columns from `start` on, or at the columns `start`, an
-            int64 tensor. Without one a bool mask `[B, 1, n, n]` says what a position may see, None: everything.
+            wanted=)` of ids `[B, n]` returns hidden states `[B, n, d_model]`; with `wanted`, a slice or indices `[m]`
+            of the n positions, only theirs. With a cache every layer hands its queries, keys and values to
+            `cache.attend`. The n positions stand at its columns from `start` on or, if `start` is an int64 tensor, at
+            these columns. Without a cache a bool mask `[B, 1, n, n]` says what a position may see; None: everything.
     """
 
     config: Any

@@ -14,14 +14,14 @@ class DiffusionGenerationOutput(ModelOutput):
 
     Attributes:
         sequences: `[B, P + max_new_tokens]` int64, prompt and response.
-        nfe: `[B]` int64, the forwards each sequence took part in, full and cached ones alike; all drafts that are
-            evaluated together are one, and so are the two passes of a guided step.
+        nfe: `[B]` int64, the forwards each sequence took part in, full and cached ones alike. Drafts that are evaluated
+            together count as one forward, and so do the two passes of a guided step.
         tokens_per_forward: `[B]` float64, response tokens before the first EOS over `nfe`.
         commit_step: `[B, max_new_tokens]` int64, the step (from 0) of its sequence that committed a position, -1 where
             none did.
-        query_tokens: `[B]` int64, positions fed to the model over all forwards, drafts and both passes of a guided step
-            included. A row is fed as many drafts as those beside it, which static steps round up: unlike tokens and
-            steps, it depends on the batch and the engine, and with drafts="auto" so does `nfe`.
+        query_tokens: `[B]` int64, positions fed to the model over all forwards, with drafts, a rule's rows and both
+            passes of a guided step. All rows of a batch are fed the same number of drafts, which static steps round up.
+            So it depends on the batch and the engine, as `nfe` does with drafts="auto"; tokens and steps do not.
         acceptance: `[drafts - 1]` float64, the share of offered drafts that were accepted, by depth (NaN where none was
             offered); None without drafts.
     """

@@ -1,4 +1,4 @@
-"""Who runs a block's forwards: every operation as it comes, or a step captured once and replayed."""
+"""Runners of a block's forwards: eager ones, or static steps that are captured once and replayed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class StaticRunner:
         return self.arena.state.each(lambda field: field[: self.size])
 
     def prepared(self, window: Window, drafts: int) -> Step:
-        """The next step. More states are evaluated where that needs no capture of its own: it changes no token."""
+        """The next step. The number of states is rounded up, so that fewer steps are captured: it changes no token."""
         setting = self.advance.config.drafts
         if drafts > 1:
             drafts = setting if isinstance(setting, int) else 1 << (drafts - 1).bit_length()

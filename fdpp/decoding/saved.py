@@ -32,7 +32,7 @@ METADATA = {
 
 
 def rule_name(kind: type[Rule]) -> str:
-    """The name of a rule in the file: of this package's its class alone, of others their module as well."""
+    """The name of a rule in the file: the class for a rule of this package, module and class for others."""
     return kind.__name__ if kind.__module__.split(".")[0] == "fdpp" else kind.key()
 
 

@@ -28,8 +28,8 @@ class DiffusionGenerationConfig(SavedSettings):
         max_new_tokens: length of the response, at least 1.
         block_length: positions decoded together, 1 to 1024; the last block may be shorter.
         rule: which proposals of a step are committed.
-        steps: with `Quota()` alone, the steps of the whole response, shared out evenly over its blocks, and a block's
-            masks over its steps (LLaDA's schedule). None commits one position a step.
+        steps: for `Quota()` alone, the steps of the whole response (LLaDA's schedule): they are shared out evenly over
+            its blocks, and a block's masks over its steps. None commits one position a step.
         cache: "none" (every forward is a full one), "prefix" or "dual" (Fast-dLLM, arXiv 2505.22618).
         stop_at_eos: end a sequence once EOS is committed with everything before it; the rest becomes padding.
         drafts: states a forward evaluates (FreeDave, arXiv 2510.00294): the current one and `drafts - 1` guesses of
@@ -39,11 +39,11 @@ class DiffusionGenerationConfig(SavedSettings):
             "eager" runs every operation as it comes. "auto" is "static" on a CUDA device, where it can be. Same tokens.
         head: "library" is PyTorch's matrix product: on a CPU of the masked positions alone, on a GPU of the block's.
             "fused" makes the logits of masked positions tile by tile and keeps none of them (`fdpp.step.project`). It
-            saves memory and has not been timed on a GPU; not with what reads logits.
+            saves memory and has not been timed on a GPU. Refused with what reads logits.
         temperature: 0 for greedy proposals.
         seed: with a temperature or random remasking, sequence b samples from the stream seed + b.
-        remasking: which positions keep their masks. "low_confidence" is what the rule leaves; "random" draws those that
-            a `Quota` commits uniformly.
+        remasking: which positions keep their masks. "low_confidence": those that the rule does not commit. "random": a
+            `Quota` uniformly draws the positions that it commits.
         cfg_scale: above 0, classifier-free guidance: every sequence is also fed with its prompt masked, and the logits
             are u + (cfg_scale + 1)(l - u). Both passes are one forward of twice the rows.
         logits_eos_inf: EOS is never proposed (all of `eos_token_id`).
@@ -53,10 +53,14 @@ class DiffusionGenerationConfig(SavedSettings):
         mask_token_id, eos_token_id, pad_token_id, eot_token_id: token ids; `eos_token_id` may be several. EoT (LLaDA's
             end of a turn) is read for `confidence_eos_eot_inf` alone, and need not exist.
 
-    `remasking`, `cfg_scale` and the EOS options are those of LLaDA's own `generate` (arXiv 2502.09992, appendix B.4),
-    save that there the ids of EOS and EoT are fixed; that with a temperature only EoT's confidence is lowered, for
-    that of EOS is lowered in the noisy logits, which nothing reads any more; that guidance fails without an attention
-    mask; and that random positions come from the global generator, so that they depend on the rest of the batch.
+    `remasking`, `cfg_scale` and the EOS options are those of LLaDA's own `generate` (arXiv 2502.09992, appendix B.4).
+    They differ in that there
+
+    - the ids of EOS and EoT are fixed;
+    - with a temperature only EoT's confidence is lowered: that of EOS is lowered in the noisy logits, which nothing
+      reads any more;
+    - guidance fails without an attention mask;
+    - random positions come from the global generator, so they depend on the rest of the batch.
     """
 
     max_new_tokens: int = 256
@@ -149,7 +153,7 @@ class DiffusionGenerationConfig(SavedSettings):
 
     @property
     def reads_logits(self) -> str | None:
-        """What of the settings needs the logits of whole positions, None if nothing does."""
+        """The setting that needs the logits of whole positions, None if none does."""
         if self.rule.needs.logits or self.rule.needs.rows:
             return str(self.rule)
         options = ("cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf")
@@ -184,7 +188,7 @@ class DiffusionGenerationConfig(SavedSettings):
         return [(start, min(start + self.block_length, self.max_new_tokens)) for start in starts]
 
     def block_rules(self) -> list[list[Rule]]:
-        """For every block the rules of its successive steps; the last one goes on for as long as is needed."""
+        """For every block the rules of its successive steps; the last one repeats until the block is finished."""
         N = self.max_new_tokens
         return [self.rule.successive(start, stop, N, self.steps) for start, stop in self.blocks()]
 

@@ -1,4 +1,4 @@
-"""What the caller and LLaDA's options make of logits and of the choice of positions."""
+"""How a logits processor and LLaDA's options change logits and commits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fdpp.step.noise import philox_bits
 
 NO_TOKEN = 0xFFFFFFFF
-"""Counter of the noise that is drawn for a position and not for an id at it: no vocabulary is that large."""
+"""Stands for the id in the counter of noise that is drawn once per position: no vocabulary is that large."""
 
 
 def processed(processor: Callable[..., Tensor], logits: Tensor, states: Tensor, before: Tensor, mask_id: int) -> Tensor:
@@ -42,7 +42,7 @@ def ranked_last(logits: Tensor, proposal: Tensor, ids: tuple[int, ...], mask_id:
     """Logits `[n, T, V]` under which positions that propose one of `ids` have confidence 0.
 
     The proposals `[n, T]` stay what they are. Elsewhere `ids` have no share in the softmax, as in LLaDA's `generate`.
-    The mask id is never proposed but counts in the softmax, so a huge logit of its own leaves nothing for the proposal.
+    The mask id is never proposed but counts in the softmax: a huge mask logit leaves no probability to the proposal.
     """
     last = torch.zeros_like(proposal, dtype=torch.bool)
     for token in ids:
@@ -55,7 +55,7 @@ def ranked_last(logits: Tensor, proposal: Tensor, ids: tuple[int, ...], mask_id:
 
 
 def drawn(tokens: Tensor, k: Tensor, seeds: Tensor, mask_id: int) -> Tensor:
-    """`k` `[n]` masked positions of every row of `tokens` `[n, T]`, each set as likely as any other: bool `[n, T]`.
+    """`k` `[n]` masked positions of every row of `tokens` `[n, T]`, drawn uniformly: bool `[n, T]`.
 
     A row's choice depends on its seed `[n]` and its own masks alone.
     """

@@ -21,8 +21,8 @@ class Window(NamedTuple):
         inner: the block's place within what is fed.
         block_start: the block's first column; -1 in a captured step, which serves every block.
         full: whether everything is fed.
-        padding: the columns on the left that hold no token, where all sequences have as many and the host knows it: a
-            full forward feeds none of them. None: `BlockState.padding` says it, sequence by sequence.
+        padding: how many columns on the left hold no token, if it is the same in all sequences and known to the host: a
+            full forward does not feed them. None: `BlockState.padding` says it, sequence by sequence.
     """
 
     fed: slice | Tensor
@@ -65,8 +65,8 @@ class BlockState(NamedTuple):
         first_step: `[b]` int64, `steps` at the block's start.
         position_ids: `[b, L]` int64.
         padding: `[b]` int64, columns on the left that hold no token; None where there are none.
-        fillers: `[b]` bool, rows that are there for the size of the batch alone, copies of the first: nothing is stored
-            for them, and no count includes them. None: there are none.
+        fillers: `[b]` bool, rows that only fill up the batch, copies of the first: nothing is stored for them, and no
+            count includes them. None: there are none.
         streams: `[b]` int64, the noise streams of a decode that samples.
         offered, accepted: `[b, drafts - 1]` int64, how many drafts were offered and accepted, by depth.
         evidence: of the state before the current one, `[b, 1, ...]`, where drafts or the rule need it; None before a
@@ -125,7 +125,7 @@ class Outcome(NamedTuple):
         remaining: `[b]`, masks left in the block; 0 where the sequence ended in it.
         ended: `[b]` bool, an EOS is committed with everything before it.
         nonfinite: `[b]`, masked positions without usable logits.
-        summary: `[5]` int64: all unusable positions, ended and complete sequences, the most masks left, the most
+        summary: `[5]` int64: how many positions are unusable, sequences ended, blocks finished; the most masks left and
             states accepted.
     """
 

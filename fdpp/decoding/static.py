@@ -39,14 +39,14 @@ common block length: LLaDA's 800 + 256 columns need no padding. Only the full fo
 none of it, and so is captured once for every length."""
 
 KEPT = 4
-"""Length buckets (and settings) whose tensors and graphs are kept; the one that was not used for longest goes first."""
+"""Length buckets (and settings) whose tensors and graphs are kept; the least recently used goes first."""
 
 
 class StaticSteps:
     """A model's buckets. A copy of the model starts without any.
 
     Attributes:
-        model: what `identity` said of the model when its steps were made: none outlives a change.
+        model: the model's `identity` when its steps were made; a change discards them.
         refused: why steps are not captured any more, None if they are.
     """
 
@@ -65,8 +65,8 @@ class StaticSteps:
 
     @contextmanager
     def claimed(self) -> Iterator[bool]:
-        """Until the end of a decode no other thread has these steps. False where this one is decoding on them already,
-        as a streamer may that generates."""
+        """Keep other threads from these steps until the end of a decode. False if this thread is already decoding on
+        them, as within a streamer that calls `generate`."""
         if self.owner == threading.get_ident():
             yield False
             return
@@ -148,7 +148,7 @@ UNKEYED = ("max_new_tokens", "block_length", "steps", "seed", "engine", "return_
 def why_not_static(
     model: DiffusionModel, config: DiffusionGenerationConfig, device_type: str = "cuda", processor: Any = None
 ) -> str | None:
-    """What in a decode static tensors cannot serve, None if nothing."""
+    """Why static steps cannot serve a decode, None if they can."""
     if processor is not None:
         return "logits_processor is code of the caller's, which is not captured"
     if config.rule.needs.attention:
@@ -172,10 +172,10 @@ def why_not_static(
 def steps_for(
     model: DiffusionModel, config: DiffusionGenerationConfig, device: torch.device, processor: Any = None
 ) -> Iterator[StaticSteps | None]:
-    """The static steps of `model` for one decode alone; None where it is to run every operation as it comes.
+    """The static steps of `model`, for one decode alone; None if it is to run eagerly.
 
     Raises:
-        ValueError: `engine="static"`, and something that static tensors cannot serve.
+        ValueError: `engine="static"` and a decode that static steps cannot serve.
     """
     asked = config.engine == "static"
     if not asked and (config.engine == "eager" or device.type != "cuda"):

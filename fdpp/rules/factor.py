@@ -1,4 +1,4 @@
-"""As many positions as are confident enough for their number."""
+"""The longest prefix that is confident enough for its length."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Factor(Rule):
     about: ClassVar = "as many of the most confident as are confident enough for their number"
 
     def curve(self, missing: list[float]) -> Curve:
-        """(n + 1)(1 - c_(n)) < f as 1 - (n + 1)(1 - c_(n)) > 1 - f: `Frechet`'s G_n where all confidences are equal."""
+        """1 - (n + 1)(1 - c_(n)), accepted above 1 - f: `Frechet`'s G_n where all confidences are equal."""
         return Curve("factor score", 1.0 - self.f, [1.0 - (n + 1) * d for n, d in enumerate(missing, start=1)])
 
     def accepts(self, residuals: list[float], entropies: list[float]) -> bool:

@@ -1,4 +1,4 @@
-"""As many positions as are provably the joint mode: Fréchet profile decoding."""
+"""The longest prefix that is provably the joint mode: Fréchet profile decoding."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Stability(NamedTuple):
 
 @dataclass(frozen=True)
 class Klass(Rule):
-    """All positions that are confident and stable, and the most confident one where there is none.
+    """All positions that are confident and stable; the most confident position if there is none.
 
     Stable: in each of the last `window` steps of the block KL(p_now || p_before), in nats, was below `kl`. Confident:
     c >= `confidence`. A block's first forward has nothing before it, so it never finds a stable position.

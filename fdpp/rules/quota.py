@@ -20,7 +20,7 @@ def quota(n, last, total, p0, p1):  # type: ignore[no-untyped-def]
 class Quota(Rule):
     """The k most confident positions: LLaDA's low-confidence remasking (arXiv 2502.09992, section 2.4).
 
-    `k=None` is for `generate` alone: the step schedule, which shares a block's masks out evenly over its steps.
+    `k=None`, for `generate` alone, follows the step schedule: a block's masks are shared out evenly over its steps.
     """
 
     k: int | None = whole(None, 1, "tokens a forward (default: 1, or as --steps asks)")
@@ -54,6 +54,6 @@ class Quota(Rule):
 
 
 def shares(total: int, parts: int) -> list[int]:
-    """`total` in at most `parts` whole positive parts that differ by at most 1, the larger ones first."""
+    """`total` split into at most `parts` positive ints that differ by at most 1, the larger ones first."""
     base, larger = divmod(total, parts)
     return [base + (part < larger) for part in range(min(parts, total))]

@@ -15,7 +15,7 @@ from fdpp.selection import Selection
 from fdpp.step.terms import Terms
 
 TICKETS = 4096
-"""Sequences per launch a stream's tickets serve: 16 kB, made once."""
+"""Tickets of a stream, one for each sequence of a launch: 16 kB, made once."""
 
 FOR_GRAPHS = 16 * TICKETS
 """Tickets made at a time for captured launches, each of which keeps its own: 256 kB."""
@@ -44,14 +44,14 @@ def ticket_for(device: torch.device, B: int) -> Tensor:
         return torch.zeros(B, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     if key not in tickets:
-        # Of two threads on one stream the first one's stay: launches may be on their way.
+        # If two threads get here on one stream, the first one's stay: launches may already use them.
         tickets.setdefault(key, kept_zeros(TICKETS, device))
     return tickets[key]
 
 
 def kept_zeros(n: int, device: torch.device) -> Tensor:
-    """Counters `[n]` for good, allocated by another thread: what the calling one allocates may go to the pool of a
-    graph of `torch.compile`, which warms up there and then fails over anything in it that outlives the call."""
+    """Counters `[n]` that are never freed, allocated by another thread. In the calling thread `torch.compile` may be
+    warming up a graph: allocations then go to the graph's pool, and it fails if one of them outlives the call."""
     stream = torch.cuda.current_stream(device)
 
     def make() -> Tensor:
@@ -63,8 +63,8 @@ def kept_zeros(n: int, device: torch.device) -> Tensor:
 
 
 def ticket_of_graph(device: torch.device, B: int) -> Tensor:
-    """Counters of a captured launch, its own: graphs may be replayed side by side. The launch before the capture, which
-    compiles the kernel, has made them; without one a fill is captured as well."""
+    """Counters for one captured launch alone: graphs may be replayed side by side. The launch before the capture, which
+    compiles the kernel, has made them; without that launch a fill is captured as well."""
     with lock:
         left = spare.get(device)
         if left is None or left.numel() < B:

@@ -60,7 +60,7 @@ def check_seeds(terms: Terms) -> None:
 
 
 def decided(step: Selection, tokens: Tensor, active: Tensor | None, rule: Rule, mask_id: int) -> Selection:
-    """What `rule` makes of the prefix test's `step`, of which it has seen no more than the confidences."""
+    """The decision of `rule` after the prefix test's `step`, outside of a decode: it has no memory and no block."""
     if type(rule).decide is Rule.decide:
         return step
     return rule.decide(step, tokens, candidates(tokens, mask_id, active), None, None, mask_id)
@@ -87,7 +87,7 @@ def select(
         logits: `[B, T, V]` bfloat16, float16 or float32, T at most 1024, rows of any stride. Rows of positions that
             are not masked and active are never read.
         tokens: `[B, T]` int64.
-        rule: a `fdpp.Rule`. One that remembers earlier forwards, or reads attention, decides by what it sees here.
+        rule: a `fdpp.Rule`. One that needs earlier forwards or attention falls back to what it sees here.
         mask_id: the id that marks a masked position.
         active: `[B, T]` bool, the masked positions that may commit; None: all of them.
         temperature: 0 for greedy proposals.

@@ -1,8 +1,9 @@
-"""A denoising step over a vocabulary that is shared out between processes.
+"""A denoising step over a vocabulary that is sharded over processes.
 
 Under tensor parallelism every process holds the logits of its own slice of the vocabulary. Gathering them would move
-V numbers per masked row and step; a row's summary is three: the slice's largest logit, its id, and the logarithm of the
-sum of exp(l) over the rest of the slice. They are exchanged once, and every process decides alike.
+V numbers per masked row and step. A row's summary is three numbers: the slice's largest logit, its id, and the
+logarithm of the sum of exp(l) over the rest of the slice. One all-gather exchanges them, and every process decides
+alike.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def exchange(mine: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class VocabularySlice:
-    """This process's part of a vocabulary: `width` ids for each rank of `group`, the last ones with fewer or none.
+    """This process's part of a vocabulary: `width` ids for each rank of `group`, fewer or none for the last ranks.
 
     Attributes:
         size: ids in the whole vocabulary.
@@ -65,7 +66,7 @@ def slice_of(weight: Tensor, size: int) -> VocabularySlice | None:
     `weight` `[rows, d]` has a row per id of the vocabulary and perhaps padding after the first `size`.
 
     Raises:
-        ValueError: a sharding that is not tensor parallelism's, of the rows over a mesh of one dimension.
+        ValueError: a sharding other than tensor parallelism's, which is of the rows over a mesh of one dimension.
     """
     if not isinstance(weight, DTensor) or all(placement.is_replicate() for placement in weight.placements):
         return None
@@ -78,7 +79,7 @@ def slice_of(weight: Tensor, size: int) -> VocabularySlice | None:
 
 
 def local(weight: Tensor) -> Tensor:
-    """What of `weight` lies in this process."""
+    """This process's shard of `weight`."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
@@ -94,7 +95,7 @@ def select(
     temperature: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Selection:
-    """`fdpp.select` on logits whose vocabulary is shared out between the processes of `group`.
+    """`fdpp.select` on logits whose vocabulary is sharded over the processes of `group`.
 
     Every process calls it with its own `logits` and otherwise equal arguments, and gets the result of `fdpp.select` on
     all of them, up to the rounding of a residual in float32. One collective moves 24 bytes per masked row and process,
@@ -183,7 +184,7 @@ def summarize(rows: Tensor, terms: Terms, b: Tensor, t: Tensor, first_id: int) -
 
 
 def seen_from(peak: Tensor, top: Tensor, mass: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of exp(l - top) and exp(l - top)(top - l) as those of exp(l - peak) and exp(l - peak)(peak - l)."""
+    """The sums `mass` of exp(l - top) and `slope` of exp(l - top)(top - l), rebased from `top` to `peak`."""
     exists = top > -torch.inf
     scale = torch.where(exists, (top - peak).exp(), 0.0)
     return scale * mass, scale * (slope + torch.where(exists, peak - top, 0.0) * mass)

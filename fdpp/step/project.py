@@ -42,12 +42,12 @@ def check(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor | None,
             f"weight: expected [V, {D}] {hidden.dtype} on {hidden.device}, "
             f"got {list(weight.shape)} {weight.dtype} on {weight.device}"
         )
-    # What is left to check are the arguments that have a value per position, whatever there is at each.
+    # The other arguments have a value per position, whether hidden states or logits stand there.
     check_rows(hidden, tokens, active, seeds)
 
 
 def project_cpu(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> Selection:
-    """`fdpp::project_select` in PyTorch, `ROWS` masked positions at a time; logits are rounded to its dtype."""
+    """`fdpp::project_select` in PyTorch, `ROWS` masked positions at a time; logits are rounded to `hidden`'s dtype."""
     tokens = tokens.contiguous()
     candidate = candidates(tokens, terms.mask_id, active)
     at_once = max(cpu.CHUNK // weight.shape[0], 1)
@@ -192,8 +192,8 @@ def project_select(
     On a GPU the logits are never rounded: they are sums in float32, of which `select` would see the nearest bfloat16.
 
     Args:
-        hidden: `[B, T, D]` bfloat16, float16 or float32, T at most 1024. Of positions that are not masked and active
-            nothing is read.
+        hidden: `[B, T, D]` bfloat16, float16 or float32, T at most 1024. Rows of positions that are not masked and
+            active are never read.
         weight: `[V, D]` of the same dtype, the head.
         tokens, rule, mask_id, active, temperature, seed: as `fdpp.select` takes them.
 

@@ -40,7 +40,7 @@ def select(
 ) -> Selection:
     """One denoising step; arguments and result as `fdpp.select`, the confidence in float64.
 
-    It is `prefix_step`, and what the rule makes of that, `Rule.reference`.
+    `prefix_step`, then the rule's `reference`.
     """
     candidate = tokens == mask_id if active is None else (tokens == mask_id) & active
     step = prefix_step(logits, tokens, rule, mask_id, active, temperature, seeds)

@@ -1,4 +1,4 @@
-"""On what terms a step is taken."""
+"""The terms of a step: its rule, the mask id, the temperature and the noise."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pack(rule: Rule, device: torch.device | str | None = None) -> Tensor:
 
 
 def check_rule(rule: object) -> Rule:
-    """`rule`; raises `ValueError` if it is none."""
+    """`rule`; `ValueError` if it is not a `Rule`."""
     if not isinstance(rule, Rule):
         raise ValueError(f"rule: expected a fdpp.Rule such as fdpp.Frechet(0.25), got {rule!r}")
     return rule

@@ -77,7 +77,7 @@ class Editing(fdpp.Rule):
 
 
 def first_of(confidence: Tensor) -> Tensor:
-    """The first of each row's largest, bool `[N, T]`."""
+    """The first largest value of every row, bool `[N, T]`."""
     return torch.zeros_like(confidence, dtype=torch.bool).scatter(1, confidence.argmax(1, keepdim=True), True)
 
 

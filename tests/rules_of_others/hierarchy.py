@@ -15,9 +15,9 @@ from fdpp.selection import recommit
 
 @dataclass(frozen=True)
 class Hierarchy(fdpp.Rule):
-    """The most confident of every run of adjacent masked positions if c > low, all with c > high, the best one always.
+    """Commits all positions with c > high, and the best one in any case.
 
-    Positions that equal their run's best commit with it.
+    Of every run of adjacent masked positions it also commits the most confident if c > low, and those that equal it.
     """
 
     low: float = number(0.5, "[0, 1]", "confidence of a run's best token, 0 to 1; less is faster", line=True)

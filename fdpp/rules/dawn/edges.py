@@ -92,16 +92,18 @@ def dependency_edges(
 ) -> Tensor:
     """The edges of a block: int32 `[rows, T, ceil(S / 32)]`; bit j % 32 of word j // 32 of row i: i <- column j.
 
-    Sinks are columns whose attention, averaged over the *fed* queries, is above `rule.tau_sink`. A full forward feeds
-    all columns, and the mean is the published one. With the prefix cache it is over the columns from the block on, with
-    the dual cache over the block's own: no other query exists, and to these queries a column is a sink if it attracts
-    all of them, which is what the removal is about. Padding counts neither as a key nor as a query.
+    Sinks are columns whose attention, averaged over the *fed* queries, is above `rule.tau_sink`. Padding counts neither
+    as a key nor as a query. The fed queries are those of
+
+    - all columns in a full forward: the mean is the published one;
+    - the columns from the block on with the prefix cache, the block's own with the dual cache. There are no others, and
+      a column that attracts all of these is a sink to them, which is what the removal is about.
 
     Args:
         queries: per layer `[rows, H, n, hd]`, after the rotary embedding, of the fed columns `start..start+n`.
         own: per layer `[rows, kv_heads, n, hd]`, the keys of the same columns.
-        shared: per layer `[b, kv_heads, S, hd]`, the keys of all columns, of which those that a row feeds itself are
-            not read; row i belongs to sequence i // (rows / b). None or empty after a full forward: S = n then.
+        shared: per layer `[b, kv_heads, S, hd]`, the keys of all columns; those of fed columns are not read. Row i
+            belongs to sequence i // (rows / b). None or empty after a full forward: S = n then.
         rule: thresholds.
         first, T: the block is columns `first..first+T`, all of them fed.
         key_mask: `[b, S]` bool, False at padding.

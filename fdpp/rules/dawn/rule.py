@@ -22,8 +22,8 @@ class Dependencies(NamedTuple):
 
     Attributes:
         edges: int32 `[b, D, T, ceil(L / 32)]`, the edges of the block's positions, see `dependency_edges`.
-        anchors: `[b, D, L]` float32, the model's confidence at committed columns, 0 at masked and padding ones. Of
-            columns that are not fed it is that of the block's full forward.
+        anchors: `[b, D, L]` float32, the model's confidence at committed columns, 0 at masked and padding ones. Columns
+            that are not fed keep that of the block's full forward.
     """
 
     edges: Tensor
@@ -40,7 +40,7 @@ class Dawn(Rule):
     2. induced ones, c >= tau_induce with an edge from an anchor, a committed position of confidence at least 0.9;
     3. of the others with c >= tau_low, those with no edge from a position that is both sure and induced, a greedy
        independent set: the most confident first (the lower position of equals), both directions of an edge conflict;
-    4. the most confident one, if none of these is any.
+    4. if those are none, the most confident one.
 
     Clause 3 asks for "both sure and induced" as the published code does; sure positions that no anchor induced block
     nothing there.
