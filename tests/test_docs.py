@@ -87,7 +87,7 @@ def run(document: Path, jobs: list[dict], expected: dict[int, str | None], tmp_p
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "documents.py"), "jobs.json"],
+        [sys.executable, str(ROOT / "tests" / "helpers" / "documents.py"), "jobs.json"],
         capture_output=True,
         text=True,
         env=environment,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 import fdpp
 from fdpp import LLaDAModelLM, Quota, Threshold
 from fdpp.decoding.guidance import guided
+from fdpp.rules import Needs, Sight
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +70,49 @@ def test_guidance_with_other_rules(llada: LLaDAModelLM, rule: fdpp.Rule) -> None
     plain = llada.generate(ids, mask, **settings)
     assert not bool((plain.sequences[:, -20:] == MASK).any())
     assert torch.equal(llada.generate(ids, mask, drafts=2, **settings).sequences, plain.sequences)
+
+
+class Seen(NamedTuple):
+    sure: Tensor
+
+
+@dataclass(frozen=True)
+class Watchful(fdpp.Rule):
+    """`Quota(2)`, and a look at how sure the model is of all that is fed."""
+
+    predicate: ClassVar = fdpp.Quota.predicate
+    needs: ClassVar = Needs(logits=True, fed=True)
+
+    def params(self) -> tuple[float, float]:
+        return 2.0, 0.0
+
+    def observe(self, sight: Sight, before: Any) -> Seen:
+        sure = sight.fed_confidence()
+        assert sure.shape == sight.tokens.shape
+        b, D, T = sight.states.shape
+        everywhere = torch.full((b * D, T), MASK)
+        step = fdpp.select(sight.logits.flatten(0, 1), everywhere, rule=Quota(1), mask_id=MASK)
+        at = sight.block.start - sight.fed.start
+        torch.testing.assert_close(sure[..., at : at + T], step.confidence.view(b, D, T))
+        return Seen(sure[..., :1])
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_confidence_of_all_that_is_fed(llada: LLaDAModelLM, cache: str, cfg_scale: float) -> None:
+    """In the block it is that of the logits that decide: with guidance, of the guided ones."""
+    settings = {"cache": cache, "cfg_scale": cfg_scale, "stop_at_eos": False, **SIZES}
+    plain = llada.generate(*ragged(), **{**settings, "rule": Quota(2)})
+    for drafts in (1, 3):
+        out = llada.generate(*ragged(), **{**settings, "rule": Watchful(), "drafts": drafts})
+        assert torch.equal(out.sequences, plain.sequences)
+
+
+@dataclass(frozen=True)
+class Careless(Watchful):
+    needs: ClassVar = Needs(logits=True)
+
+
+def test_what_was_not_asked_for_is_refused(llada: LLaDAModelLM) -> None:
+    with pytest.raises(ValueError, match=r"Careless: fed_confidence expected needs = Needs\(fed=True"):
+        llada.generate(prompts(1, 5), rule=Careless(), **SIZES)

@@ -60,7 +60,7 @@ class Forwards:
         The head sees the block's positions, and others only if the rule needs them. On a CPU it sees the masked ones
         alone, if nothing needs more.
         """
-        D, n = states.shape[1], window.width()
+        D = states.shape[1]
         tokens = state.sequences[:, window.fed][:, None].repeat(1, D, 1)
         tokens[:, :, window.inner] = states
         if cache is not None:
@@ -97,7 +97,7 @@ class Forwards:
             mask_id=self.mask_id,
             rows=None if beside is None else self.project(beside),
             probe=probe,
-            fed_confidence=lambda: self.confidence(self.project(hidden).flatten(0, 1)).view(-1, D, n),
+            fed_confidence=lambda: self.fed_confidence(hidden),
         )
         return Evidence(logits, self.rule.observe(sight, state.evidence))
 
@@ -109,13 +109,21 @@ class Forwards:
             logits = processed(self.processor, logits, states, state.sequences[:, : window.block_start], self.mask_id)
         return without(logits, self.never) if self.never else logits
 
-    def confidence(self, logits: Tensor) -> Tensor:
-        """The confidence a masked position with these `logits` `[N, n, V]` would have: float32 `[N, n]`."""
-        tokens = torch.full(logits.shape[:2], self.mask_id, dtype=torch.int64, device=logits.device)
-        # What the rule would commit is not used, so its numbers may be zeros.
+    def fed_confidence(self, hidden: Tensor) -> Tensor:
+        """The confidence that each fed position would have if it were masked: float32 `[b, D, n]`."""
+        if not self.rule.needs.fed:
+            raise ValueError(f"{type(self.rule).__name__}: fed_confidence expected needs = Needs(fed=True, ...)")
+        logits = self.project(hidden)
+        if self.cfg_scale > 0.0:
+            logits = guided(logits, self.cfg_scale)
+        b, D, n, _ = logits.shape
+        logits = logits.flatten(0, 1)
+        tokens = torch.full((b * D, n), self.mask_id, dtype=torch.int64, device=logits.device)
+        # Whatever the rule would commit: its numbers are not read.
         terms = Terms(torch.zeros(1, 3, dtype=torch.float64, device=logits.device), self.rule.key(), self.mask_id)
         parts = zip(logits.split(MAX_POSITIONS, 1), tokens.split(MAX_POSITIONS, 1), strict=True)
-        return torch.cat([prefix_step(rows, masks, None, terms).confidence for rows, masks in parts], dim=1)
+        found = [prefix_step(rows, masks, None, terms).confidence for rows, masks in parts]
+        return torch.cat(found, dim=1).unflatten(0, (b, D))
 
     def mask(self, state: BlockState, window: Window, D: int) -> Tensor | None:
         """The attention mask of D states of every sequence without a cache, which has its own; None: no mask."""
