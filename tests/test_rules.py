@@ -18,6 +18,7 @@ from inputs import IMPLEMENTATIONS, Problem, assert_as_specified, on_gpu, random
 
 import fdpp
 from fdpp import EntropyBound, Factor, Frechet, Quota, Rule, Threshold
+from fdpp.rules import Needs
 from fdpp.step.reference import accepted
 
 NAN, INF = math.nan, math.inf
@@ -140,6 +141,33 @@ def test_a_rule_of_ones_own_through_the_front_door() -> None:
     problem = random_problem(1, 2, 9, 20, Steady(0.8, 0.5))
     out = fdpp.select(problem.logits, problem.tokens, rule=problem.rules[0], mask_id=problem.mask_id)
     assert_as_specified(out, problem)
+
+
+def test_what_a_rule_says_of_itself_must_fit() -> None:
+    def rule(**attributes: Any) -> type[Rule]:
+        return type("Odd", (Rule,), {"predicate": Quota.predicate, "__module__": __name__, **attributes})
+
+    with pytest.raises(TypeError, match=r"Odd.observe sees logits, expected needs = Needs\(logits=True"):
+        rule(observe=lambda self, sight, before: None)
+    with pytest.raises(TypeError, match="Odd needs the block's committed positions"):
+        rule(needs=Needs(logits=True, block=True))
+    with pytest.raises(TypeError, match=r"Odd.extend: expected `decide`"):
+        rule(extend=lambda self, confidence, candidate, committed: committed)
+    with pytest.raises(
+        ValueError, match=r"Odd.name: expected one that is free, got 'frechet' of fdpp.rules.frechet.Frechet"
+    ):
+        rule(name="frechet")
+    assert rule(name="odd").name == "odd" and rule(name="odd").name == "odd", "a module may be read again"
+    assert Rule.named()["odd"] is Rule.registry[f"{__name__}.Odd"]
+    del Rule.registry[f"{__name__}.Odd"]
+
+    class Bolder(Frechet):
+        pass
+
+    assert Bolder.name is None and Rule.named()["frechet"] is Frechet
+    assert Bolder(0.5).label() == "Fréchet 0.5" and list(Bolder.numbers) == ["margin", "calibration"]
+    with pytest.raises(ValueError, match="Bolder: expected margin in"):
+        Bolder(-1.0)
 
 
 def test_a_rule_must_have_a_predicate_and_a_known_order() -> None:

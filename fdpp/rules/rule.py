@@ -221,6 +221,11 @@ class Rule:
             raise TypeError(
                 f"{cls.__name__} needs the block's committed positions, and says nothing of them in `decide`"
             )
+        # A subclass goes by another name than its base, or by none.
+        cls.name = vars(cls).get("name")
+        taken = Rule.named().get(cls.name) if cls.name is not None else None
+        if taken is not None and taken.key() != cls.key():
+            raise ValueError(f"{cls.__name__}.name: expected one that is free, got {cls.name!r} of {taken.key()}")
         Rule.registry[cls.key()] = cls
 
     def __post_init__(self) -> None:
