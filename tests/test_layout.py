@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from email.parser import Parser
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,9 @@ def run(*command: object, cwd: Path, path: Path | None = None) -> str:
 
 
 def pip(*arguments: object, cwd: Path) -> None:
-    pytest.importorskip("pip")
+    # Not by an import: a process that has looked for pip's module cannot import setuptools any more.
+    if not list(distributions(name="pip")):
+        pytest.skip("needs pip")
     run(sys.executable, "-m", "pip", *arguments, "--no-deps", "--no-index", cwd=cwd)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import zipfile
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from release_check import ROOT, ReleaseError, version_of
 
 import fdpp
 
-HAS_SETUPTOOLS = find_spec("setuptools") is not None and int(version("setuptools").split(".")[0]) >= 77
+HAS_SETUPTOOLS = any(int(found.version.split(".")[0]) >= 77 for found in distributions(name="setuptools"))
 
 REQUIRED = {"cff-version", "message", "title", "authors"}
 """By the schema of CFF 1.2.0; of a reference: type, title and authors."""
@@ -66,7 +65,7 @@ def test_tag_citation_and_changelog_agree(papers_of_a_release: Path) -> None:
 
 def test_the_wheel_of_the_source_archive_holds_everything(tmp_path: Path) -> None:
     """The link fdpp/kernels is a folder of plain files in both."""
-    # Asked for by its number: imported here, after torch has imported distutils, setuptools may fail.
+    # Asked for by its number and not imported, which may fail in a process that knows distutils already.
     if not HAS_SETUPTOOLS:
         pytest.skip("needs setuptools 77")
     if shutil.which("git") is None or not (ROOT / ".git").exists():
