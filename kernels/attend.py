@@ -2,7 +2,7 @@
 
 Rows of a tile are the queries of all heads that share one head of keys and values. A program takes one tile over one
 split of the keys and keeps the running maximum m, the sum l of 2^(s - m) and the weighted values; `combine_kernel`
-joins the splits. A sequence's keys start at `first`: what is to the left of it is padding. Scores are in units of
+joins the splits. The first `left` keys of a sequence are padding. Scores are in units of
 log 2, which turns the exponential into the hardware's own.
 
 Branches of a sequence read one cache, but each has a block of its own in the place of the same columns: every column
@@ -62,14 +62,14 @@ def load_columns(cached, own, strides, strides_own, o_s, o_d, m_sd, column, n_ow
     return tl.load(p_s, mask=m_sd, other=0.0)
 
 
-@triton.jit(do_not_specialize=["S", "n", "n_own"], do_not_specialize_on_alignment=["first", "column"])
+@triton.jit(do_not_specialize=["S", "n", "n_own"], do_not_specialize_on_alignment=["left", "column"])
 def attend_kernel(
     q,
     k,
     v,
     own_k,
     own_v,
-    first,
+    left,
     column,
     out,
     part,
@@ -82,7 +82,7 @@ def attend_kernel(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
     HAS_OWN: tl.constexpr,
     BRANCHES: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -114,15 +114,15 @@ def attend_kernel(
         b_column = tl.load(column).to(tl.int32)
         own_k += i_row * strides.own_k[0] + i_k.to(tl.int64) * strides.own_k[1]
         own_v += i_row * strides.own_v[0] + i_k.to(tl.int64) * strides.own_v[1]
-    if HAS_FIRST:
-        b_first = tl.load(first + i_b).to(tl.int32)
+    if HAS_LEFT:
+        b_left = tl.load(left + i_b).to(tl.int32)
         if HAS_OWN:
             # The order of keys does not matter, so a block amid padding is moved to the padding's end: a tile without
             # a key would have the maximum -inf.
-            b_first = tl.minimum(b_first, S)
-            b_column = tl.maximum(b_column, b_first - n_own)
-            b_first = tl.minimum(b_first, b_column)
-        start = tl.maximum(start, b_first)
+            b_left = tl.minimum(b_left, S)
+            b_column = tl.maximum(b_column, b_left - n_own)
+            b_left = tl.minimum(b_left, b_column)
+        start = tl.maximum(start, b_left)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)

@@ -160,7 +160,7 @@ def attention_gpu(
             config.split_len,
             HEADS=H,
             GROUP=group,
-            HAS_FIRST=left is not None,
+            HAS_LEFT=left is not None,
             HAS_OWN=own_k is not None,
             BRANCHES=rows // B,
             BLOCK_M=config.block_m,
