@@ -17,7 +17,8 @@ from golden import Trajectory, model, seen_by_rows, trajectories
 from torch import Tensor
 
 import fdpp
-from fdpp.selection import Selection, recommit
+from fdpp.rules import Proposed
+from fdpp.selection import Selection
 
 MASK = 500
 
@@ -49,11 +50,10 @@ class LeftToRight(fdpp.Rule):
     tau: float
     predicate: ClassVar[Any] = published_factor
 
-    def decide(
-        self, step: Selection, tokens: Tensor, candidate: Tensor, memory: Any, block: Any, mask_id: int
-    ) -> Selection:
-        leading = (~candidate | (step.confidence >= self.tau)).cumprod(1).bool()
-        return recommit(step, tokens, candidate, candidate & (leading | (candidate.cumsum(1) == 1)))
+    def decide(self, proposed: Proposed) -> Selection:
+        candidate = proposed.candidate
+        leading = (~candidate | (proposed.step.confidence >= self.tau)).cumprod(1).bool()
+        return proposed.commit(candidate & (leading | (candidate.cumsum(1) == 1)))
 
 
 class Recorder:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fdpp.decoding.evidence import Evidence
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.shaping import drawn, ranked_last
-from fdpp.rules import Rule
+from fdpp.rules import Proposed, Rule
 from fdpp.selection import Selection, candidates, recommit
 from fdpp.step import cpu
 from fdpp.step.operators import prefix_step
@@ -46,29 +46,30 @@ class Choice:
         if only_masked:
             chosen = cpu.select(logits, tokens, None, terms)
         elif self.rule.needs.block:
-            chosen = self.everywhere(logits, tokens, terms)
+            chosen = everywhere(self.step, logits, tokens, terms)
         else:
             chosen = self.step(logits, tokens, None, terms)
         if self.decides:
             candidate = candidates(tokens, terms.mask_id)
-            chosen = self.rule.decide(chosen, tokens, candidate, flat.memory, block, terms.mask_id)
+            chosen = self.rule.decide(Proposed(chosen, tokens, candidate, terms.mask_id, flat.memory, block))
         if self.random:
             chosen = self.drawn(chosen, tokens, terms)
         return Selection(*(field.unflatten(0, states.shape[:2]) for field in chosen))
-
-    def everywhere(self, logits: Tensor, tokens: Tensor, terms: Terms) -> Selection:
-        """The step as if all positions were masked; committed ones propose their most likely token."""
-        masks = torch.full_like(tokens, terms.mask_id)
-        step = self.step(logits, masks, None, terms)
-        if not terms.sampled:
-            return step
-        sure = self.step(logits, masks, None, terms._replace(temperature=0.0))
-        masked = tokens == terms.mask_id
-        proposal = torch.where(masked, step.proposal, sure.proposal)
-        return step._replace(proposal=proposal, confidence=torch.where(masked, step.confidence, sure.confidence))
 
     def drawn(self, step: Selection, tokens: Tensor, terms: Terms) -> Selection:
         """`step` with its k positions drawn at random."""
         assert terms.seeds is not None
         committed = drawn(tokens, terms.params[:, 0], terms.seeds, terms.mask_id)
         return recommit(step, tokens, candidates(tokens, terms.mask_id), committed)
+
+
+def everywhere(take: Callable[..., Selection], logits: Tensor, tokens: Tensor, terms: Terms) -> Selection:
+    """The step by `take` as if all positions were masked; at those that are not, of the most likely token."""
+    masks = torch.full_like(tokens, terms.mask_id)
+    step = take(logits, masks, None, terms)
+    if not terms.sampled:
+        return step
+    sure = take(logits, masks, None, terms._replace(temperature=0.0))
+    masked = tokens == terms.mask_id
+    proposal = torch.where(masked, step.proposal, sure.proposal)
+    return step._replace(proposal=proposal, confidence=torch.where(masked, step.confidence, sure.confidence))

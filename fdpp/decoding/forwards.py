@@ -17,9 +17,7 @@ from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.shaping import processed, without
 from fdpp.decoding.state import BlockState, Window
 from fdpp.rules import Rows, Rule, Sight
-from fdpp.selection import MAX_POSITIONS
-from fdpp.step.operators import prefix_step
-from fdpp.step.terms import Terms
+from fdpp.step.operators import confidence, prefix_step
 
 
 class Forwards:
@@ -116,14 +114,7 @@ class Forwards:
         logits = self.project(hidden)
         if self.cfg_scale > 0.0:
             logits = guided(logits, self.cfg_scale)
-        b, D, n, _ = logits.shape
-        logits = logits.flatten(0, 1)
-        tokens = torch.full((b * D, n), self.mask_id, dtype=torch.int64, device=logits.device)
-        # Whatever the rule would commit: its numbers are not read.
-        terms = Terms(torch.zeros(1, 3, dtype=torch.float64, device=logits.device), self.rule.key(), self.mask_id)
-        parts = zip(logits.split(MAX_POSITIONS, 1), tokens.split(MAX_POSITIONS, 1), strict=True)
-        found = [prefix_step(rows, masks, None, terms).confidence for rows, masks in parts]
-        return torch.cat(found, dim=1).unflatten(0, (b, D))
+        return confidence(logits.flatten(0, 1), self.mask_id).unflatten(0, logits.shape[:2])
 
     def mask(self, state: BlockState, window: Window, D: int) -> Tensor | None:
         """The attention mask of D states of every sequence without a cache, which has its own; None: no mask."""

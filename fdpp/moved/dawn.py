@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fdpp.attention import Probe
+from fdpp.decoding.choice import everywhere
+from fdpp.rules import Proposed
 from fdpp.rules.dawn import Dawn, Dependencies, commit, dependency_edges
-from fdpp.selection import MAX_POSITIONS, Selection, candidates
+from fdpp.selection import Selection, candidates
+from fdpp.step.operators import confidence as softmax_maximum
 from fdpp.step.operators import prefix_step
 from fdpp.step.terms import Terms, pack
 
@@ -44,19 +46,6 @@ def select(
         temperature, seeds: as in `fdpp.step.terms.Terms`.
     """
     params = pack(rule, logits.device) if params is None else params
-    everywhere, candidate = torch.full_like(tokens, mask_id), candidates(tokens, mask_id)
-    step = prefix_step(logits, everywhere, None, Terms(params, rule.key(), mask_id, temperature, seeds))
-    if temperature > 0.0:
-        confidence = torch.where(candidate, step.confidence, softmax_maximum(logits, mask_id))
-        step = step._replace(confidence=confidence)
+    step = everywhere(prefix_step, logits, tokens, Terms(params, rule.key(), mask_id, temperature, seeds))
     memory, block = Dependencies(edges, committed_confidence), slice(first, first + tokens.shape[1])
-    return rule.decide(step, tokens, candidate, memory, block, mask_id)
-
-
-def softmax_maximum(logits: Tensor, mask_id: int) -> Tensor:
-    """The confidence a masked position with these `logits` `[b, n, V]` would have: float32 `[b, n]`, for anchors."""
-    b, n, _ = logits.shape
-    tokens = torch.full((b, n), mask_id, dtype=torch.int64, device=logits.device)
-    terms = Terms(pack(Dawn(), logits.device), Dawn.key(), mask_id)
-    parts = zip(logits.split(MAX_POSITIONS, 1), tokens.split(MAX_POSITIONS, 1), strict=True)
-    return torch.cat([prefix_step(rows, masks, None, terms).confidence for rows, masks in parts], dim=1)
+    return rule.decide(Proposed(step, tokens, candidates(tokens, mask_id), mask_id, memory, block))

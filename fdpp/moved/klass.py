@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fdpp.rules import Proposed
 from fdpp.rules.klass import Klass, Stability, divergence, stable_steps
 from fdpp.selection import Selection, candidates
 from fdpp.step.operators import prefix_step
@@ -26,4 +27,4 @@ def select(
     """One denoising step of `rule`; fields are those of `fdpp.select`, `stable` `[b, T]` counts as `stable_steps`."""
     params = pack(rule, logits.device) if params is None else params
     step = prefix_step(logits, tokens, None, Terms(params, rule.key(), mask_id, temperature, seeds))
-    return rule.decide(step, tokens, candidates(tokens, mask_id), Stability(stable), None, mask_id)
+    return rule.decide(Proposed(step, tokens, candidates(tokens, mask_id), mask_id, Stability(stable)))

@@ -6,8 +6,8 @@ from fdpp.rules.factor import Factor
 from fdpp.rules.frechet import Frechet
 from fdpp.rules.klass import Klass
 from fdpp.rules.local_leap import LocalLeap
-from fdpp.rules.quota import Quota
-from fdpp.rules.rule import Needs, Rows, Rule, Sight, number, whole
+from fdpp.rules.quota import MostConfident, Quota
+from fdpp.rules.rule import Needs, Proposed, Rows, Rule, Sight, number, whole
 from fdpp.rules.threshold import Threshold
 
 __all__ = [
@@ -17,7 +17,9 @@ __all__ = [
     "Frechet",
     "Klass",
     "LocalLeap",
+    "MostConfident",
     "Needs",
+    "Proposed",
     "Quota",
     "Rows",
     "Rule",

@@ -8,9 +8,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fdpp.rules.quota import quota
-from fdpp.rules.rule import Needs, Rule, Sight, number, whole
-from fdpp.selection import Selection, recommit
+from fdpp.rules.quota import MostConfident
+from fdpp.rules.rule import Needs, Proposed, Rule, Sight, number, whole
+from fdpp.selection import Selection
 
 
 class Stability(NamedTuple):
@@ -24,7 +24,7 @@ class Stability(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Klass(Rule):
+class Klass(MostConfident, Rule):
     """All positions that are confident and stable; the most confident position if there is none.
 
     Stable: in each of the last `window` steps of the block KL(p_now || p_before), in nats, was below `kl`. Confident:
@@ -36,14 +36,10 @@ class Klass(Rule):
     confidence: float = number(0.6, "[0, 1]", "confidence, 0 to 1; less is faster", line=True)
     kl: float = number(0.015, "(0, inf)", "most that a prediction may change in a forward", unit="NATS")
     window: int = whole(2, 1, "forwards over which it may not change more")
-    predicate: ClassVar = quota
     needs: ClassVar = Needs(logits=True)
     name: ClassVar = "klass"
     title: ClassVar = "KLASS"
     about: ClassVar = "those that have stopped changing"
-
-    def params(self) -> tuple[float, float]:
-        return 1.0, 0.0
 
     def observe(self, sight: Sight, before: tuple[Tensor, Stability] | None) -> Stability:
         if before is None:
@@ -54,35 +50,18 @@ class Klass(Rule):
     def again(self, logits: Tensor, memory: Stability) -> Stability:
         return Stability(memory.stable + 1)
 
-    def decide(
-        self,
-        step: Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Stability | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> Selection:
+    def decide(self, proposed: Proposed) -> Selection:
+        step, memory = proposed.step, proposed.memory
         if memory is None:
             return step
-        ready = candidate & (step.confidence >= self.confidence) & (memory.stable >= self.window)
-        return recommit(step, tokens, candidate, torch.where(ready.any(1, keepdim=True), ready, step.committed))
+        ready = proposed.candidate & (step.confidence >= self.confidence) & (memory.stable >= self.window)
+        return proposed.commit(torch.where(ready.any(1, keepdim=True), ready, step.committed))
 
     def shown(self, memory: Stability) -> dict[str, Tensor]:
         return {"held still": memory.stable}
 
-    def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
-        return len(residuals) <= 1
-
-    def reference(
-        self,
-        step: Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Stability | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> Selection:
+    def reference(self, proposed: Proposed) -> Selection:
+        step, candidate, memory = proposed.step, proposed.candidate, proposed.memory
         if memory is None:
             return step
         committed = step.committed.clone()
@@ -92,7 +71,7 @@ class Klass(Rule):
             if ready:
                 committed[b] = False
                 committed[b, ready] = True
-        return recommit(step, tokens, candidate, committed)
+        return proposed.commit(committed)
 
 
 def divergence(now: Tensor, before: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor
 
-from fdpp.rules.rule import Memory, Rule, number, whole
+from fdpp.rules.rule import Proposed, Rule, number, whole
 from fdpp.rules.threshold import threshold as above
-from fdpp.selection import Selection, recommit
+from fdpp.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -34,41 +33,26 @@ class LocalLeap(Rule):
         if self.relaxed > self.threshold:
             raise ValueError(f"LocalLeap: expected relaxed at most threshold={self.threshold}, got {self.relaxed}")
 
-    def decide(
-        self,
-        step: Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Memory | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> Selection:
-        T = tokens.shape[1]
+    def decide(self, proposed: Proposed) -> Selection:
+        step, candidate = proposed.step, proposed.candidate
+        T = candidate.shape[1]
         if T == 0:
             return step
         usable, confidence = candidate & (step.confidence > 0.0), step.confidence.double()
         anchor = usable & (confidence >= self.threshold)
         radius = min(self.radius, T)
         near = F.max_pool1d(anchor[:, None].float(), 2 * radius + 1, stride=1, padding=radius)[:, 0] > 0
-        return recommit(step, tokens, candidate, step.committed | (usable & near & (confidence >= self.relaxed)))
+        return proposed.commit(step.committed | (usable & near & (confidence >= self.relaxed)))
 
     def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
         return 1.0 / (1.0 + residuals[-1]) >= self.threshold
 
-    def reference(
-        self,
-        step: Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Memory | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> Selection:
-        committed = step.committed.clone()
-        for b, row in enumerate(step.confidence.tolist()):
-            usable = [t for t in candidate[b].nonzero().flatten().tolist() if row[t] > 0.0]
+    def reference(self, proposed: Proposed) -> Selection:
+        committed = proposed.step.committed.clone()
+        for b, row in enumerate(proposed.step.confidence.tolist()):
+            usable = [t for t in proposed.candidate[b].nonzero().flatten().tolist() if row[t] > 0.0]
             anchors = [t for t in usable if row[t] >= self.threshold]
             for t in usable:
                 near = any(abs(t - anchor) <= self.radius for anchor in anchors)
                 committed[b, t] |= near and row[t] >= self.relaxed
-        return recommit(step, tokens, candidate, committed)
+        return proposed.commit(committed)

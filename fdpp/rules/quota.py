@@ -16,6 +16,21 @@ def quota(n, last, total, p0, p1):  # type: ignore[no-untyped-def]
     return n <= p0
 
 
+class MostConfident:
+    """Beside `Rule` as a base: the prefix test commits the most confident position alone.
+
+    It is for rules that say in `decide` what else commits.
+    """
+
+    predicate: ClassVar = quota
+
+    def params(self) -> tuple[float, float]:
+        return 1.0, 0.0
+
+    def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
+        return len(residuals) <= 1
+
+
 @dataclass(frozen=True)
 class Quota(Rule):
     """The k most confident positions: LLaDA's low-confidence remasking (arXiv 2502.09992, section 2.4).

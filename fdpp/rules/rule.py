@@ -11,7 +11,7 @@ sequences (D = 1 without drafts), whose block has T columns. It calls these in t
 2. `observe(sight, before)` after it: the memory of the D states, tensors `[b, D, ...]`;
 3. `weigh(logits, memory)`, if there is a memory: the logits `[N, T, V]` to decide by;
 4. the predicate, in the fused step;
-5. `decide(step, tokens, candidate, memory, block, mask_id)`: the decision, fields `[N, T]`.
+5. `decide(proposed)`: the decision, fields `[N, T]`.
 
 A memory lives for one block. That of the last accepted state is handed to the next forward; a block's first forward
 gets none. With drafts, every guess of a state takes a memory from `again` before the forward, then 3 to 5 with N = b.
@@ -29,7 +29,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from fdpp.attention.probe import Probe
-from fdpp.selection import Selection
+from fdpp.selection import Selection, recommit
 
 
 class Needs(NamedTuple):
@@ -39,7 +39,7 @@ class Needs(NamedTuple):
 
     Attributes:
         logits: the logits of all positions of the block; a sharded vocabulary is gathered. Refused: `head="fused"`.
-        block: proposals and confidences at the block's committed positions too (see `Rule.decide`).
+        block: proposals and confidences at the block's committed positions too (see `Proposed`).
         fed: the model's confidence at every column that is fed (`Sight.fed_confidence`).
         attention: queries and keys of the layers `Rule.probed`. Refused: `engine="static"`, since they are read at
             columns given as numbers ("auto" runs such a decode eagerly); a sharded head, since no process has the
@@ -100,6 +100,34 @@ class Sight(NamedTuple):
 
 Memory = Any
 """What a rule remembers of states, for one block: a NamedTuple of tensors `[b, D, ...]`, in a step `[b * D, ...]`."""
+
+
+class Proposed(NamedTuple):
+    """What a rule decides on: N states of a block, and what the prefix test made of them.
+
+    Attributes:
+        step: the prefix test's decision, fields `[N, T]`.
+        tokens: `[N, T]` int64, the states.
+        candidate: `[N, T]` bool, the masked positions that may commit.
+        mask_id: the id that marks a masked position.
+        memory: of these states, `[N, ...]`; None if the rule keeps none, and outside of a decode (`fdpp.select`).
+        block: the block's columns, a slice or an int64 tensor `[T]`; None outside of a decode.
+
+    In a decode with `Needs.block` the prefix test takes all positions as masked. Committed ones then have a proposal,
+    their most likely token, and its confidence. `step.tokens`, `committed` and `remaining` are those of a block of
+    masks: make them anew from `tokens`.
+    """
+
+    step: Selection
+    tokens: Tensor
+    candidate: Tensor
+    mask_id: int
+    memory: Memory | None = None
+    block: slice | Tensor | None = None
+
+    def commit(self, committed: Tensor) -> Selection:
+        """`step` with another commit mask `[N, T]`, of candidates alone."""
+        return recommit(self.step, self.tokens, self.candidate, committed)
 
 
 class Number(NamedTuple):
@@ -301,34 +329,13 @@ class Rule:
         """
         return logits
 
-    def decide(
-        self,
-        step: Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Memory | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> Selection:
-        """The step's decision on N states, fields `[N, T]`, where the prefix test's is `step`.
+    def decide(self, proposed: Proposed) -> Selection:
+        """The step's decision, fields `[N, T]`; `Proposed.commit` makes one from a commit mask.
 
-        `tokens` of the result are the next states. A block is finished when `remaining` is 0. Apart from an EOS nothing
-        else ends it, so a rule that revokes must reach 0 by itself. `fdpp.selection.recommit` makes a result from
-        another commit mask.
-
-        Args:
-            step: the prefix test's decision.
-            tokens: `[N, T]` int64, the states.
-            candidate: `[N, T]` bool, the masked positions that may commit.
-            memory: of these states, `[N, ...]`; None if the rule keeps none, and outside of a decode (`fdpp.select`).
-            block: the block's columns, a slice or an int64 tensor `[T]`; None outside of a decode.
-            mask_id: the id that marks a masked position.
-
-        In a decode with `Needs.block` the prefix test takes all positions as masked. Committed ones then have a
-        proposal, their most likely token, and its confidence. `step.tokens`, `committed` and `remaining` are those of a
-        block of masks: make them anew from `tokens`.
+        Its `tokens` are the next states. A block is finished when `remaining` is 0. Apart from an EOS nothing else ends
+        it, so a rule that revokes must reach 0 by itself.
         """
-        return step
+        return proposed.step
 
     def shown(self, memory: Memory) -> dict[str, Tensor]:
         """What a trace shows of the memory, `[b, D, T]` by name."""
@@ -344,17 +351,9 @@ class Rule:
         predicate = getattr(type(self).predicate, "fn", type(self).predicate)
         return bool(predicate(len(residuals), costs[-1], sum(costs), *self.params()))
 
-    def reference(
-        self,
-        step: Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Memory | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> Selection:
-        """The specification of `decide`, with the same arguments; the confidences of `step` are in float64."""
-        return step
+    def reference(self, proposed: Proposed) -> Selection:
+        """The specification of `decide`; the confidences of `proposed.step` are in float64."""
+        return proposed.step
 
 
 def shortfall(residual: float) -> float:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdpp.rules import Rule
-from fdpp.selection import Selection, candidates, check
+from fdpp.rules import Proposed, Rule, Threshold
+from fdpp.selection import MAX_POSITIONS, Selection, candidates, check
 from fdpp.step import cpu, gpu
 from fdpp.step.terms import Terms, terms_of
 
@@ -59,11 +59,21 @@ def check_seeds(terms: Terms) -> None:
         raise ValueError(f"temperature={terms.temperature} samples: expected seeds, an int64 tensor [B]")
 
 
+def confidence(logits: Tensor, mask_id: int) -> Tensor:
+    """The confidence a masked position with these `logits` `[N, n, V]` would have: float32 `[N, n]`, n of any size."""
+    tokens = torch.full(logits.shape[:2], mask_id, dtype=torch.int64, device=logits.device)
+    # Any rule that ranks by confidence: what it commits is not read, nor are its numbers.
+    params = torch.zeros(1, 3, dtype=torch.float64, device=logits.device)
+    terms = Terms(params, Threshold.key(), mask_id)
+    parts = zip(logits.split(MAX_POSITIONS, 1), tokens.split(MAX_POSITIONS, 1), strict=True)
+    return torch.cat([prefix_step(rows, masks, None, terms).confidence for rows, masks in parts], dim=1)
+
+
 def decided(step: Selection, tokens: Tensor, active: Tensor | None, rule: Rule, mask_id: int) -> Selection:
     """The decision of `rule` after the prefix test's `step`, outside of a decode: it has no memory and no block."""
     if type(rule).decide is Rule.decide:
         return step
-    return rule.decide(step, tokens, candidates(tokens, mask_id, active), None, None, mask_id)
+    return rule.decide(Proposed(step, tokens, candidates(tokens, mask_id, active), mask_id))
 
 
 def select(

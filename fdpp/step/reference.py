@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdpp.rules import Rule
+from fdpp.rules import Proposed, Rule
 from fdpp.selection import Selection
 from fdpp.step.noise import gumbel
 
@@ -44,7 +44,7 @@ def select(
     """
     candidate = tokens == mask_id if active is None else (tokens == mask_id) & active
     step = prefix_step(logits, tokens, rule, mask_id, active, temperature, seeds)
-    return rule.reference(step, tokens, candidate, None, None, mask_id)
+    return rule.reference(Proposed(step, tokens, candidate, mask_id))
 
 
 def prefix_step(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fdpp
 from fdpp.decoding.evidence import Evidence
-from fdpp.rules.rule import Number
+from fdpp.rules.rule import Number, Proposed
 from fdpp.step import reference
 from fdpp.step.terms import Terms
 
@@ -61,4 +61,4 @@ def specified(
         own = dataclasses.replace(rule, k=int(params[0])) if rule.takes_steps() else rule  # type: ignore[type-var]
         steps.append(reference.prefix_step(logits[n : n + 1], asked[n : n + 1], own, terms.mask_id))
     step = fdpp.Selection(*map(torch.cat, zip(*steps, strict=True)))
-    return rule.reference(step, tokens, candidate, memory, block, terms.mask_id)
+    return rule.reference(Proposed(step, tokens, candidate, terms.mask_id, memory, block))

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import fdpp
-from fdpp.rules import Needs, Sight, number
-from fdpp.selection import recommit
+from fdpp.rules import MostConfident, Needs, Proposed, Sight, number
 
 
 class Accumulated(NamedTuple):
@@ -20,7 +19,7 @@ class Accumulated(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Credit(fdpp.Rule):
+class Credit(MostConfident, fdpp.Rule):
     """`Threshold(threshold)` on logits + alpha ln(1 + W), and all positions within 1e-5 of the most confident one.
 
     Every step multiplies the credit W by beta and adds c^gamma at each masked position's most likely token.
@@ -30,14 +29,10 @@ class Credit(fdpp.Rule):
     alpha: float = number(0.7, "[0, inf)", "weight of the credit", unit="A")
     gamma: float = number(0.2, "[0, inf)", "power of a confidence", unit="G", option="boost")
     beta: float = number(0.8, "[0, 1]", "decay of the credit", unit="B")
-    predicate: ClassVar = fdpp.Quota.predicate
     needs: ClassVar = Needs(logits=True)
     name: ClassVar = "credit"
     title: ClassVar = "credit"
     about: ClassVar = "confident ones, by evidence that adds up"
-
-    def params(self) -> tuple[float, float]:
-        return 1.0, 0.0
 
     def observe(self, sight: Sight, before: tuple[Tensor, Accumulated] | None) -> Accumulated:
         masked = sight.states == sight.mask_id
@@ -61,37 +56,20 @@ class Credit(fdpp.Rule):
     def weigh(self, logits: Tensor, memory: Accumulated) -> Tensor:
         return logits + self.alpha * memory.credit.log1p().to(logits.dtype)
 
-    def decide(
-        self,
-        step: fdpp.Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Accumulated | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> fdpp.Selection:
-        if not tokens.shape[1]:
+    def decide(self, proposed: Proposed) -> fdpp.Selection:
+        step, candidate = proposed.step, proposed.candidate
+        if candidate.shape[1] == 0:
             return step
         confidence = step.confidence.masked_fill(~candidate, -1.0)
         least = (confidence.amax(1, keepdim=True) - 1e-5).clamp(max=self.threshold)
-        return recommit(step, tokens, candidate, candidate & (confidence >= least))
+        return proposed.commit(candidate & (confidence >= least))
 
-    def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
-        return len(residuals) == 1
-
-    def reference(
-        self,
-        step: fdpp.Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Accumulated | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> fdpp.Selection:
+    def reference(self, proposed: Proposed) -> fdpp.Selection:
+        step, candidate = proposed.step, proposed.candidate
         committed = step.committed.clone()
         for b, row in enumerate(step.confidence.tolist()):
             masked = candidate[b].nonzero().flatten().tolist()
             least = min(self.threshold, max((row[t] for t in masked), default=0.0) - 1e-5)
             for t in masked:
                 committed[b, t] = row[t] >= least
-        return recommit(step, tokens, candidate, committed)
+        return proposed.commit(committed)

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 import fdpp
-from fdpp.rules import Needs, number
-from fdpp.rules.rule import Memory
+from fdpp.rules import MostConfident, Needs, Proposed, number
 from fdpp.selection import Selection
 
 
 @dataclass(frozen=True)
-class Editing(fdpp.Rule):
+class Editing(MostConfident, fdpp.Rule):
     """`Threshold(tau)`, and a committed token gives way to another of confidence at least `edit`.
 
     While a block holds a mask every step commits one, so it ends.
@@ -23,45 +22,25 @@ class Editing(fdpp.Rule):
 
     tau: float = number(0.7, "[0, 1]", "confidence, 0 to 1; less is faster", line=True)
     edit: float = number(0.9, "[0, 1]", "confidence of a token that takes the place of another", line=True)
-    predicate: ClassVar = fdpp.Quota.predicate
     needs: ClassVar = Needs(logits=True, block=True)
     revokes: ClassVar = True
     name: ClassVar = "editing"
     title: ClassVar = "editing"
     about: ClassVar = "all confident ones; committed ones may change"
 
-    def params(self) -> tuple[float, float]:
-        return 1.0, 0.0
-
-    def decide(
-        self,
-        step: Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Memory | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> Selection:
-        if not tokens.shape[1]:
+    def decide(self, proposed: Proposed) -> Selection:
+        step, candidate = proposed.step, proposed.candidate
+        if candidate.shape[1] == 0:
             return step
         c = step.confidence.masked_fill(~candidate, -1.0)
         committed = candidate & ((c >= self.tau) | first_of(c))
         # Outside of a decode there is nothing to edit: no confidence stands at committed positions.
-        edited = ~candidate & (step.proposal != tokens) & (step.confidence >= self.edit) & (block is not None)
-        return written(step, tokens, candidate, committed | (edited & candidate.any(1, keepdim=True)))
+        other = (step.proposal != proposed.tokens) & (proposed.block is not None)
+        edited = ~candidate & other & (step.confidence >= self.edit)
+        return written(proposed, committed | (edited & candidate.any(1, keepdim=True)))
 
-    def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
-        return len(residuals) == 1
-
-    def reference(
-        self,
-        step: Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Memory | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> Selection:
+    def reference(self, proposed: Proposed) -> Selection:
+        step, candidate = proposed.step, proposed.candidate
         committed = torch.zeros_like(candidate)
         for b, row in enumerate(step.confidence.tolist()):
             masked = candidate[b].nonzero().flatten().tolist()
@@ -71,9 +50,9 @@ class Editing(fdpp.Rule):
             for t, confidence in enumerate(row):
                 if t in masked:
                     committed[b, t] |= confidence >= self.tau
-                elif block is not None and step.proposal[b, t] != tokens[b, t]:
+                elif proposed.block is not None and step.proposal[b, t] != proposed.tokens[b, t]:
                     committed[b, t] = confidence >= self.edit
-        return written(step, tokens, candidate, committed)
+        return written(proposed, committed)
 
 
 def first_of(confidence: Tensor) -> Tensor:
@@ -81,8 +60,9 @@ def first_of(confidence: Tensor) -> Tensor:
     return torch.zeros_like(confidence, dtype=torch.bool).scatter(1, confidence.argmax(1, keepdim=True), True)
 
 
-def written(step: Selection, tokens: Tensor, candidate: Tensor, committed: Tensor) -> Selection:
-    """`step` with `committed` `[N, T]`, which may name positions that were committed before."""
+def written(proposed: Proposed, committed: Tensor) -> Selection:
+    """The step with `committed` `[N, T]`, which may name positions that were committed before."""
+    step, tokens, candidate = proposed.step, proposed.tokens, proposed.candidate
     return Selection(
         tokens=torch.where(committed, step.proposal, tokens),
         proposal=torch.where(candidate | committed, step.proposal, tokens),

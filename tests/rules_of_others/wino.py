@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fdpp
-from fdpp.rules import Needs, Rows, Sight, number
+from fdpp.rules import MostConfident, Needs, Proposed, Rows, Sight, number
 from fdpp.selection import Selection
 
 FIRST = 30
@@ -31,7 +31,7 @@ class Verified(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wino(fdpp.Rule):
+class Wino(MostConfident, fdpp.Rule):
     """Commit all with c > threshold, at most `cap` of them, and take back tokens whose verdict is below `back`.
 
     cap = min(max(floor(0.7 masks), 5), 20). A step that commits only one takes none back. A step takes back fewer than
@@ -40,15 +40,11 @@ class Wino(fdpp.Rule):
 
     threshold: float = number(0.6, "[0, 1]", "confidence, 0 to 1; less is faster", option="tau", line=True)
     back: float = number(0.9, "[0, 1]", "verdict below which a token is taken back", line=True)
-    predicate: ClassVar = fdpp.Quota.predicate
     needs: ClassVar = Needs(logits=True, rows=True)
     revokes: ClassVar = True
     name: ClassVar = "wino"
     title: ClassVar = "WINO"
     about: ClassVar = "many, of which some are taken back"
-
-    def params(self) -> tuple[float, float]:
-        return 1.0, 0.0
 
     def rows(self, block: Tensor, length: int) -> Rows:
         every = torch.arange(length + block.shape[0], device=block.device)
@@ -63,15 +59,8 @@ class Wino(fdpp.Rule):
             commits = ((before[1].states == sight.mask_id) & (sight.states != sight.mask_id)).sum(2)
         return Verified(verdict, sight.states, commits)
 
-    def decide(
-        self,
-        step: Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Verified | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> Selection:
+    def decide(self, proposed: Proposed) -> Selection:
+        step, candidate, memory = proposed.step, proposed.candidate, proposed.memory
         if memory is None:
             return step
         masks = candidate.sum(1, keepdim=True)
@@ -84,20 +73,10 @@ class Wino(fdpp.Rule):
         verdict = torch.where(~candidate & (memory.verdict < self.back), memory.verdict, 2.0)
         order = verdict.argsort(dim=1, stable=True).argsort(dim=1)
         taken = (verdict < 2.0) & (order < bound) & (committed.sum(1, keepdim=True) > 1)
-        return taken_back(step, tokens, candidate, committed, taken, mask_id)
+        return taken_back(proposed, committed, taken)
 
-    def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
-        return len(residuals) == 1
-
-    def reference(
-        self,
-        step: Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Verified | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> Selection:
+    def reference(self, proposed: Proposed) -> Selection:
+        step, candidate, memory = proposed.step, proposed.candidate, proposed.memory
         if memory is None:
             return step
         committed, taken = torch.zeros_like(candidate), torch.zeros_like(candidate)
@@ -112,12 +91,11 @@ class Wino(fdpp.Rule):
                 doubted = [t for t in range(len(row)) if t not in masked and verdict[t] < self.back]
                 doubted.sort(key=lambda t: (verdict[t], t))
                 taken[b, doubted[: int(memory.commits[b]) - 1]] = True
-        return taken_back(step, tokens, candidate, committed, taken, mask_id)
+        return taken_back(proposed, committed, taken)
 
 
-def taken_back(
-    step: Selection, tokens: Tensor, candidate: Tensor, committed: Tensor, taken: Tensor, mask_id: int
-) -> Selection:
-    """`step` with `committed` written and `taken` masked again, both bool `[N, T]`."""
-    after = torch.where(committed, step.proposal, tokens).masked_fill(taken, mask_id)
+def taken_back(proposed: Proposed, committed: Tensor, taken: Tensor) -> Selection:
+    """The step with `committed` written and `taken` masked again, both bool `[N, T]`."""
+    step, mask_id = proposed.step, proposed.mask_id
+    after = torch.where(committed, step.proposal, proposed.tokens).masked_fill(taken, mask_id)
     return step._replace(tokens=after, committed=committed, remaining=(after == mask_id).sum(1, dtype=torch.int32))

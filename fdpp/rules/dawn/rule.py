@@ -12,7 +12,7 @@ from fdpp.attention.split_keys import visible
 from fdpp.rules.dawn import reference
 from fdpp.rules.dawn.decide import commit
 from fdpp.rules.dawn.edges import dependency_edges, unpack_bits
-from fdpp.rules.rule import Needs, Rule, Sight, number, whole
+from fdpp.rules.rule import Needs, Proposed, Rule, Sight, number, whole
 from fdpp.rules.threshold import threshold
 from fdpp.selection import Selection, recommit
 
@@ -101,15 +101,8 @@ class Dawn(Rule):
         anchors = sight.fed_confidence().masked_fill(sight.tokens == sight.mask_id, 0.0)
         return Dependencies(edges, anchors if mask is None else anchors.masked_fill(~mask[:, None], 0.0))
 
-    def decide(
-        self,
-        step: Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Dependencies | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> Selection:
+    def decide(self, proposed: Proposed) -> Selection:
+        step, tokens, candidate, _, memory, block = proposed
         if memory is None:
             return step
         assert isinstance(block, slice)
@@ -125,15 +118,8 @@ class Dawn(Rule):
             nonfinite=step.nonfinite,
         )
 
-    def reference(
-        self,
-        step: Selection,
-        tokens: Tensor,
-        candidate: Tensor,
-        memory: Dependencies | None,
-        block: slice | Tensor | None,
-        mask_id: int,
-    ) -> Selection:
+    def reference(self, proposed: Proposed) -> Selection:
+        step, tokens, candidate, _, memory, block = proposed
         if memory is None:
             return step
         assert isinstance(block, slice)
