@@ -19,12 +19,10 @@ from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.models.llada import LLaDAModelLM
 from fdpp.rules import Factor, Frechet, Quota, Rule, Threshold
 
-RULES: dict[str, Rule] = {
-    "one per step": Quota(),
-    "threshold 0.9": Threshold(0.9),
-    "factor 0.75": Factor(0.75),
-    "Fréchet 0.25": Frechet(0.25),
-}
+SHOWN = Frechet(0.25)
+"""The rule of the problems that are shown one by one."""
+
+RULES: dict[str, Rule] = {rule.label(): rule for rule in (Quota(), Threshold(0.9), Factor(0.75), SHOWN)}
 LIVE_PROBLEMS = 3
 PAUSE = 0.15
 BATCH = 16
@@ -56,7 +54,7 @@ def decode(
 
 def show(model: LLaDAModelLM, tokenizer: Any, problem: tiny.Problem, cache: str) -> None:
     """Decode one problem before the reader's eyes; plain lines where standard output is no terminal."""
-    rule, out = RULES["Fréchet 0.25"], sys.stdout
+    rule, out = SHOWN, sys.stdout
     live = is_live(out)
     width = shutil.get_terminal_size().columns - 1
     print(fill(problem.prompt, width) if live else problem.prompt)
@@ -100,7 +98,7 @@ def run(problems: int, cache: str) -> int:
     model, tokenizer = tiny.load()
     held_out = tiny.generate("held-out", problems)
     shown = held_out[:LIVE_PROBLEMS]
-    rule = fit(sys.stdout, "Fréchet 0.25", "Frechet 0.25")
+    rule = fit(sys.stdout, SHOWN.label(), SHOWN.label().replace("é", "e"))
     print(f"LLaDA, {model.num_parameters() / 1e6:.1f} M parameters, on held-out problems: {rule}, cache {cache}\n")
     for problem in shown:
         show(model, tokenizer, problem, cache)
