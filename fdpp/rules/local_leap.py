@@ -35,12 +35,9 @@ class LocalLeap(Rule):
 
     def decide(self, proposed: Proposed) -> Selection:
         step, candidate = proposed.step, proposed.candidate
-        T = candidate.shape[1]
-        if T == 0:
-            return step
         usable, confidence = candidate & (step.confidence > 0.0), step.confidence.double()
         anchor = usable & (confidence >= self.threshold)
-        radius = min(self.radius, T)
+        radius = min(self.radius, candidate.shape[1])
         near = F.max_pool1d(anchor[:, None].float(), 2 * radius + 1, stride=1, padding=radius)[:, 0] > 0
         return proposed.commit(step.committed | (usable & near & (confidence >= self.relaxed)))
 

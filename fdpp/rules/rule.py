@@ -103,7 +103,7 @@ Memory = Any
 
 
 class Proposed(NamedTuple):
-    """What a rule decides on: N states of a block, and what the prefix test made of them.
+    """What a rule decides on: N states of a block of at least one position, and what the prefix test made of them.
 
     Attributes:
         step: the prefix test's decision, fields `[N, T]`.

@@ -71,7 +71,7 @@ def confidence(logits: Tensor, mask_id: int) -> Tensor:
 
 def decided(step: Selection, tokens: Tensor, active: Tensor | None, rule: Rule, mask_id: int) -> Selection:
     """The decision of `rule` after the prefix test's `step`, outside of a decode: it has no memory and no block."""
-    if type(rule).decide is Rule.decide:
+    if type(rule).decide is Rule.decide or not tokens.shape[1]:
         return step
     return rule.decide(Proposed(step, tokens, candidates(tokens, mask_id, active), mask_id))
 

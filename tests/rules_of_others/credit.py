@@ -58,8 +58,6 @@ class Credit(MostConfident, fdpp.Rule):
 
     def decide(self, proposed: Proposed) -> fdpp.Selection:
         step, candidate = proposed.step, proposed.candidate
-        if candidate.shape[1] == 0:
-            return step
         confidence = step.confidence.masked_fill(~candidate, -1.0)
         least = (confidence.amax(1, keepdim=True) - 1e-5).clamp(max=self.threshold)
         return proposed.commit(candidate & (confidence >= least))

@@ -30,8 +30,6 @@ class Editing(MostConfident, fdpp.Rule):
 
     def decide(self, proposed: Proposed) -> Selection:
         step, candidate = proposed.step, proposed.candidate
-        if candidate.shape[1] == 0:
-            return step
         c = step.confidence.masked_fill(~candidate, -1.0)
         committed = candidate & ((c >= self.tau) | first_of(c))
         # Outside of a decode there is nothing to edit: no confidence stands at committed positions.

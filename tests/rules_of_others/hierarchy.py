@@ -25,8 +25,6 @@ class Hierarchy(MostConfident, fdpp.Rule):
     def decide(self, proposed: Proposed) -> fdpp.Selection:
         step, candidate = proposed.step, proposed.candidate
         b, T = candidate.shape
-        if T == 0:
-            return step
         confidence = step.confidence.masked_fill(~candidate, -1.0)
         run = (~candidate).cumsum(1)
         runs = confidence.new_full((b, T + 1), -1.0)
