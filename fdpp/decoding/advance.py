@@ -60,9 +60,12 @@ class Advance:
         chosen = self.choose(state, evidence, states, index, schedule, window)
         chain = Chain(states, chosen, self.mask_id, self.eos, self.rule.revokes)
 
-        sequences, commit_step = state.sequences.clone(), state.commit_step.clone()
+        sequences, commit_step, confidence = (
+            held.clone() for held in (state.sequences, state.commit_step, state.confidence)
+        )
         sequences[:, window.block] = chain.tokens
-        commit_step[:, window.block] = chain.commit_step(index, commit_step[:, window.block])
+        commit_step[:, window.block] = chain.at_commit(index[:, :, None], commit_step[:, window.block], -1)
+        confidence[:, window.block] = chain.at_commit(chosen.confidence, confidence[:, window.block], 1.0)
         offered, accepted = state.offered, state.accepted
         if offered is not None and accepted is not None and drafts > 1:
             offered, accepted = offered.clone(), accepted.clone()
@@ -72,6 +75,7 @@ class Advance:
         after = state._replace(
             sequences=sequences,
             commit_step=commit_step,
+            confidence=confidence,
             nfe=state.nfe + 1,
             steps=state.steps + chain.accepted,
             query_tokens=state.query_tokens + self.forwards.queries(state, window, drafts),

@@ -64,23 +64,24 @@ class Chain:
         """`last` with its dimension of states kept, `[b, 1, ...]`."""
         return self.last(value)[:, None]
 
-    def commit_step(self, index: Tensor, before: Tensor) -> Tensor:
+    def at_commit(self, values: Tensor, before: Tensor, uncommitted: float) -> Tensor:
         """`before` `[b, T]`, updated by the steps from right states.
 
-        Positions that they commit get the step's number, from `index` `[b, D]`; those that they take back get -1.
+        Positions that they commit get the step's entry of `values` `[b, D, 1 or T]`; those that they take back get
+        `uncommitted`.
         """
         if self.revokes:
-            return self.last_event(index, before)
-        if index.shape[1] == 1:
-            return torch.where(self.chosen.committed[:, 0], index, before)
+            return self.last_event(values, before, uncommitted)
+        if values.shape[1] == 1:
+            return torch.where(self.chosen.committed[:, 0], values[:, 0], before)
         commits = self.chosen.committed & self.right[:, :, None]
-        return torch.where(commits.any(1), (commits * index[:, :, None]).sum(1), before)
+        return torch.where(commits.any(1), (commits * values).sum(1), before)
 
-    def last_event(self, index: Tensor, before: Tensor) -> Tensor:
-        """`commit_step` for a rule that revokes: a position's last commit or revocation counts."""
+    def last_event(self, values: Tensor, before: Tensor, uncommitted: float) -> Tensor:
+        """`at_commit` for a rule that revokes: a position's last commit or revocation counts."""
         taken = (self.states != self.mask_id) & (self.chosen.tokens == self.mask_id)
-        for depth in range(index.shape[1]):
-            event = torch.where(taken[:, depth], -1, index[:, depth, None])
+        for depth in range(values.shape[1]):
+            event = values[:, depth].masked_fill(taken[:, depth], uncommitted)
             changed = (self.chosen.committed | taken)[:, depth] & self.right[:, depth, None]
             before = torch.where(changed, event, before)
         return before

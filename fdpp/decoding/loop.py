@@ -136,6 +136,7 @@ class BlockLoop:
             row=self.live,
             sequences=sequences,
             commit_step=torch.full_like(sequences, -1),
+            confidence=torch.ones_like(sequences, dtype=torch.float32),
             nfe=none,
             steps=none.clone(),
             query_tokens=none.clone(),
@@ -216,7 +217,9 @@ class BlockLoop:
 
     def output(self) -> DiffusionGenerationOutput:
         response = self.whole.sequences[:, self.prompt_length :]
-        commit_step = self.whole.commit_step[:, self.prompt_length :]
+        commit_step, confidence = (
+            held[:, self.prompt_length :] for held in (self.whole.commit_step, self.whole.confidence)
+        )
         before_eos = torch.isin(response, self.eos).cumsum(1) == 0
         written = (before_eos & (commit_step >= 0)).sum(1)
         acceptance = None
@@ -227,6 +230,8 @@ class BlockLoop:
             nfe=self.whole.nfe,
             tokens_per_forward=written.double() / self.whole.nfe.clamp(min=1),
             commit_step=commit_step,
+            confidence=confidence,
+            log_prob=confidence.log(),
             query_tokens=self.whole.query_tokens,
             acceptance=acceptance,
         )

@@ -61,6 +61,7 @@ class BlockState(NamedTuple):
         row: `[b]` int64, which sequences of the decode they are.
         sequences: `[b, L]` int64, prompts and responses, masks included.
         commit_step: `[b, L]` int64, the step of its sequence that committed a column, -1 where none did.
+        confidence: `[b, L]` float32, that of the token at the step which committed it, 1 where none did.
         nfe, steps, query_tokens: `[b]` int64, forwards, steps and fed positions so far.
         first_step: `[b]` int64, `steps` at the block's start.
         position_ids: `[b, L]` int64.
@@ -76,6 +77,7 @@ class BlockState(NamedTuple):
     row: Tensor
     sequences: Tensor
     commit_step: Tensor
+    confidence: Tensor
     nfe: Tensor
     steps: Tensor
     query_tokens: Tensor
@@ -109,7 +111,7 @@ class BlockState(NamedTuple):
 
     def write(self, part: BlockState) -> None:
         """Write what steps change back to the rows that `part` came from."""
-        for name in ("sequences", "commit_step", "nfe", "steps", "query_tokens", "offered", "accepted"):
+        for name in ("sequences", "commit_step", "confidence", "nfe", "steps", "query_tokens", "offered", "accepted"):
             field = getattr(self, name)
             if field is not None:
                 field[part.row] = getattr(part, name)
