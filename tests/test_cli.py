@@ -61,7 +61,7 @@ def test_help_of_generate_explains_every_option(capsys):
     ):  # fmt: skip
         explained = text[text.index("options:") :].split(f" {option} ", 1)[1]
         assert f"(default: {default}" in explained.split(" --")[0], option
-    assert text.count("fdpp generate --") == 2, "two examples"
+    assert text.count("fdpp generate --") == 3, "three examples"
 
 
 def test_version(capsys):
@@ -84,7 +84,7 @@ def test_generate_prints_what_drafts_cost_and_bring(capsys):
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     out = model.generate(ids, rule=fdpp.Quota(), drafts=3, max_new_tokens=32)
     assert [int(group) for group in said.groups()] == [
-        out.query_tokens.item(), *(round(100 * share) for share in out.acceptance.tolist())
+        out.query_tokens.item(), *(round(100 * share) for share in out.acceptance[0].tolist())
     ]  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def test_bfloat16(capsys):
     [
         ("", "the following arguments are required: COMMAND (see fdpp --help)"),
         ("frobnicate", "'frobnicate'"),
-        ("generate", "--prompt (see fdpp generate --help)"),
+        ("generate", "--prompt --fill is required (see fdpp generate --help)"),
         ("generate --prompt", "--prompt: expected one argument"),
         ("generate --prompt x --steep 2", "unrecognized arguments: --steep 2"),
         ("generate --prompt x --tau 0.9", "--tau does not belong to --rule frechet, which takes --calibration and"),
@@ -276,3 +276,47 @@ def test_output_in_ascii(monkeypatch):
     monkeypatch.setattr(sys, "stdout", out)
     assert cli.main(["demo", "--help"]) == 0
     assert b"Fr?chet" in out.buffer.getvalue()
+
+
+FILL = "Mia has 12 apples . In May she finds 5 , so Mia has <mask> apples . In June she <mask> 3 ."
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_generate_fills_the_blanks_of_a_text(each, capsys):
+    assert cli.main(["generate", "--fill", FILL, "--fill-length", str(each), "--cache", "none"]) == 0
+    model, tokenizer = tiny.load()
+    ids = torch.tensor([tokenizer(FILL.replace("<mask>", "<mask>" * each))["input_ids"]])
+    out = model.infill(ids, cache="none")
+    told = capsys.readouterr()
+    assert told.out == tokenizer.decode(out.sequences[0], skip_special_tokens=True).strip() + "\n"
+    assert "<mask>" not in told.out and told.out.startswith("Mia has 12 apples . In May she finds 5 , so Mia has ")
+    assert f"{2 * each} tokens" in told.err
+
+
+def test_generate_streams_a_text_with_its_blanks_filled(capsys):
+    assert cli.main(["generate", "--stream", "--fill", FILL, "--block-length", "4"]) == 0
+    assert capsys.readouterr().out.startswith("Mia has 12 apples . In May she finds 5 , so Mia has ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fill", "Mia has 12 apples ."], "--fill: expected <mask> at the blanks of the text, got none"),
+        (["--fill", " "], "--fill: the text is empty"),
+        (["--fill", FILL, "--prompt", PROMPT], "not allowed with"),
+        (["--prompt", PROMPT, "--fill-length", "2"], "--fill-length belongs to --fill"),
+        (["--fill", FILL, "--fill-length", "200"], "exceed the model's window of 256"),
+    ],
+)
+def test_blanks_that_cannot_be_filled(arguments, message, capsys):
+    assert cli.main(["generate", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_masks_that_are_words_of_the_text_are_refused(capsys, monkeypatch):
+    model, tokenizer = tiny.load()
+    model.config.mask_token_id = tokenizer("apples")["input_ids"][0]
+    monkeypatch.setattr(tiny, "load", lambda: (model, tokenizer))
+    assert cli.main(["generate", "--fill", FILL]) == 2
+    assert "--fill: expected 2 masks, the tokenizer makes 4 of them" in capsys.readouterr().err

@@ -132,7 +132,7 @@ def test_mask_of_ones_is_no_mask(llada: LLaDAModelLM) -> None:
 def test_the_prompt_is_never_changed(llada: LLaDAModelLM, rule: fdpp.Rule, cache: str) -> None:
     prompt = torch.tensor([[MASK, 3, EOS, MASK, PAD], [1, MASK, MASK, MASK, MASK]])
     given_prompt = prompt.clone()
-    out = llada.generate(prompt, max_new_tokens=12, block_length=5, rule=rule, cache=cache)
+    out = llada.generate(prompt, torch.ones_like(prompt), max_new_tokens=12, block_length=5, rule=rule, cache=cache)
     check(out, given_prompt, 12, 5)
     assert torch.equal(prompt, given_prompt)
 

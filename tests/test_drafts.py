@@ -72,7 +72,7 @@ def test_drafts_save_forwards_where_predictions_hold() -> None:
     assert base.nfe.tolist() == [16]
     assert out.nfe.tolist() == [1 + 3], "the full forward, then 15 states in chains of 5"
     assert out.acceptance is not None
-    assert out.acceptance.tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert out.acceptance.tolist() == [[1.0, 1.0, 1.0, 1.0]]
     assert base.acceptance is None
 
 
@@ -103,7 +103,7 @@ def test_a_wrong_draft_with_unusable_logits_is_no_error() -> None:
     drafted = model.generate(ids, drafts=3, **settings)
     assert drafted.acceptance is not None
     model.project = poisoned
-    if drafted.acceptance[1] == 0:
+    if drafted.acceptance[0, 1] == 0:
         assert same_decode(model.generate(ids, drafts=3, **settings), base)
     else:
         with pytest.raises(FloatingPointError, match="masked positions"):

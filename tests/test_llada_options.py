@@ -120,7 +120,6 @@ def test_random_remasking_commits_what_the_model_proposes(llada: LLaDAModelLM) -
     [
         ({"remasking": "low"}, "remasking: expected one of low_confidence, random, got 'low'"),
         ({"remasking": "random", "seed": 1}, r"remasking='random'.*rule=Quota.*got Frechet\(margin=0.25"),
-        ({"remasking": "random", "rule": Quota()}, "remasking='random' draws positions: expected a seed"),
         ({"remasking": "random", "rule": Quota(), "seed": 1, "confidence_eos_eot_inf": True}, "confidence_eos_eot_inf"),
         (
             {"confidence_eos_eot_inf": True, "rule": fdpp.EntropyBound()},

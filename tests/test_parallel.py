@@ -181,6 +181,13 @@ def test_what_cannot_be_shared_out_is_refused(decoded: list[dict[str, Any]]) -> 
 
 
 @needs_accelerate
+def test_processes_that_draw_a_seed_draw_the_same(decoded: list[dict[str, Any]]) -> None:
+    """Their generators are seeded otherwise, and sequences that differ would hang a collective sooner or later."""
+    first, second = (results["drawn seed"] for results in decoded)
+    assert all(one.equal(other) for one, other in zip(first, second, strict=True))
+
+
+@needs_accelerate
 def test_accelerate_shares_out_the_prompts(decoded: list[dict[str, Any]]) -> None:
     model = in_float64(small_model())
     alone = [answers(model, [question])[0] for question in QUESTIONS]

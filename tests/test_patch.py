@@ -456,7 +456,7 @@ def test_only_the_instance_changes() -> None:
         assert theirs(ids).logits.equal(logits)
     assert everything(other) == untouched and vars(type(theirs)) == kind
     assert dict(theirs.state_dict()).keys() == names
-    assert set(vars(theirs)) - modules == {"generate", patching.RECORD}
+    assert set(vars(theirs)) - modules == {"generate", "infill", patching.RECORD}
 
 
 def test_a_generate_of_the_instances_own_comes_back() -> None:

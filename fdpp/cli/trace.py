@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fdpp import tiny
-from fdpp.cli.generate import read_prompt
+from fdpp.cli.generate import read_text
 from fdpp.cli.options import (
     CommandError,
     add_decoding_options,
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         args.prompt = tiny.generate("held-out", 1)[0].prompt
     if args.png and find_spec("matplotlib") is None:
         raise CommandError("--png needs matplotlib: pip install matplotlib, or fdpp with its extra png")
-    config, prompt = config_of(args), read_prompt(args)
+    config, prompt = config_of(args), read_text(args.prompt, "--prompt")
     output = args.output or (None if args.png else Path(PAGE))
     for path in (output, args.png):
         if path and not path.parent.is_dir():

@@ -58,7 +58,8 @@ class Advance:
         index = state.steps[:, None] + torch.arange(drafts, device=states.device)
         evidence = self.forwards(state, states, window, cache)
         chosen = self.choose(state, evidence, states, index, schedule, window)
-        chain = Chain(states, chosen, self.mask_id, self.eos, self.rule.revokes)
+        allowed = state.ends_allowed(window.block)
+        chain = Chain(states, chosen, self.mask_id, self.eos, self.rule.revokes, allowed)
 
         sequences, commit_step, confidence = (
             held.clone() for held in (state.sequences, state.commit_step, state.confidence)
@@ -84,7 +85,7 @@ class Advance:
             evidence=evidence.each(chain.last_state) if carried else None,
         )
 
-        ended = ends(chain.tokens, self.mask_id, self.eos)
+        ended = ends(chain.tokens, self.mask_id, self.eos, allowed)
         if self.rule.revokes:
             # Until then the EOS may be taken back.
             ended = ended & (chain.remaining == 0)

@@ -23,8 +23,9 @@ from fdpp.selection import Selection
 class Chain:
     """Verifies the `states` `[b, D, T]` of one forward, given the step `chosen` from each of them.
 
-    No step is taken from a state that ends its sequence (`state.ends`, with its `mask_id` and `eos`) or its block. With
-    a rule that `revokes` an EOS ends nothing before the block is finished, since it may be taken back.
+    No step is taken from a state that ends its sequence (`state.ends`, with its `mask_id`, its `eos` and, `[b, T]`, its
+    `allowed`) or its block. With a rule that `revokes` an EOS ends nothing before the block is finished, since it may
+    be taken back.
 
     Attributes:
         accepted: `[b]` int64, how many of the states are right, at least 1.
@@ -32,7 +33,15 @@ class Chain:
         remaining, nonfinite: `[b]`, of the steps from right states.
     """
 
-    def __init__(self, states: Tensor, chosen: Selection, mask_id: int, eos: Tensor | None, revokes: bool) -> None:
+    def __init__(
+        self,
+        states: Tensor,
+        chosen: Selection,
+        mask_id: int,
+        eos: Tensor | None,
+        revokes: bool,
+        allowed: Tensor | None = None,
+    ) -> None:
         self.states, self.chosen, self.mask_id, self.revokes = states, chosen, mask_id, revokes
         if states.shape[1] == 1:
             self.accepted = torch.ones(states.shape[:1], dtype=torch.int64, device=states.device)
@@ -45,7 +54,8 @@ class Chain:
         if revokes:
             self.offered = (chosen.tokens != states)[:, 1:].any(2) & (chosen.remaining[:, :-1] > 0)
         else:
-            self.offered = chosen.committed[:, 1:].any(2) & ~ends(states, mask_id, eos)[:, 1:]
+            allowed = None if allowed is None else allowed[:, None]
+            self.offered = chosen.committed[:, 1:].any(2) & ~ends(states, mask_id, eos, allowed)[:, 1:]
         self.agrees = self.offered & (chosen.tokens[:, :-1] == states[:, 1:]).all(2)
         self.accepted = 1 + self.agrees.long().cumprod(1).sum(1)
         self.tokens = self.last(chosen.tokens)

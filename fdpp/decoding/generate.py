@@ -12,12 +12,23 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from fdpp.decoding.arguments import (
+    SETTINGS,
+    check_ids,
+    check_mask,
+    inferred_padding,
+    prompt_of,
+    settings_of,
+    warn_once,
+)
+from fdpp.decoding.head import slice_held
+from fdpp.decoding.infill import blanks, groups, output_of
 from fdpp.decoding.loop import BlockLoop
 from fdpp.decoding.model import DiffusionModel
-from fdpp.decoding.settings import DiffusionGenerationConfig
+from fdpp.decoding.settings import DiffusionGenerationConfig, is_int
 from fdpp.decoding.static import steps_for
 
 TOKEN_IDS = ("mask_token_id", "eos_token_id", "pad_token_id", "eot_token_id")
@@ -45,22 +56,25 @@ class DiffusionGenerationMixin:
     @without_gradients
     def generate(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        generation_config: DiffusionGenerationConfig | None = None,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        generation_config: DiffusionGenerationConfig | GenerationConfig | None = None,
         streamer: BaseStreamer | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         logits_processor: LogitsProcessorList | None = None,
         custom_generate: Callable[..., Any] | None = None,
+        num_return_sequences: int | None = None,
         **overrides: Any,
     ) -> Any:
         """Decode a response block by block.
 
         Args:
-            input_ids: `[B, P]` int64 prompts, padded on the left; P may be 0.
-            attention_mask: `[B, P]`, 1 at prompt tokens and 0 at padding; None: no padding.
+            input_ids: `[B, P]` int64 prompts, padded on the left; P may be 0. Also lists of ids, or what a tokenizer
+                returns. Masks in a prompt stay, with a warning: `infill` fills them.
+            attention_mask: `[B, P]`, 1 at prompt tokens and 0 at padding; None: as transformers infers it, see
+                `fdpp.decoding.arguments.inferred_padding`.
             generation_config: settings, in the place of the model's own `generation_config`; any of its fields can also
-                be given by name and then wins.
+                be given by name and then wins. The settings of a `GenerationConfig` count as given by name.
             streamer: receives `put(prompt)`, `put_draft(block)` after every forward if it has that method, `put(block)`
                 for every finished block and `end()`, as `transformers.TextDiffusionStreamer` does. A draft is the
                 block's tokens so far `[B, T]`, masks included; a streamer that asks for logits instead is refused.
@@ -75,35 +89,41 @@ class DiffusionGenerationMixin:
                 calls it, with the model and `input_ids`, then by name `attention_mask` `[B, P]` int64,
                 `generation_config` (settings with all token ids), `logits_processor` and `stopping_criteria` (lists,
                 perhaps empty), `streamer` if there is one, and settings of its own that it names.
+            num_return_sequences: responses to every prompt, next to each other; more than one takes sampling.
+            overrides: settings by name. `do_sample`, `max_length` and values that change nothing are read as in
+                transformers, see `fdpp.decoding.arguments.settings_of`.
 
         Returns:
             `DiffusionGenerationOutput` (sequences, nfe, tokens per forward), or the sequences alone with
             `return_dict_in_generate=False`. Prompt tokens are never changed, whatever ids they hold.
 
         Raises:
-            ValueError: a setting, shape or dtype that does not fit; a prompt that with its response is longer than the
-                model's window.
-            TypeError: an unknown setting, or one of another type.
+            ValueError: a setting, shape, dtype or id that does not fit; a prompt that with its response is longer than
+                the model's window.
+            TypeError: an unknown setting, one of another type, or text in the place of ids.
             FloatingPointError: the model produced NaN, +inf or only -inf at a masked position.
         """
         own = taken_by(custom_generate, overrides)
-        config = self.settled(generation_config, {name: overrides[name] for name in overrides.keys() - own.keys()})
-        attention_mask = check_prompt(input_ids, attention_mask)
-        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(1).amax())
-        window = self.config.max_sequence_length
-        if longest + config.max_new_tokens > window:
-            raise ValueError(
-                f"prompt of {longest} tokens and {config.max_new_tokens} new ones exceed the model's window of {window}"
+        overrides = {name: overrides[name] for name in overrides.keys() - own.keys()}
+        ids, mask, config = self.asked(input_ids, attention_mask, generation_config, overrides)
+        masks = bool(blanks(ids, mask, cast(int, config.mask_token_id)).any())
+        if config.max_new_tokens == 0 and custom_generate is None:
+            if not masks:
+                raise ValueError("max_new_tokens=0 fills the masks of a prompt, got one without: expected at least 1")
+            return self.fill(ids, mask, config, streamer, stopping_criteria, logits_processor)
+        if masks and custom_generate is None:
+            warn_once(
+                "generate: the prompt holds masks, which stay as they are; `infill` or max_new_tokens=0 fills them"
             )
-        if getattr(streamer, "_takes_logits", False):
-            raise ValueError(f"streamer: expected one of tokens, got {type(streamer).__name__}, which takes logits")
-        processors = LogitsProcessorList(logits_processor or [])
-        criteria = StoppingCriteriaList(stopping_criteria or [])
+        copies = copies_of(num_return_sequences, config)
+        ids, mask = ids.repeat_interleave(copies, 0), None if mask is None else mask.repeat_interleave(copies, 0)
+        self.check_window(ids, mask, config.max_new_tokens)
+        processors, criteria = lists(streamer, logits_processor, stopping_criteria)
         if custom_generate is not None:
             return custom_generate(
                 self,
-                input_ids,
-                attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask.long(),
+                ids,
+                attention_mask=torch.ones_like(ids) if mask is None else mask.long(),
                 generation_config=config,
                 logits_processor=processors,
                 stopping_criteria=criteria,
@@ -111,10 +131,97 @@ class DiffusionGenerationMixin:
                 **own,
             )
         model = cast(DiffusionModel, self)
-        with steps_for(model, config, input_ids.device, processors or None) as static:
-            loop = BlockLoop(model, input_ids, attention_mask, config, processors or None, static)
-            decode(loop, streamer, criteria, input_ids)
+        with steps_for(model, config, ids.device, processors or None) as static:
+            loop = BlockLoop(model, ids, mask, config, processors or None, static)
+            decode(loop, streamer, criteria, ids)
         return loop.output() if config.return_dict_in_generate else loop.sequences
+
+    @without_gradients
+    def infill(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        generation_config: DiffusionGenerationConfig | GenerationConfig | None = None,
+        streamer: BaseStreamer | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """Fill the masks of a text, block by block.
+
+        The response starts at a sequence's first mask: blocks are counted from there, and given tokens count as
+        committed. None of them is ever changed. Blocks without masks cost nothing. An EOS ends a sequence as in
+        `generate` if no given token follows it. Sequences whose first masks stand in different columns are decoded one
+        after another, each as it would be alone.
+
+        Args:
+            input_ids, attention_mask: `[B, P]` as in `generate`; masks are the model's `mask_token_id`.
+            streamer: as in `generate`, given what is before the first mask as the prompt; the first masks of all
+                sequences must then stand in the same column.
+            stopping_criteria: as in `generate`, asked with sequences that are decoded together; True leaves padding
+                in the place of later masks.
+            generation_config, logits_processor, overrides: as in `generate`, but for `max_new_tokens`.
+
+        Returns:
+            As `generate`, the sequences `[B, P]` and what is said of every position over all P of them.
+
+        Raises:
+            As `generate`.
+        """
+        if overrides.get("max_new_tokens"):
+            raise ValueError(f"infill: expected no max_new_tokens, the text has its length, got {overrides}")
+        overrides = {**overrides, "max_new_tokens": 0}
+        ids, mask, config = self.asked(input_ids, attention_mask, generation_config, overrides)
+        return self.fill(ids, mask, config, streamer, stopping_criteria, logits_processor)
+
+    def fill(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        config: DiffusionGenerationConfig,
+        streamer: BaseStreamer | None,
+        stopping_criteria: StoppingCriteriaList | None,
+        logits_processor: LogitsProcessorList | None,
+    ) -> Any:
+        """`infill` with its arguments checked."""
+        self.check_window(ids, mask, 0)
+        processors, criteria = lists(streamer, logits_processor, stopping_criteria)
+        parts = list(groups(blanks(ids, mask, cast(int, config.mask_token_id))))
+        if streamer is not None and (len(parts) != 1 or parts[0][1].shape[0] < ids.shape[0]):
+            at = ", ".join(f"{start} of sequences {rows.tolist()}" for start, rows in parts) or "none"
+            raise ValueError(f"streamer: expected first masks in one column of all sequences, got columns {at}")
+        model, loops = cast(DiffusionModel, self), []
+        for start, rows in parts:
+            some = replace(config, max_new_tokens=ids.shape[1] - start)
+            with steps_for(model, some, ids.device, processors or None) as static:
+                prompt, given = ids[rows, :start], ids[rows, start:]
+                padding = None if mask is None else mask[rows, :start]
+                loop = BlockLoop(model, prompt, padding, some, processors or None, static, given, rows)
+                decode(loop, streamer, criteria, prompt)
+            loops.append((rows, loop))
+        out = output_of(ids, loops)
+        return out if config.return_dict_in_generate else out.sequences
+
+    def asked(
+        self, input_ids: Any, attention_mask: Any, generation_config: Any, overrides: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None, DiffusionGenerationConfig]:
+        """The prompts `[B, P]`, their attention mask (None: no padding), and all settings of a decode."""
+        overrides = dict(overrides)
+        inputs = overrides.pop("inputs", None)
+        device = next(iter(self.parameters())).device  # type: ignore[attr-defined]
+        ids, mask = prompt_of(inputs if input_ids is None else input_ids, attention_mask, device)
+        config = self.settled(generation_config, overrides, ids.shape[1])
+        check_ids(ids, self.config.vocab_size)
+        mask = inferred_padding(ids, config) if mask is None else check_mask(ids, mask)
+        if config.draws and config.seed is None:
+            config = replace(config, seed=drawn_seed(cast(DiffusionModel, self), ids.device))
+        return ids, mask, config
+
+    def check_window(self, ids: Tensor, mask: Tensor | None, new: int) -> None:
+        longest = ids.shape[1] if mask is None else int(mask.sum(1).amax())
+        window = self.config.max_sequence_length
+        if longest + new > window:
+            raise ValueError(f"prompt of {longest} tokens and {new} new ones exceed the model's window of {window}")
 
     @without_gradients
     def warmup(
@@ -135,7 +242,7 @@ class DiffusionGenerationMixin:
             batch_size: most prompts of a batch.
             generation_config: as in `generate`, and so are all other settings.
         """
-        config = self.settled(generation_config, overrides)
+        config = self.settled(generation_config, overrides, prompt_length)
         weight = next(iter(self.parameters()))  # type: ignore[attr-defined]
         ids = torch.full((batch_size, prompt_length), config.pad_token_id or 0, device=weight.device)
         masks: list[Tensor | None] = [None]
@@ -150,15 +257,17 @@ class DiffusionGenerationMixin:
                     BlockLoop(model, ids, mask, config, None, static).warm_up()
 
     def settled(
-        self, generation_config: DiffusionGenerationConfig | None, overrides: dict[str, Any]
+        self,
+        generation_config: DiffusionGenerationConfig | GenerationConfig | None,
+        overrides: dict[str, Any],
+        prompt_length: int | None = None,
     ) -> DiffusionGenerationConfig:
         """All settings of a decode: `overrides` win over `generation_config`, which wins over the model's."""
-        unknown = set(overrides) - set(DiffusionGenerationConfig.__dataclass_fields__)
-        if unknown:
-            known = ", ".join(DiffusionGenerationConfig.__dataclass_fields__)
-            raise TypeError(f"generate: unknown settings {sorted(unknown)}; known are {known}")
         own = check_kind(getattr(self, "generation_config", DiffusionGenerationConfig()))
-        settings = replace(own if generation_config is None else check_kind(generation_config), **overrides)
+        if isinstance(generation_config, GenerationConfig):
+            overrides, generation_config = generation_config.to_diff_dict() | overrides, None
+        base = own if generation_config is None else check_kind(generation_config)
+        settings = replace(base, **settings_of(overrides, base, prompt_length))
         missing = {name: getattr(own, name) for name in TOKEN_IDS if getattr(settings, name) is None}
         return with_token_ids(replace(settings, **missing), self.config)
 
@@ -198,6 +307,32 @@ def decode(loop: BlockLoop, streamer: BaseStreamer | None, criteria: StoppingCri
         streamer.end()
 
 
+def lists(
+    streamer: Any, logits_processor: Any, stopping_criteria: Any
+) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
+    """Processors and criteria as transformers' lists; `ValueError` on a streamer that wants logits."""
+    if getattr(streamer, "_takes_logits", False):
+        raise ValueError(f"streamer: expected one of tokens, got {type(streamer).__name__}, which takes logits")
+    return LogitsProcessorList(logits_processor or []), StoppingCriteriaList(stopping_criteria or [])
+
+
+def copies_of(num_return_sequences: int | None, config: DiffusionGenerationConfig) -> int:
+    """How often to decode every prompt."""
+    copies = 1 if num_return_sequences is None else num_return_sequences
+    if not is_int(copies) or copies < 1:
+        raise ValueError(f"num_return_sequences: expected an int of at least 1, got {num_return_sequences!r}")
+    if copies > 1 and not config.draws:
+        raise ValueError(f"num_return_sequences={copies} would be the same {copies} times: expected a temperature")
+    return copies
+
+
+def drawn_seed(model: DiffusionModel, device: torch.device) -> int:
+    """A seed from PyTorch's CPU generator; under tensor parallelism that of the first process."""
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu")
+    held = slice_held(model)
+    return int(seed if held is None else held.agreed(seed.to(device)))
+
+
 def check_kind(config: Any) -> DiffusionGenerationConfig:
     if not isinstance(config, DiffusionGenerationConfig):
         raise TypeError(f"generation_config: expected a DiffusionGenerationConfig, got {type(config).__name__}")
@@ -214,7 +349,7 @@ def taken_by(custom_generate: Callable[..., Any] | None, overrides: dict[str, An
         )
     parameters = inspect.signature(custom_generate).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    foreign = overrides.keys() - DiffusionGenerationConfig.__dataclass_fields__.keys()
+    foreign = overrides.keys() - set(SETTINGS)
     return {name: overrides[name] for name in foreign if takes_all or name in parameters}
 
 
@@ -239,22 +374,3 @@ def with_token_ids(config: DiffusionGenerationConfig, model_config: Any) -> Diff
     if mask in (pad, *eos, eot):
         raise ValueError(f"mask_token_id: expected another id than those of EOS and padding, got {mask}")
     return replace(config, mask_token_id=mask, eos_token_id=eos, pad_token_id=pad, eot_token_id=eot)
-
-
-def check_prompt(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """The attention mask as bool `[B, P]`, None without padding; `ValueError` on a prompt that does not fit."""
-    if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.shape[0] == 0:
-        raise ValueError(
-            f"input_ids: expected [B, P] int64 with B of at least 1, got {list(input_ids.shape)} {input_ids.dtype}"
-        )
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != input_ids.shape or attention_mask.device != input_ids.device:
-        raise ValueError(
-            f"attention_mask: expected {list(input_ids.shape)} on {input_ids.device}, "
-            f"got {list(attention_mask.shape)} on {attention_mask.device}"
-        )
-    mask = attention_mask.bool()
-    if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-        raise ValueError("attention_mask: expected padding on the left alone, got a 0 to the right of a 1")
-    return None if bool(mask.all()) else mask

@@ -19,7 +19,7 @@ from fdpp.decoding.runners import EagerRunner, StaticRunner
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.state import BlockState, Outcome, Window
 from fdpp.decoding.static import LENGTH_BUCKET, StaticSteps, bucket_for
-from fdpp.step.terms import pack, streams
+from fdpp.step.terms import pack
 
 
 def token_ids(config: DiffusionGenerationConfig, processor: Callable[..., Tensor] | None) -> tuple[int, int]:
@@ -37,6 +37,10 @@ class BlockLoop:
     All sequences end at the same column, so a block is the same columns in every row. Rows leave the batch as soon as
     their block is complete. A forward evaluates one state of every row or, with drafts, several.
 
+    Args:
+        given: `[B, max_new_tokens]` int64, the response to fill: its tokens count as committed. None: masks alone.
+        numbers: `[B]` int64, which noise streams after the seed's the sequences draw from; None: 0, 1, ...
+
     Attributes:
         whole: the state of all B sequences, up to date for those that take part in no forward at the moment.
         live: indices of the sequences with blocks to come.
@@ -50,6 +54,8 @@ class BlockLoop:
         config: DiffusionGenerationConfig,
         processor: Callable[..., Tensor] | None = None,
         static: StaticSteps | None = None,
+        given: Tensor | None = None,
+        numbers: Tensor | None = None,
     ) -> None:
         self.mask_id, self.pad_id = token_ids(config, processor)
         self.config, self.device, self.static = config, input_ids.device, static
@@ -60,7 +66,7 @@ class BlockLoop:
         self.live = torch.arange(input_ids.shape[0], device=self.device)
         padding = None if attention_mask is None else (~attention_mask).sum(1)
         self.padding = self.padding_of_all(padding)
-        self.whole = self.initial(*self.in_bucket(input_ids, padding))
+        self.whole = self.initial(*self.in_bucket(input_ids, padding), given, numbers)
         self.cache, stops = self.memory()
         self.advance = Advance(model, config, stops, processor)
 
@@ -125,9 +131,12 @@ class BlockLoop:
                 for drafts in (1, *depths):
                     runner.step(others, drafts)
 
-    def initial(self, input_ids: Tensor, padding: Tensor | None) -> BlockState:
+    def initial(
+        self, input_ids: Tensor, padding: Tensor | None, given: Tensor | None, numbers: Tensor | None
+    ) -> BlockState:
         B, new = input_ids.shape[0], self.config.max_new_tokens
-        sequences = torch.cat((input_ids, input_ids.new_full((B, new), self.mask_id)), dim=1)
+        response = input_ids.new_full((B, new), self.mask_id) if given is None else given
+        sequences = torch.cat((input_ids, response), dim=1)
         position_ids = torch.arange(self.length, device=self.device).expand(B, -1)
         if padding is not None:
             position_ids = (position_ids - padding[:, None]).clamp(min=0)
@@ -143,13 +152,19 @@ class BlockLoop:
             first_step=none.clone(),
             position_ids=position_ids,
             padding=padding,
+            may_end=None if given is None else self.behind_given(given),
         )
         if self.config.draws:
-            state = state._replace(streams=streams(self.config.seed or 0, B, self.device))
+            state = state._replace(streams=(self.config.seed or 0) + (self.live if numbers is None else numbers))
         if self.config.drafts != 1:
             depths = most_drafts(self.config.drafts) - 1
             state = state._replace(offered=none.new_zeros(B, depths), accepted=none.new_zeros(B, depths))
         return state
+
+    def behind_given(self, given: Tensor) -> Tensor:
+        """`[B]`, the column behind each sequence's last given token."""
+        columns = torch.arange(1, given.shape[1] + 1, device=self.device)
+        return self.prompt_length + (columns * (given != self.mask_id)).amax(1)
 
     @property
     def sequences(self) -> Tensor:
@@ -175,7 +190,12 @@ class BlockLoop:
         """
         columns = self.block_columns(block)
         first, others = self.windows(block)
-        state = self.whole.take(self.seated(self.live))
+        rows = self.live
+        if self.whole.may_end is not None:
+            rows = rows[(self.whole.sequences[rows, columns] == self.mask_id).any(1)]
+            if not rows.numel():
+                return
+        state = self.whole.take(self.seated(rows))
         runner = self.runner(state._replace(first_step=state.steps), block)
         window, drafts = first, 1
         while runner.size:
@@ -198,12 +218,18 @@ class BlockLoop:
         """Pad `rows` after their first EOS at or after column `start` and take them out of the decode."""
         sequences = self.whole.sequences
         tail = sequences[rows, start:]
-        after = torch.isin(tail, self.eos).cumsum(1).cumsum(1) > 1
+        after = self.text_ends(tail, self.whole.take(rows), start).cumsum(1).cumsum(1) > 1
         sequences[rows, start:] = tail.masked_fill(after, self.pad_id)
         self.live = self.live[~torch.isin(self.live, rows)]
 
+    def text_ends(self, tail: Tensor, state: BlockState, start: int) -> Tensor:
+        """Where the tokens `tail` `[b, n]` from column `start` on are an EOS that ends its sequence."""
+        at_end = torch.isin(tail, self.eos)
+        allowed = state.ends_allowed(slice(start, start + tail.shape[1]))
+        return at_end if allowed is None else at_end & allowed
+
     def stop(self, criteria: StoppingCriteriaList, block: int) -> None:
-        """End the sequences for which `criteria` holds after `block`; what follows the block becomes padding.
+        """End the sequences for which `criteria` holds after `block`; masks behind the block become padding.
 
         The criteria see all B sequences while one is live, so that a row of theirs is always the same sequence.
         """
@@ -212,7 +238,8 @@ class BlockLoop:
         columns = self.block_columns(block)
         stop, new = columns.stop, columns.stop - columns.start
         done = criteria(self.sequences[:, : stop - self.extra].clone(), None, new_token_length=new)[self.live]
-        self.whole.sequences[self.live[done], stop:] = self.pad_id
+        tail = self.whole.sequences[self.live[done], stop:]
+        self.whole.sequences[self.live[done], stop:] = tail.masked_fill(tail == self.mask_id, self.pad_id)
         self.live = self.live[~done]
 
     def output(self) -> DiffusionGenerationOutput:
@@ -220,11 +247,11 @@ class BlockLoop:
         commit_step, confidence = (
             held[:, self.prompt_length :] for held in (self.whole.commit_step, self.whole.confidence)
         )
-        before_eos = torch.isin(response, self.eos).cumsum(1) == 0
+        before_eos = self.text_ends(response, self.whole, self.prompt_length).cumsum(1) == 0
         written = (before_eos & (commit_step >= 0)).sum(1)
         acceptance = None
         if self.whole.offered is not None and self.whole.accepted is not None:
-            acceptance = self.whole.accepted.sum(0).double() / self.whole.offered.sum(0)
+            acceptance = self.whole.accepted.double() / self.whole.offered
         return DiffusionGenerationOutput(
             sequences=self.sequences,
             nfe=self.whole.nfe,

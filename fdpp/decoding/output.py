@@ -26,8 +26,8 @@ class DiffusionGenerationOutput(ModelOutput):
         query_tokens: `[B]` int64, positions fed to the model over all forwards, with drafts, a rule's rows and both
             passes of a guided step. All rows of a batch are fed the same number of drafts, which static steps round up.
             So it depends on the batch and the engine, as `nfe` does with drafts="auto"; tokens and steps do not.
-        acceptance: `[drafts - 1]` float64, the share of offered drafts that were accepted, by depth (NaN where none was
-            offered); None without drafts.
+        acceptance: `[B, drafts - 1]` float64, the share of offered drafts that were accepted, by depth (NaN where none
+            was offered); None without drafts.
     """
 
     sequences: torch.Tensor | None = None

@@ -30,27 +30,48 @@ METADATA = {
 }
 """Keys of other writers of the file that say nothing about a diffusion decode."""
 
-
-def rule_name(kind: type[Rule]) -> str:
-    """The name of a rule in the file: the class for a rule of this package, module and class for others."""
-    return kind.__name__ if kind.__module__.split(".")[0] == "fdpp" else kind.key()
+SAMPLING = {"do_sample", "temperature"}
+"""Settings that a file of autoregressive generation has for another way of drawing tokens."""
 
 
 class SavedSettings:
     """Base of a dataclass of settings with a `rule`; adds what transformers asks of a model's `generation_config`."""
 
+    def validate(self) -> None:
+        """Raise `ValueError` if a setting does not fit."""
+
     def to_dict(self) -> dict[str, Any]:
         """All settings that are not None; the rule by its name and numbers, `{"name": "Frechet", "margin": 0.25}`."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         settings = {name: value for name, value in settings.items() if value is not None}
-        rule = settings["rule"]
-        return settings | {"rule": {"name": rule_name(type(rule)), **dataclasses.asdict(rule)}}
+        return settings | {"rule": Rule.of(settings["rule"]).saved()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The settings of `to_dict` that are not the default, and whether the decode samples as `do_sample`.
+
+        A pipeline of transformers reads it, and would sample where it finds no `do_sample`.
+        """
+        defaults = type(self)().to_dict()
+        changed = {name: value for name, value in self.to_dict().items() if value != defaults.get(name)}
+        return changed | {"do_sample": bool(changed.get("temperature"))}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """`to_diff_dict()` as JSON, or `to_dict()` with `use_diff=False`."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def update(self, **changes: Any) -> dict[str, Any]:
+        """Set the settings among `changes` and return the others; values are checked when a decode uses them."""
+        names = {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        for name in changes.keys() & names:
+            setattr(self, name, changes[name])
+        return {name: value for name, value in changes.items() if name not in names}
 
     @classmethod
     def from_dict(cls: type[Self], settings: dict[str, Any]) -> Self:
         """The settings of `to_dict`; what is left out has its default.
 
-        Settings of autoregressive generation, which a checkpoint may hold as well, are left out with a warning.
+        Settings of autoregressive generation, which a checkpoint may hold as well, are left out with a warning. Where
+        there are no others, so is the temperature.
 
         Raises:
             ValueError: a rule, a number of a rule or a setting that does not exist, or a value that does not fit.
@@ -59,18 +80,23 @@ class SavedSettings:
             raise ValueError(f"expected a JSON object, got {type(settings).__name__}")
         names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         others = settings.keys() - names - METADATA
-        foreign = others & GenerationConfig().to_dict().keys()
+        autoregressive = GenerationConfig().to_dict().keys()
+        foreign = others & autoregressive
+        if settings.keys() <= autoregressive:
+            foreign |= {name for name in settings.keys() & SAMPLING if settings[name]}
         if others - foreign:
             raise ValueError(f"unknown settings {sorted(others - foreign)}; known are {', '.join(sorted(names))}")
         if foreign:
             logger.warning("settings of autoregressive generation have no effect: %s", ", ".join(sorted(foreign)))
-        own = {name: value for name, value in settings.items() if name in names}
-        if "rule" in own:
-            own["rule"] = rule_from(own["rule"])
-        return cls(**own)
+        return cls(**{name: value for name, value in settings.items() if name in names - foreign})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:
-        """Write `generation_config.json` into a folder, made if need be; saving a model does it as well."""
+        """Write `generation_config.json` into a folder, made if need be; saving a model does it as well.
+
+        Raises:
+            ValueError: settings that do not fit.
+        """
+        self.validate()
         saved = self.to_dict() | {"transformers_version": transformers.__version__}
         text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
         folder = Path(save_directory)
@@ -98,17 +124,3 @@ class SavedSettings:
     def from_model_config(cls: type[Self], model_config: Any) -> Self:
         """What a new model starts with: the defaults. Token ids are looked up in `model_config` by every decode."""
         return cls()
-
-
-def rule_from(saved: Any) -> Rule:
-    """The rule of its saved form, `{"name": ..., <number>: ...}`."""
-    kinds = {rule_name(kind): kind for kind in Rule.registry.values()}
-    name = saved.get("name") if isinstance(saved, dict) else saved
-    if not isinstance(saved, dict) or name not in kinds:
-        raise ValueError(
-            f'rule: expected {{"name": ..., <its numbers>}} with a name of {", ".join(sorted(kinds))}, got {saved!r}'
-        )
-    try:
-        return kinds[name](**{key: value for key, value in saved.items() if key != "name"})
-    except TypeError as error:
-        raise ValueError(f"rule {name}: {error}") from error

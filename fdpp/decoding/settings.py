@@ -8,7 +8,6 @@ from typing import TypeGuard
 from fdpp.decoding.saved import SavedSettings
 from fdpp.rules import Frechet, Rule
 from fdpp.selection import MAX_POSITIONS, check_temperature
-from fdpp.step.terms import check_rule
 
 CACHES = ("none", "prefix", "dual")
 REMASKINGS = ("low_confidence", "random")
@@ -18,16 +17,18 @@ HEADS = ("library", "fused")
 MAX_DRAFTS = 64
 
 
-@dataclass(frozen=True)
+@dataclass
 class DiffusionGenerationConfig(SavedSettings):
     """Settings of `generate`. Token ids left at None come from the model's `generation_config`, then its `config`.
 
+    They are checked when they are made, and again when a decode uses them: assign to them as you like.
     `save_pretrained` and `from_pretrained` write and read them as `generation_config.json`, with a model or alone.
 
     Attributes:
-        max_new_tokens: length of the response, at least 1.
+        max_new_tokens: length of the response; 0 fills the masks of the prompt (`infill`).
         block_length: positions decoded together, 1 to 1024; the last block may be shorter.
-        rule: which proposals of a step are committed.
+        rule: which proposals of a step are committed; also by its name, "frechet", or by its name and numbers,
+            {"name": "Frechet", "margin": 0.25}.
         steps: for `Quota()` alone, the steps of the whole response (LLaDA's schedule): they are shared out evenly over
             its blocks, and a block's masks over its steps. None commits one position a step.
         cache: "none" (every forward is a full one), "prefix" or "dual" (Fast-dLLM, arXiv 2505.22618).
@@ -41,7 +42,8 @@ class DiffusionGenerationConfig(SavedSettings):
             "fused" makes the logits of masked positions tile by tile and keeps none of them (`fdpp.step.project`). It
             saves memory and has not been timed on a GPU. Refused with what reads logits.
         temperature: 0 for greedy proposals.
-        seed: with a temperature or random remasking, sequence b samples from the stream seed + b.
+        seed: with a temperature or random remasking, sequence b samples from the stream seed + b. None draws a seed
+            from PyTorch's CPU generator, so `torch.manual_seed` and transformers' `set_seed` reproduce the decode.
         remasking: which positions keep their masks. "low_confidence": those that the rule does not commit. "random": a
             `Quota` uniformly draws the positions that it commits.
         cfg_scale: above 0, classifier-free guidance: every sequence is also fed with its prompt masked, and the logits
@@ -86,14 +88,18 @@ class DiffusionGenerationConfig(SavedSettings):
     eot_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name, high in (("max_new_tokens", None), ("block_length", MAX_POSITIONS), ("steps", None)):
+        self.validate()
+
+    def validate(self) -> None:
+        """Put a rule in the place of its name; raise `ValueError` if a setting does not fit."""
+        self.rule = Rule.of(self.rule)
+        for name, low, high in (("max_new_tokens", 0, None), ("block_length", 1, MAX_POSITIONS), ("steps", 1, None)):
             value = getattr(self, name)
             if value is None and name == "steps":
                 continue
-            if not is_int(value) or value < 1 or (high is not None and value > high):
-                limit = "of at least 1" if high is None else f"from 1 to {high}"
+            if not is_int(value) or value < low or (high is not None and value > high):
+                limit = f"of at least {low}" if high is None else f"from {low} to {high}"
                 raise ValueError(f"{name}: expected an int {limit}, got {value!r}")
-        check_rule(self.rule)
         if type(self.rule).__hash__ is None:
             raise ValueError(f"rule: expected a dataclass with frozen=True, {type(self.rule).__name__} can change")
         if self.steps is not None and not self.rule.takes_steps():
@@ -111,8 +117,6 @@ class DiffusionGenerationConfig(SavedSettings):
         check_temperature(self.temperature)
         if self.seed is not None and not (is_int(self.seed) and -(2**63) <= self.seed < 2**63):
             raise ValueError(f"seed: expected an int of 64 bits with its sign, got {self.seed!r}")
-        if self.temperature > 0.0 and self.seed is None:
-            raise ValueError(f"temperature={self.temperature} samples: expected a seed")
         self.check_llada_options()
         self.check_needs()
 
@@ -132,8 +136,6 @@ class DiffusionGenerationConfig(SavedSettings):
             raise ValueError(f"remasking='random' needs a number of positions, rule=Quota(...), got {self.rule}")
         if self.confidence_eos_eot_inf:
             raise ValueError("confidence_eos_eot_inf: remasking='random' ranks no position by its confidence")
-        if self.seed is None:
-            raise ValueError("remasking='random' draws positions: expected a seed")
 
     def check_needs(self) -> None:
         """Refuse settings beside which the rule cannot see what it needs."""

@@ -66,6 +66,8 @@ class BlockState(NamedTuple):
         first_step: `[b]` int64, `steps` at the block's start.
         position_ids: `[b, L]` int64.
         padding: `[b]` int64, columns on the left that hold no token; None where there are none.
+        may_end: `[b]` int64, the first column at which an EOS ends a sequence: behind the last given token of an
+            infill. None: any column of the response.
         fillers: `[b]` bool, rows that only fill up the batch, copies of the first: nothing is stored for them, and no
             count includes them. None: there are none.
         streams: `[b]` int64, the noise streams of a decode that samples.
@@ -84,6 +86,7 @@ class BlockState(NamedTuple):
     first_step: Tensor
     position_ids: Tensor
     padding: Tensor | None = None
+    may_end: Tensor | None = None
     fillers: Tensor | None = None
     streams: Tensor | None = None
     offered: Tensor | None = None
@@ -100,6 +103,14 @@ class BlockState(NamedTuple):
         """All that are there, those of the evidence last."""
         own = [field for field in self if isinstance(field, Tensor)]
         return own + ([] if self.evidence is None else self.evidence.tensors())
+
+    def ends_allowed(self, columns: slice | Tensor) -> Tensor | None:
+        """`[b, n]` bool: at which of the `columns` an EOS ends a sequence; None: at all of them."""
+        if self.may_end is None:
+            return None
+        if isinstance(columns, slice):
+            columns = torch.arange(columns.start, columns.stop, device=self.may_end.device)
+        return columns >= self.may_end[:, None]
 
     def take(self, rows: Tensor) -> BlockState:
         """The sequences at `rows`, int64 indices `[c]`."""
@@ -147,10 +158,14 @@ class Outcome(NamedTuple):
         return self._replace(chosen=chosen, **cut)
 
 
-def ends(tokens: Tensor, mask_id: int, eos: Tensor | None) -> Tensor:
-    """`[...]` bool: where the block's `tokens` `[..., T]` hold a committed EOS and no mask before it."""
+def ends(tokens: Tensor, mask_id: int, eos: Tensor | None, allowed: Tensor | None = None) -> Tensor:
+    """`[...]` bool: where the block's `tokens` `[..., T]` hold a committed EOS and no mask before it.
+
+    `allowed` `[..., T]` bool: where an EOS counts; None: everywhere.
+    """
     if eos is None:
         return torch.zeros(tokens.shape[:-1], dtype=torch.bool, device=tokens.device)
     open_before = tokens.eq(mask_id).cumsum(-1) > 0
     # Not `torch.isin`, which for many ids sorts and counts, and waits for the count.
-    return ((tokens[..., None] == eos).any(-1) & ~open_before).any(-1)
+    at_end = (tokens[..., None] == eos).any(-1) & ~open_before
+    return (at_end if allowed is None else at_end & allowed).any(-1)

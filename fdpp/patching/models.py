@@ -1,11 +1,11 @@
 """fdpp's `generate` for a LLaDA that transformers loaded with the code of its repository.
 
 The published class `LLaDAModelLM` (GSAI-ML/LLaDA-8B-Base, -Instruct, LLaDA-1.5) has our layout of modules. A patched
-instance gets two attributes of its own and is otherwise left alone, its `forward` included:
+instance gets attributes of its own and is otherwise left alone, its `forward` included:
 
-- `generate`: that of a `fdpp.LLaDAModelLM` whose embedding, linear layers and norms are the instance's own modules. No
-  weight is copied or moved, and weights that are moved, cast, loaded or hooked later are seen. A layer that is
-  replaced later is not: unpatch first. The layers run one by one, where a model of ours joins those with the same
+- `generate` and `infill`: those of a `fdpp.LLaDAModelLM` whose embedding, linear layers and norms are the instance's
+  own modules. No weight is copied or moved, and weights that are moved, cast, loaded or hooked later are seen. A layer
+  that is replaced later is not: unpatch first. The layers run one by one, where a model of ours joins those with the same
   input (`fdpp.models.joined`).
 - `denoising_step`: a `fdpp.DenoisingStep` with the default rule of `generate` and the model's mask id.
 """
@@ -37,7 +37,7 @@ def replacements(model: nn.Module) -> list[tuple[str, str, Any]]:
         raise ValueError("expected no attribute denoising_step, or a submodule of that name")
     ours = with_layers_of(model)
     step = DenoisingStep(DiffusionGenerationConfig().rule, ours.config.mask_token_id).to(ours.device)
-    return [("", "generate", ours.generate), ("", "denoising_step", step)]
+    return [("", "generate", ours.generate), ("", "infill", ours.infill), ("", "denoising_step", step)]
 
 
 def with_layers_of(model: nn.Module) -> LLaDAModelLM:

@@ -272,6 +272,37 @@ class Rule:
         offered.sort(key=lambda kind: (sum(kind.needs), kind.decide is not Rule.decide, kind.name))
         return {str(kind.name): kind for kind in offered}
 
+    @classmethod
+    def saved_name(cls) -> str:
+        """The name in files: the class for a rule of this package, module and class for others."""
+        return cls.__name__ if cls.__module__.split(".")[0] == "fdpp" else cls.key()
+
+    def saved(self) -> dict[str, Any]:
+        """The rule by its name and numbers, `{"name": "Frechet", "margin": 0.25, ...}`."""
+        return {"name": self.saved_name(), **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+    @staticmethod
+    def of(given: Any) -> Rule:
+        """A rule as people give it: itself, its name in files or commands ("frechet"), or `saved()` with some numbers.
+
+        Raises:
+            ValueError: anything else; a name or a number that does not exist, or a number that does not fit.
+        """
+        if isinstance(given, Rule):
+            return given
+        numbers = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, dict) else {}
+        kinds = Rule.named() | {kind.saved_name(): kind for kind in Rule.registry.values()}
+        kind = kinds.get(numbers.pop("name", ""))
+        if kind is None:
+            raise ValueError(
+                f'rule: expected a Rule, a name or {{"name": ..., <its numbers>}}, with a name of '
+                f"{', '.join(sorted(kinds))}; got {given!r}"
+            )
+        try:
+            return kind(**numbers)
+        except TypeError as error:
+            raise ValueError(f"rule {kind.__name__}: {error}") from error
+
     def label(self, steps: int | None = None) -> str:
         """The rule with its main number, in a few words; `steps` are those of a schedule."""
         title = self.title or type(self).__name__

@@ -54,6 +54,10 @@ class VocabularySlice:
         """How many ids the slice has."""
         return min(self.width, self.size - self.first)
 
+    def agreed(self, number: Tensor) -> Tensor:
+        """The first process's `number`, of one shape and dtype in all."""
+        return exchange(number, self.group)[0]
+
     def gather(self, logits: Tensor) -> Tensor:
         """The whole logits `[..., size]` from every process's `[..., held]`."""
         parts = exchange(F.pad(logits, (0, self.width - self.held)), self.group)

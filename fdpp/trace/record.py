@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fdpp.decoding.advance import Advance
 from fdpp.decoding.evidence import Evidence
-from fdpp.decoding.generate import check_prompt
 from fdpp.decoding.loop import BlockLoop
 from fdpp.decoding.model import DiffusionModel
 from fdpp.decoding.output import DiffusionGenerationOutput
@@ -126,14 +125,12 @@ def record(model: LLaDAModelLM, input_ids: Tensor, config: DiffusionGenerationCo
         ValueError: more than one sequence, or what `generate` raises it for.
         FloatingPointError: as `generate`.
     """
-    check_prompt(input_ids, None)
+    input_ids, _, config = model.asked(input_ids, torch.ones_like(input_ids), config, {})
     if input_ids.shape[0] != 1:
         raise ValueError(f"input_ids: expected one sequence to trace, got {input_ids.shape[0]}")
+    model.check_window(input_ids, None, config.max_new_tokens)
     # A captured step does not show what it computes, and a fused head keeps no logits.
-    config = replace(model.settled(config, {}), engine="eager", head="library")
-    length, window = input_ids.shape[1] + config.max_new_tokens, model.config.max_sequence_length
-    if length > window:
-        raise ValueError(f"prompt and response of {length} tokens exceed the model's window of {window}")
+    config = replace(config, engine="eager", head="library")
     loop = BlockLoop(model, input_ids, None, config)
     loop.advance = advance = RecordingAdvance(model, config, loop.advance.eos, input_ids.shape[1])
     for block in range(len(config.blocks())):

@@ -204,6 +204,8 @@ def decode_all(folder: Path) -> dict[str, Any]:
             "held": (held.first, held.held),
             "weights": sum(p.to_local().numel() for p in model.parameters() if hasattr(p, "to_local")),
         }
+    torch.manual_seed(dist.get_rank())
+    results["drawn seed"] = decode(model, {"rule": Threshold(0.5), "temperature": 0.6})
     results["dawn"] = error_of(lambda: decode(model, {"rule": Dawn()}))
     results["static"] = error_of(lambda: decode(model, {"engine": "static"}))
     results["heads"] = error_of(lambda: LLaDAModelLM.from_pretrained(folder / "one kv head", tp_plan="auto"))
