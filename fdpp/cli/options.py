@@ -202,4 +202,4 @@ def ids_of(tokenizer: Any, text: str, **options: Any) -> torch.Tensor:
     unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
     if unknown:
         print(f"fdpp: note: {unknown} of {len(ids)} words of the prompt are unknown to the model", file=sys.stderr)
-    return torch.tensor([ids], dtype=torch.int64)
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")

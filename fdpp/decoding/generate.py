@@ -244,7 +244,7 @@ class DiffusionGenerationMixin:
         """
         config = self.settled(generation_config, overrides, prompt_length)
         weight = next(iter(self.parameters()))  # type: ignore[attr-defined]
-        ids = torch.full((batch_size, prompt_length), config.pad_token_id or 0, device=weight.device)
+        ids = torch.full((batch_size, prompt_length), config.pad_token_id or 0, dtype=torch.int64, device=weight.device)
         masks: list[Tensor | None] = [None]
         if batch_size > 1 and prompt_length:
             ragged = torch.ones_like(ids, dtype=torch.bool)

@@ -116,7 +116,7 @@ class Graphs:
             torch._C._cuda_releasePool(self.device.index, self.pool)
         # A generator that was registered for a capture refuses to draw until a capture has ended in order.
         with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
-            torch.zeros(1, device=self.device)
+            torch.zeros(1, dtype=torch.float32, device=self.device)
 
 
 def graphs_on(device: torch.device) -> Graphs | None:

@@ -106,7 +106,7 @@ class BlockLoop:
         """`sequences` `[c]`, by their numbers, in the order in which their rows stand in the cache."""
         if self.cache is None or not sequences.shape[0]:
             return sequences
-        return torch.tensor(self.cache.seat(sequences.tolist()), device=self.device)
+        return torch.tensor(self.cache.seat(sequences.tolist()), dtype=torch.int64, device=self.device)
 
     def windows(self, block: int) -> tuple[Window, Window]:
         """The window of a block's first forward, and that of the others."""

@@ -45,7 +45,7 @@ class StaticRunner:
         self, held: StaticSteps, bucket: Bucket, advance: Advance, state: BlockState, schedule: Tensor, T: int
     ) -> None:
         self.held, self.bucket, self.advance, self.fresh = held, bucket, advance, True
-        last = torch.full((T,), schedule.shape[0] - 1, device=schedule.device)
+        last = torch.full((T,), schedule.shape[0] - 1, dtype=torch.int64, device=schedule.device)
         self.schedule = schedule[torch.minimum(torch.arange(T, device=schedule.device), last)]
         self.load(state)
 

@@ -75,7 +75,7 @@ def prefix_step(
             score = row.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
             if temperature > 0.0:
                 assert seeds is not None
-                position = torch.tensor([t], device=row.device)
+                position = torch.tensor([t], dtype=torch.int64, device=row.device)
                 score = score + temperature * gumbel(seeds[b : b + 1], position, V, torch.float64)[0]
             if 0 <= mask_id < V:
                 score[mask_id] = -torch.inf

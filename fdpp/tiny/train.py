@@ -47,6 +47,9 @@ BLOCK = 32
 MAX_RESPONSE = 128
 PARTS = 2
 SEED_STRIDE = 1_000_003
+CPU = torch.device("cpu")
+"""Where batches are made, whatever the default device."""
+
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
@@ -84,6 +87,11 @@ class Batch(NamedTuple):
     first: Tensor
 
 
+def uniform(shape: int | tuple[int, ...], noise: torch.Generator) -> Tensor:
+    """Float32 numbers in [0, 1)."""
+    return torch.rand(shape, generator=noise, dtype=torch.float32, device=CPU)
+
+
 def make_batch(tokenizer: Any, seed: int, tokens: int, cached: bool = False) -> Batch:
     """One batch of about `tokens` tokens.
 
@@ -91,18 +99,18 @@ def make_batch(tokenizer: Any, seed: int, tokens: int, cached: bool = False) -> 
     the end of its block, or to 128 tokens in a sixth of the batches.
     """
     noise = torch.Generator().manual_seed(seed)
-    steps = int(torch.randint(MIN_STEPS, MAX_STEPS + 1, (1,), generator=noise))
+    steps = int(torch.randint(MIN_STEPS, MAX_STEPS + 1, (1,), generator=noise, dtype=torch.int64, device=CPU))
     sample = generate("train", 1, seed, steps)[0]
     prompt = len(tokenizer(sample.prompt)["input_ids"])
     response = math.ceil((len(tokenizer(sample.response)["input_ids"]) + 1) / BLOCK) * BLOCK
-    if torch.rand(1, generator=noise) < 1 / 6:
+    if uniform(1, noise) < 1 / 6:
         response = MAX_RESPONSE
     B = max(1, tokens // (prompt + response))
     clean = encode(tokenizer, generate("train", B, seed, steps), prompt + response)
 
-    position = torch.arange(response)
-    block = torch.randint(0, response // BLOCK, (B, 1), generator=noise)
-    kind = torch.randint(0, 3, (B, 1), generator=noise)
+    position = torch.arange(response, device=CPU)
+    block = torch.randint(0, response // BLOCK, (B, 1), generator=noise, dtype=torch.int64, device=CPU)
+    kind = torch.randint(0, 3, (B, 1), generator=noise, dtype=torch.int64, device=CPU)
     in_block, later = position // BLOCK == block, position // BLOCK > block
     stated = results(tokenizer, clean[:, prompt:])
     if cached:
@@ -112,19 +120,19 @@ def make_batch(tokenizer: Any, seed: int, tokens: int, cached: bool = False) -> 
         current = (kind == 0) | ((kind == 1) & in_block) | ((kind == 2) & stated)
         later = (kind == 1) & later
     size = current.sum(1, keepdim=True)
-    masked_count = (torch.rand(B, 1, generator=noise) * size).floor() + 1
-    order = torch.rand(B, response, generator=noise).masked_fill(~current, 2.0).argsort(1).argsort(1)
+    masked_count = (uniform((B, 1), noise) * size).floor() + 1
+    order = uniform((B, response), noise).masked_fill(~current, 2.0).argsort(1).argsort(1)
     chosen = current & (order < masked_count)
 
     noisy, target = clean.clone(), torch.full_like(clean, -100)
     noisy[:, prompt:][later | chosen] = tokenizer.mask_token_id
     target[:, prompt:][chosen] = clean[:, prompt:][chosen]
-    weight = torch.zeros(clean.shape)
+    weight = torch.zeros(clean.shape, dtype=torch.float32, device=CPU)
     weight[:, prompt:] = (1 / (B * masked_count)).expand(B, response)
     if not cached:
-        return Batch(noisy, target, weight, torch.full((B,), -1))
+        return Batch(noisy, target, weight, clean.new_full((B,), -1))
     first = prompt + BLOCK * block
-    columns = first + torch.arange(BLOCK)
+    columns = first + torch.arange(BLOCK, device=CPU)
     now = clean.gather(1, columns).masked_fill(target.gather(1, columns) != -100, tokenizer.mask_token_id)
     return Batch(
         torch.cat((noisy, now), dim=1),
@@ -151,14 +159,15 @@ def dual_cache(first: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 def results(tokenizer: Any, response: Tensor) -> Tensor:
     """Where `response` `[B, L]` states a result: bool `[B, L]`, the word after "has", "makes", "are" or ":"."""
-    words = torch.tensor(tokenizer.convert_tokens_to_ids(["has", "makes", "are", ":"]))
+    words = response.new_tensor(tokenizer.convert_tokens_to_ids(["has", "makes", "are", ":"]))
     return torch.isin(response.roll(1, dims=1), words)
 
 
 def encode(tokenizer: Any, problems: list[Problem], length: int) -> Tensor:
     """Prompt and response of problems with equal lengths, padded with EOS: ids `[B, length]`."""
     rows = tokenizer([f"{problem.prompt} {problem.response}" for problem in problems])["input_ids"]
-    return torch.tensor([row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows])
+    padded = [row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.int64, device=CPU)
 
 
 class PlainAttention(TorchFunctionMode):

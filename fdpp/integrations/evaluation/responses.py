@@ -75,7 +75,7 @@ class StopStrings(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         texts = [decode(self.tokenizer, before_eos(row, self.eos)) for row in input_ids[:, self.start :].tolist()]
         done = [any(stop in text for stop in self.stops) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
+        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
 
 
 def respond(

@@ -166,7 +166,7 @@ def edges_cpu(
         sink = total.sum(1) > tau_sink * n
     else:
         fed = real[:, start : start + n]
-        sink = (total * fed[:, :, None]).sum(1) > tau_sink * fed.sum(1, keepdim=True)
+        sink = (total * fed[:, :, None]).sum(1) > tau_sink * fed.sum(1, keepdim=True, dtype=dtype)
         sink = sink | ~real
     edges = (total[:, first - start :][:, :T] >= tau_edge) & ~removed & ~sink[:, None]
     return pack_bits(edges)

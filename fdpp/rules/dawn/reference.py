@@ -31,10 +31,10 @@ def edges(A: Tensor, rule: Thresholds, start: int, first: int, T: int, key_mask:
     columns whose mean over the n queries (padding left out) is above tau_sink.
     """
     n, S = A.shape[1:]
-    real = torch.ones(A.shape[0], S, dtype=torch.bool) if key_mask is None else key_mask
+    real = torch.ones(A.shape[0], S, dtype=torch.bool, device=A.device) if key_mask is None else key_mask
     weight = real[:, start : start + n].double()
     sink = (A.double() * weight[:, :, None]).sum(1) / weight.sum(1, keepdim=True) > rule.tau_sink
-    column = torch.arange(S)
+    column = torch.arange(S, device=A.device)
     removed = sink[:, None] | ~real[:, None] | (column == column[first : first + T, None])
     return (A[:, first - start :][:, :T] >= rule.tau_edge) & ~removed
 
