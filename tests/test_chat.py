@@ -123,9 +123,21 @@ def test_piped_lines_are_answered_in_turn(model, tokenizer, monkeypatch, capsys)
     assert "\x1b" not in out + err and ">" not in out and "Ctrl" not in err
     notes = err.splitlines()
     figures = r"\(\d+ tokens, \d+ forwards \(NFE\), \d+\.\d\d tokens per forward, \d+ tok/s\)"
-    assert re.fullmatch(figures, notes[0]) and re.fullmatch(figures, notes[-1]) and len(notes) == 5
+    assert re.fullmatch(figures, notes[0]) and re.fullmatch(figures, notes[-1]) and len(notes) == 6
     assert notes[1:3] == ["(a new conversation)", "(/frob is no command; there are /new and /quit)"]
-    assert re.fullmatch(r"\(1 of \d+ words are unknown to the model\)", notes[3])
+    assert notes[3].startswith("(the small model in this package answers nothing but problems like this one: ")
+    assert re.fullmatch(r"\(1 of \d+ words are unknown to the model\)", notes[4])
+
+
+def test_the_embedded_model_says_once_what_it_can_answer(model, tokenizer, monkeypatch, capsys):
+    """And answers all the same."""
+    lines = ["What is the capital of France?", "And of Italy?", PROBLEMS[0], "Mia ?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    assert cli.main(["chat", *OPTIONS]) == 0
+    out, err = capsys.readouterr()
+    hints = [number for number, note in enumerate(err.splitlines()) if "answers nothing but problems" in note]
+    assert hints == [0] and PROBLEMS[0] not in err and tiny.generate("held-out", 1)[0].prompt in err
+    assert [line.split() for line in out.splitlines()] == [decode(model, tokenizer, text).split() for text in lines]
 
 
 def test_a_question_that_fails_does_not_end_the_chat(monkeypatch, capsys):
@@ -209,7 +221,9 @@ def test_a_session_in_a_terminal(model, tokenizer):
         expected = decode(
             model, tokenizer, PROBLEMS[0], max_new_tokens=128, block_length=32, rule=fdpp.Quota(), stop_at_eos=False
         )
-        assert final.split("\r\n")[0] == expected
+        answer = final.split("\r\n(")[0].split("\r\n")
+        answer[-1] = re.sub(r"\x1b.*", "", answer[-1])
+        assert " ".join(answer).strip() == expected and 60 < max(map(len, answer)) < 80, "it is wrapped by words"
 
         terminal.until(PROMPT)
         terminal.type("\x1b[A\n")
@@ -239,7 +253,10 @@ def test_a_terminal_that_can_do_nothing(model, tokenizer):
         terminal.type(PROBLEMS[0] + "\n")
         seen += terminal.until(r"tok/s\)")
         assert "\x1b" not in seen
-        assert f"{decode(model, tokenizer, PROBLEMS[0])} (32 tokens" in " ".join(seen.split())
+        expected = decode(model, tokenizer, PROBLEMS[0])
+        assert f"{expected} (32 tokens" in " ".join(seen.split())
+        answer = seen[seen.index(expected[:20]) :].splitlines()[:-1]
+        assert len(answer) > 1 and max(map(len, answer)) < 80, "it is wrapped by words"
         terminal.until(PROMPT)
         assert terminal.end("\x04") == 0
 

@@ -146,6 +146,24 @@ def test_words_that_the_model_does_not_know_are_pointed_out(capsys):
     assert "2 of 5 words of the prompt are unknown to the model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("prompt", "hinted"),
+    [("What is the capital of France?", True), ("Mia has 12 apples .", True), (PROMPT.replace(" .", "."), False)],
+)
+def test_a_prompt_that_the_embedded_model_cannot_answer_gets_a_hint(prompt, hinted, capsys):
+    """On standard error, with a problem that it can answer; the answer is as without."""
+    assert cli.main(["generate", "--prompt", prompt, *SHORT]) == 0
+    out, err = capsys.readouterr()
+    assert out == answer(prompt)[0] + "\n" and ("fdpp: note: the small model" in err) is hinted
+    found = re.search(r"problems like this one: (.*\?) For other prompts name a model with --model\.", err)
+    assert bool(found) is hinted and (found is None or tiny.is_problem(found[1]))
+
+
+def test_another_model_gets_no_hint(checkpoint, capsys):
+    assert cli.main(["generate", "--model", str(checkpoint), "--prompt", "What is it?", *SHORT]) == 0
+    assert "small model" not in capsys.readouterr().err
+
+
 def test_checkpoint_folder_with_chat_template(checkpoint, capsys):
     said = {}
     for raw in ([], ["--raw"]):

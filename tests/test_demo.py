@@ -180,6 +180,52 @@ def test_wrap_keeps_newlines_and_drops_control_characters():
     assert live.wrap([("one", ""), (" two", ""), ("\n  three\x1b[2J", "")], 6) == ["one", "two", "  three [2J"]
 
 
+LONG = "one two three four five six seven eight nine ten\n\n    indented line that goes on\n- a-hyphen-stays-whole x"
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_a_text_is_wrapped_between_words_however_it_comes(size):
+    """Parts end anywhere between words, as a streamer's do."""
+    words = re.findall(r"\S+\s*", LONG)
+    parts = ["".join(words[i : i + size]) for i in range(0, len(words), size)]
+    wrap = live.WordWrap(20)
+    wrapped = "".join(map(wrap, parts))
+    assert [line.rstrip() for line in wrapped.split("\n")] == [
+        "one two three four", "five six seven eight", "nine ten", "", "    indented line", "that goes on", "-",
+        "a-hyphen-stays-whole", "x",
+    ]  # fmt: skip
+    assert wrapped.split() == LONG.split()
+
+
+def test_wrapping_leaves_long_words_and_fenced_code_alone():
+    code = "```python\nx = first + second + third + fourth\n```"
+    text = f"see https://example.org/a/long/address\n{code}\nand then more words"
+    assert live.WordWrap(20)(text).split("\n") == [
+        "see", "https://example.org/a/long/address", "```python", "x = first + second + third + fourth", "```",
+        "and then more words",
+    ]  # fmt: skip
+
+
+def test_nothing_is_wrapped_in_a_pipe():
+    assert live.word_wrap(io.StringIO())(LONG) == LONG
+    assert max(map(len, live.word_wrap(Terminal())(LONG * 3).split("\n"))) <= 59, "one less than COLUMNS"
+
+
+@pytest.mark.parametrize("options", [[], ["--stream"]])
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_generate_wraps_its_answer_in_a_terminal(options, term, monkeypatch, capsys):
+    prompt = tiny.generate("held-out", 1)[0].prompt
+    assert cli.main(["generate", "--prompt", prompt, "--device", "cpu"]) == 0
+    plain = capsys.readouterr().out
+    assert len(plain.splitlines()) == 1, "in a pipe it is one line"
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("TERM", term)
+    assert cli.main(["generate", "--prompt", prompt, "--device", "cpu", *options]) == 0
+    lines = screen(out.getvalue())
+    assert " ".join(" ".join(lines).split()) == plain.strip() and 40 < max(map(len, lines)) <= 59
+
+
 def test_dumb_terminals_are_not_drawn_on(monkeypatch):
     assert live.is_live(Terminal()) and not live.is_live(io.StringIO())
     monkeypatch.setenv("TERM", "dumb")
@@ -195,7 +241,7 @@ def test_generate_streams_to_a_terminal(monkeypatch, capsys):
     out = Terminal()
     monkeypatch.setattr(sys, "stdout", out)
     assert cli.main(["generate", "--prompt", prompt, "--gen-length", "32", "--device", "cpu", "--stream"]) == 0
-    assert "forward 1, " in out.getvalue() and "".join(screen(out.getvalue())) == plain.strip()
+    assert "forward 1, " in out.getvalue() and " ".join(screen(out.getvalue())).strip() == plain.strip()
 
 
 def test_the_table_without_an_accent_where_the_output_has_none(monkeypatch):

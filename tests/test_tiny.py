@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import re
@@ -11,8 +12,10 @@ import torch
 from transformers import AutoTokenizer
 
 import fdpp
-from fdpp import tiny
+from fdpp import cli, tiny
 from fdpp.attention.cache import BlockCache
+from fdpp.cli.options import config_of
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.tiny import problems, train
 from fdpp.tiny.tokenizer import SPECIAL, build_tokenizer
 
@@ -200,6 +203,10 @@ def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     for name, weight in expected["model"].items():
         assert torch.equal(weight, resumed["model"][name]), name
     assert AutoTokenizer.from_pretrained(whole / "out").mask_token == "<mask>"
+    trained, shipped = (
+        DiffusionGenerationConfig.from_pretrained(folder) for folder in (whole / "out", tiny.CHECKPOINT)
+    )
+    assert trained == shipped
 
 
 def test_training_stops_at_its_time_budget_and_reports_at_its_end(tmp_path, capsys):
@@ -215,6 +222,48 @@ def test_checkpoint_is_small(loaded):
     assert model.config.vocab_size == len(tokenizer) == len(build_tokenizer())
     for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(model.config, name) == getattr(tokenizer, name)
+
+
+def test_the_models_own_settings_decode_it(loaded):
+    """Any problem and its response fit the window, and the command line has the same defaults."""
+    model, tokenizer = loaded
+    longest = max(
+        len(tokenizer(problem.prompt)["input_ids"])
+        for split in problems.SPLITS
+        for problem in tiny.generate(split, 50, steps=problems.MAX_STEPS)
+    )
+    own = model.generation_config
+    assert longest + own.max_new_tokens <= model.config.max_sequence_length
+    problem = tiny.generate("held-out", 1)[0]
+    ids = tokenizer(problem.prompt, return_tensors="pt")["input_ids"]
+    out = model.generate(ids)
+    assert tiny.is_exact(tokenizer.decode(out.sequences[0, ids.shape[1] :]), problem)
+    assert out.sequences.shape == (1, ids.shape[1] + 128)
+    typed = config_of(cli.build_parser().parse_args(["generate", "--prompt", "x"]))
+    assert (own.max_new_tokens, own.block_length, own.rule, own.cache) == (128, 32, fdpp.Frechet(0.25), "dual")
+    assert dataclasses.replace(typed, seed=own.seed) == own
+
+
+def test_only_prompts_that_it_was_trained_on_are_problems():
+    written = [problem.prompt for split in problems.SPLITS for problem in tiny.generate(split, 300)]
+    assert all(map(tiny.is_problem, written))
+    assert all(tiny.is_problem(re.sub(r" ([.?])", r"\1", text)) for text in written[:50])
+    text = tiny.generate("held-out", 1, steps=4)[0].prompt
+    first, *changes, question, _ = re.split(r"(?<=[.?]) ?", text)
+    assert len(changes) == 4
+    others = [
+        ("nothing", []),
+        ("another question", ["What is the capital of France ?"]),
+        ("no question", [first, *changes]),
+        ("three changes", [first, *changes[:3], question]),
+        ("nine changes", [first, *["In May he finds 1 . In June he loses 1 ."] * 4, changes[0], question]),
+        ("something after it", [*text.split(), "now"]),
+        ("other things", [first, *changes, "How many pens now ?" if "pens" not in text else "How many coins now ?"]),
+        ("a verb that it does not know", [first, "In May he eats 1 .", *changes[1:], question]),
+        ("too much", ["Max has 20 pens .", *["In May he finds 1 ."] * 4, "How many pens now ?"]),
+        ("less than nothing", ["Max has 2 pens .", *["In May he loses 1 ."] * 4, "How many pens now ?"]),
+    ]
+    assert [name for name, parts in others if tiny.is_problem(" ".join(parts))] == []
 
 
 def test_missing_checkpoint_is_named(tmp_path):

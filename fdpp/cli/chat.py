@@ -14,7 +14,7 @@ import torch
 from fdpp import tiny
 from fdpp.cli.conversation import Chat
 from fdpp.cli.live import is_live, paint
-from fdpp.cli.options import add_decoding_options, add_model_options, add_rule_options, config_of, load_model
+from fdpp.cli.options import add_decoding_options, add_model_options, add_rule_options, config_of, hint_for, load_model
 
 ASK = "> "
 
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty()
     if interactive:
         greet(chat, args.model)
-    failed = False
+    failed = hinted = False
     for line in lines():
         match line.strip():
             case "":
@@ -115,5 +115,9 @@ def run(args: argparse.Namespace) -> int:
             case question if question.startswith("/") and question[1:].isalpha():
                 tell(f"({question} is no command; there are /new and /quit)")
             case question:
+                hint = None if hinted else hint_for(args.model, question)
+                if hint:
+                    hinted = True
+                    tell(f"({hint})")
                 failed |= not respond(chat, question)
     return 2 if failed and not interactive else 0

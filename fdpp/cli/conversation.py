@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 import torch
-import transformers
 
-from fdpp.cli.live import LiveView, is_live
+from fdpp.cli.live import LiveView, PlainView, is_live, word_wrap
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.models.llada import LLaDAModelLM
 
@@ -43,17 +42,6 @@ class Answer:
         per_forward, per_second = self.tokens / self.nfe, self.tokens / self.seconds
         counts = f"{self.tokens} tokens, {self.nfe} forwards (NFE), {per_forward:.2f} tokens per forward"
         return f"{counts}, {per_second:.0f} tok/s"
-
-
-class PlainView(transformers.TextStreamer):
-    """Streamer for `generate` with one sequence: prints the response on `out`, block by block."""
-
-    def __init__(self, tokenizer: Any, out: TextIO) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.out = out
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        print(text, file=self.out, flush=True, end="\n" if stream_end else "")
 
 
 class Chat:
@@ -120,7 +108,7 @@ class Chat:
         response = decoded.sequences[0, prompt.ids.shape[1] :]
         text = self.tokenizer.decode(response, skip_special_tokens=True).strip()
         if live:
-            print(text, file=out, flush=True)
+            print(word_wrap(out)(text), file=out, flush=True)
         if self.remembers:
             asked, said = {"role": "user", "content": prompt.question}, {"role": "assistant", "content": text}
             self.turns += [asked, said]

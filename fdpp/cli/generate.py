@@ -9,9 +9,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import transformers
 
-from fdpp.cli.live import LiveView, is_live
+from fdpp.cli.live import LiveView, PlainView, is_live, word_wrap
 from fdpp.cli.options import (
     CommandError,
     add_decoding_options,
@@ -19,6 +18,7 @@ from fdpp.cli.options import (
     add_rule_options,
     config_of,
     encode,
+    give_hint,
     ids_of,
     load_model,
     reported,
@@ -96,12 +96,13 @@ def run(args: argparse.Namespace) -> int:
         ids = with_masks(tokenizer, text, model.config.mask_token_id, args.fill_length or 1).to(model.device)
     else:
         ids = encode(tokenizer, text, args.raw).to(model.device)
+        give_hint(args.model, text)
     live = args.stream and is_live(sys.stdout)
     view: Any = nullcontext()
     if live:
         view = LiveView(tokenizer, model.config.mask_token_id)
     elif args.stream:
-        view = nullcontext(transformers.TextStreamer(tokenizer, skip_prompt=not fills, skip_special_tokens=True))
+        view = nullcontext(PlainView(tokenizer, sys.stdout, skip_prompt=not fills))
     started = time.perf_counter()
     with reported(ValueError, FloatingPointError, torch.OutOfMemoryError), view as streamer:
         decode = model.infill if fills else model.generate
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
     if live or not args.stream:
         answer = out.sequences[0, 0 if fills else ids.shape[1] :]
-        print(tokenizer.decode(answer, skip_special_tokens=True).strip(), flush=True)
+        print(word_wrap(sys.stdout)(tokenizer.decode(answer, skip_special_tokens=True).strip()), flush=True)
     nfe = int(out.nfe)
     tokens = round(float(out.tokens_per_forward) * nfe)
     figures = f"{tokens} tokens, {nfe} forwards (NFE), {tokens / nfe:.2f} tokens per forward"

@@ -7,10 +7,11 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 NEW, MASK, STATUS = "1;32", "2", "2"
 """Terminal attributes: bold green for what the last forward committed, dim for masks and the counter."""
@@ -49,6 +50,47 @@ def wrap(pieces: list[tuple[str, str]], width: int) -> list[str]:
             lines[-1] += paint(part, style)
             column += len(part)
     return lines
+
+
+class WordWrap:
+    """Breaks the lines of a text, which may come in parts, between its words, to at most `width` characters.
+
+    A word that is longer stays whole. So do the lines of fenced code, which a reader may want to copy.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width, self.column, self.code = width, 0, False
+
+    def __call__(self, text: str) -> str:
+        parts = []
+        for part in re.findall(r"\n|[^\S\n]*\S+|[^\S\n]+", text):
+            if part == "\n":
+                self.column = 0
+            else:
+                if self.column == 0 and part.lstrip().startswith("```"):
+                    self.code = not self.code
+                if not self.code and self.column and not part.isspace() and self.column + len(part) > self.width:
+                    part, self.column = part.lstrip(), 0
+                    parts.append("\n")
+                self.column += len(part)
+            parts.append(part)
+        return "".join(parts)
+
+
+def word_wrap(out: TextIO) -> Callable[[str], str]:
+    """What a text on `out` passes through: wrapped by words in a terminal, and as it is elsewhere."""
+    return WordWrap(shutil.get_terminal_size().columns - 1) if out.isatty() else str
+
+
+class PlainView(TextStreamer):
+    """Streamer for `generate` with one sequence: prints the response on `out`, block by block."""
+
+    def __init__(self, tokenizer: Any, out: TextIO, skip_prompt: bool = True) -> None:
+        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+        self.out, self.wrap = out, word_wrap(out)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(self.wrap(text), file=self.out, flush=True, end="\n" if stream_end else "")
 
 
 class LiveView(BaseStreamer):

@@ -203,3 +203,21 @@ def ids_of(tokenizer: Any, text: str, **options: Any) -> torch.Tensor:
     if unknown:
         print(f"fdpp: note: {unknown} of {len(ids)} words of the prompt are unknown to the model", file=sys.stderr)
     return torch.tensor([ids], dtype=torch.int64, device="cpu")
+
+
+def hint_for(model: str, prompt: str) -> str | None:
+    """What the embedded model can answer, if it is asked something else; None otherwise."""
+    if model != "tiny" or tiny.is_problem(prompt):
+        return None
+    example = tiny.generate("held-out", 1)[0].prompt
+    return (
+        f"the small model in this package answers nothing but problems like this one: {example} "
+        "For other prompts name a model with --model."
+    )
+
+
+def give_hint(model: str, prompt: str) -> None:
+    """Print `hint_for` on standard error."""
+    hint = hint_for(model, prompt)
+    if hint:
+        print(f"fdpp: note: {hint}", file=sys.stderr)

@@ -19,6 +19,7 @@ from fdpp.cli.options import (
     add_rule_options,
     config_of,
     encode,
+    give_hint,
     load_model,
     reported,
     whole,
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         if path and not path.parent.is_dir():
             raise CommandError(f"{path}: no such folder as {path.parent}")
     model, tokenizer = load_model(args)
+    give_hint(args.model, prompt)
     with reported(ValueError, FloatingPointError, torch.OutOfMemoryError):
         trace = record(model, encode(tokenizer, prompt, args.raw).to(model.device), config)
     data = page.data_of(trace, tokenizer, args.model)

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from fdpp.models.llada import LLaDAModelLM
-from fdpp.tiny.problems import Problem, answer_of, generate, is_exact
+from fdpp.tiny.problems import Problem, answer_of, generate, is_exact, is_problem
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
-__all__ = ["CHECKPOINT", "Problem", "answer_of", "generate", "is_exact", "load"]
+__all__ = ["CHECKPOINT", "Problem", "answer_of", "generate", "is_exact", "is_problem", "load"]
 
 
 def load(path: str | Path = CHECKPOINT) -> tuple[LLaDAModelLM, Any]:
     """The model (float32, CPU, evaluation mode) and its tokenizer, from the package's checkpoint or another folder.
+
+    The checkpoint's own settings, which `generate` takes, leave room for every problem in its window: 128 new tokens.
 
     Raises `FileNotFoundError` if the folder holds no checkpoint.
     """

@@ -43,6 +43,14 @@ SPLITS = ("train", "held-out")
 HELD_OUT_SHARE = 8
 
 
+def _any(words: Sequence[str]) -> str:
+    return f"(?:{'|'.join(words)})"
+
+
+START = re.compile(rf"{_any(SHE + HE)} has (\d+) ({_any(OBJECTS)}) \. ")
+CHANGE = re.compile(rf"In {_any(MONTHS)} (?:she|he) (?:({_any(GAINS)})|{_any(LOSSES)}) (\d+) \. ")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem: its numbers (`start`, signed `changes`), the texts made of them and the `answer`."""
@@ -85,6 +93,24 @@ def answer_of(text: str) -> int | None:
     """The final answer that a response states, or None; the text ends at the first `<eos>`."""
     found = re.search(r"\bAnswer : (\d+)\b", text.split("<eos>")[0])
     return int(found[1]) if found else None
+
+
+def is_problem(text: str) -> bool:
+    """Whether the embedded model was trained on prompts like `text`: its form, number of changes and size of results.
+
+    Signs may follow a word without a space, as the tokenizer splits them off.
+    """
+    text = " ".join(re.findall(r"\w+|[^\w\s]", text))
+    begins = START.match(text)
+    if begins is None:
+        return False
+    value, at, values = int(begins[1]), begins.end(), []
+    while change := CHANGE.match(text, at):
+        value += int(change[2]) if change[1] else -int(change[2])
+        values.append(value)
+        at = change.end()
+    fits = all(MIN_VALUE <= each <= MAX_VALUE for each in (int(begins[1]), *values))
+    return fits and MIN_STEPS <= len(values) <= MAX_STEPS and text[at:] == f"How many {begins[2]} now ?"
 
 
 def is_exact(text: str, problem: Problem) -> bool:

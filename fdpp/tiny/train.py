@@ -37,7 +37,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from fdpp.decoding.settings import CACHES
+from fdpp.decoding.settings import CACHES, DiffusionGenerationConfig
 from fdpp.models.llada import LLaDAConfig, LLaDAModelLM
 from fdpp.rules import Quota
 from fdpp.tiny.problems import MAX_STEPS, MIN_STEPS, Problem, generate, is_exact
@@ -54,10 +54,10 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
 def build_model(seed: int) -> LLaDAModelLM:
-    """The untrained model (1.2 M parameters)."""
+    """The untrained model (1.2 M parameters), with the settings that decode it."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
-    return LLaDAModelLM(
+    model = LLaDAModelLM(
         LLaDAConfig(
             vocab_size=len(tokenizer),
             d_model=128,
@@ -71,6 +71,8 @@ def build_model(seed: int) -> LLaDAModelLM:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    model.generation_config = DiffusionGenerationConfig(max_new_tokens=MAX_RESPONSE, block_length=BLOCK)
+    return model
 
 
 class Batch(NamedTuple):
