@@ -9,6 +9,9 @@ from typing import Any
 
 Result = dict[str, Any]
 
+SHAPES = {"tiny": "embedded", "100m": "96 M"}
+"""The models' names in tables and pictures."""
+
 
 def load(folder: Path, kind: str) -> list[Result]:
     """The result files `<kind>-<device>.json` in `folder`."""
@@ -88,6 +91,12 @@ def differing(result: Result) -> str:
     return "".join(f"\n{row['rows']} ({row['sequences']} x {row['positions']}): {row['error']}" for row in rows)
 
 
+def setting(row: Result, prompt: bool = True) -> str:
+    """Model, cache, batch and, unless left out, the prompt's length: what names a decode in tables and pictures."""
+    keys = ("cache", "batch", "prompt") if prompt else ("cache", "batch")
+    return ", ".join([SHAPES.get(row["shape"], row["shape"]), *(str(row[key]) for key in keys if key in row)])
+
+
 def decode_table(result: Result) -> str:
     header = ["model, cache, batch, prompt", "tokens per forward", "way", "tok/s", "forwards", "ms per forward (model)"]
     header += [
@@ -100,13 +109,13 @@ def decode_table(result: Result) -> str:
     ]
     rows, notes = [], [f"\nleft out for time: {facts}" for facts in result["left_out"]]
     for row in result["rows"]:
-        setting = ", ".join(str(row[key]) for key in ("shape", "cache", "batch", "prompt") if key in row)
+        name = setting(row)
         if "error" in row:
-            rows.append([setting, row.get("tokens_per_forward", "-"), "-", *failed(row, len(header) - 3)])
+            rows.append([name, row.get("tokens_per_forward", "-"), "-", *failed(row, len(header) - 3)])
         for way in ("published", "fdpp", "fdpp, compiled"):
             if way not in row:
                 continue
-            found, first = row[way], [setting, row["tokens_per_forward"], way]
+            found, first = row[way], [name, row["tokens_per_forward"], way]
             if "error" in found:
                 rows.append([*first, *failed(found, len(header) - 3)])
                 continue
@@ -117,7 +126,7 @@ def decode_table(result: Result) -> str:
             values.append(" / ".join(number(steps.get(key)) for key in ("ms_refresh", "ms_step")))
             rows.append([*first, *values, number(1e3 * found["peak_gb"]), faster])
             parts = (found.get(part, {}) for part in ("steps", "without_model"))
-            notes += [f"\n{setting}, {way}: {part['error']}" for part in parts if "error" in part]
+            notes += [f"\n{name}, {way}: {part['error']}" for part in parts if "error" in part]
     return markdown(header, rows) + "".join(notes)
 
 
@@ -210,7 +219,9 @@ def report(folder: Path) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the benchmarks left their results")
-    parser.add_argument("--plot", action="store_true", help="draw roofline-<device>.svg and .png (needs matplotlib)")
+    parser.add_argument(
+        "--plot", action="store_true", help="draw roofline- and decode-<device> as .svg and .png (needs matplotlib)"
+    )
     options = parser.parse_args(arguments)
     print(report(options.folder))
     if options.plot:

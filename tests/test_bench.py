@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import bench_decode
 import bench_kernels
 import bench_select
 import gate
 import measure
+import picture
 import published
 import published_decode
 import pytest
@@ -24,6 +27,7 @@ from small import MASK, prompts, small_model
 from torch import Tensor
 
 import fdpp
+from fdpp import tiny
 from fdpp.decoding.settings import DiffusionGenerationConfig
 
 SETTINGS: list[dict[str, Any]] = [
@@ -143,6 +147,103 @@ def test_tables_and_plot(results: Path, capsys: pytest.CaptureFixture[str]) -> N
     device = report.load(results, "decode")[0]["environment"]["device"]
     name = "cpu" if device.startswith("CPU") else measure.slug(device)
     assert "<svg" in (results / f"roofline-{name}.svg").read_text()
+    rows = report.load(results, "decode")[0]["rows"]
+    drawn = (results / f"decode-{name}.svg").read_text()
+    assert all(f"<!-- smoke, {row['cache']}, 2: {row['tokens_per_forward']} -->" in drawn for row in rows)
+
+
+def test_the_plot_of_decodes_has_the_names_of_the_documents_table() -> None:
+    """On a logarithmic axis, with both ways and the speed-up of every row, and as wide as a page on GitHub."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    plots = importlib.import_module("plots")
+    folder = Path(bench_decode.__file__).parent
+    [table] = re.findall(r"^\| model, cache, batch \|.*?\n\n", (folder / "README.md").read_text(), re.M | re.S)
+    cells = [[cell.strip(" `") for cell in line.split("|")] for line in table.strip().splitlines()[2:]]
+    figure, axes = pyplot.subplots()
+    plots.rates(axes, json.loads((folder / "results/decode-cpu.json").read_text()))
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"{row[1]}: {row[2]}" for row in cells]
+    assert [text.get_text() for text in axes.texts] == [row[5] for row in cells]
+    assert axes.get_xscale() == "log" and axes.get_legend() is not None
+    pyplot.close(figure)
+    width = re.search(r'width="([\d.]+)pt"', (folder / "results/decode-cpu.svg").read_text())
+    assert width is not None and 800 < float(width[1]) * 96 / 72 < 850
+
+
+def test_a_prompts_length_is_named_where_it_tells_settings_apart(tmp_path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    _, decode = on_an_h200(8.0, 4.0)
+    decode["rows"] = [row | {"prompt": length} for row in decode["rows"] for length in (128, 800)]
+    figure, axes = pyplot.subplots()
+    importlib.import_module("plots").rates(axes, decode)
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["8b, dual, 1, 128: 4.20, set", "8b, dual, 1, 800: 4.20, set"]
+    pyplot.close(figure)
+
+
+# The README's picture
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as in WCAG 2.2."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def colours(svg: str, scheme: str) -> dict[str, str]:
+    """Fill by class in a reader's colour scheme."""
+    light, dark = re.findall(r"\.paper\{fill:(#\w{6})\}\.ink\{fill:(#\w{6})\}", svg)
+    assert svg.index("prefers-color-scheme:dark") > svg.index(light[0])
+    return dict(zip(("paper", "ink"), dark if scheme == "dark" else light, strict=True))
+
+
+@pytest.mark.parametrize(("scheme", "page"), [("light", "#ffffff"), ("dark", "#0d1117")])
+def test_the_picture_reads_in_light_and_in_dark(scheme: str, page: str) -> None:
+    """Contrast of at least 4.5 between every text and what is behind it; the background is GitHub's."""
+    svg = picture.PICTURE.read_text(encoding="utf-8")
+    own = colours(svg, scheme)
+    assert own["paper"] == page
+    behind = own["paper"]
+    for element in ElementTree.fromstring(svg):
+        if element.tag == SVG + "rect":
+            behind = element.get("fill") or own["paper"]
+        elif element.tag == SVG + "text" and element.get("fill"):
+            assert contrast(element.get("fill"), behind) >= 4.5, element.text
+        elif element.tag == SVG + "text":
+            assert "ink" in element.get("class").split() and contrast(own["ink"], own["paper"]) >= 4.5
+    shades = [picture.shade(forward, 96) for forward in range(96)]
+    assert min(contrast(*shade) for shade in shades) >= 4.5
+    brightness = [luminance(fill) for fill, _ in shades]
+    assert brightness == sorted(brightness, reverse=True)
+
+
+@pytest.mark.parametrize("forwards", [1, 2, 7, 8, 95])
+def test_the_legend_has_the_shades_of_the_first_and_the_last_forward(forwards: int) -> None:
+    words = [f"w{i}" for i in range(forwards)]
+    svg = picture.draw("a prompt", [picture.Decode("a rule", words, list(range(forwards)), forwards)])
+    elements = list(ElementTree.fromstring(svg))
+    fills = [e.get("fill") for e in elements if e.tag == SVG + "rect" and e.get("fill")]
+    count = min(forwards, picture.SWATCHES)
+    swatches, of_words = fills[:count], fills[count:]
+    assert len(of_words) == forwards and swatches[0] == of_words[0] and swatches[-1] == of_words[-1]
+    assert len(set(swatches)) == count and set(swatches) <= set(of_words)
+    texts = [e.text for e in elements if e.tag == SVG + "text"]
+    assert texts[2:4] == ["forward 1", str(forwards)]
+    assert all(
+        float(e.get("x")) + float(e.get("width")) <= picture.WIDTH for e in elements if e.get("x") and e.get("width")
+    )
+
+
+def test_the_picture_is_the_decode() -> None:
+    problem = tiny.generate("held-out", 1, seed=1, steps=5)[0]
+    assert picture.draw(problem.prompt, picture.decodes_of(problem)) == picture.PICTURE.read_text(encoding="utf-8")
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -96,4 +97,21 @@ def test_plot(tmp_path: Path) -> None:
     quality_plot.draw(results, tmp_path)
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     labels = (tmp_path / "quality.svg").read_text()
-    assert all(f"<!-- {name} -->" in labels for name in ("one", "threshold", "factor", "frechet", "dawn"))
+    assert all(f"<!-- {name} -->" in labels for name, *_ in quality_plot.LOOKS.values())
+
+
+def test_every_rule_has_a_marker_of_its_own_and_coinciding_ones_a_size_too() -> None:
+    """`threshold 0.9` and `localleap` lie within 0.02 tokens per forward at the same share of exact answers."""
+    results = json.loads((Path(quality.__file__).parent / "results/quality.json").read_text())
+    defaults = {quality_plot.kind_of(run): run for run in reversed(results["runs"]) if run["cache"] == "dual"}
+    assert defaults.keys() == quality_plot.LOOKS.keys()
+    looks = {kind: look[1:3] for kind, look in quality_plot.LOOKS.items()}
+    assert len({marker for marker, _ in looks.values()}) == len(looks)
+    coinciding = [
+        (a, b)
+        for a, b in itertools.combinations(defaults, 2)
+        if defaults[a]["exact"] == defaults[b]["exact"]
+        and abs(defaults[a]["tokens_per_forward"] - defaults[b]["tokens_per_forward"]) < 0.1
+    ]
+    assert ("threshold", "localleap") in [tuple(sorted(pair, reverse=True)) for pair in coinciding]
+    assert all(looks[a][1] != looks[b][1] for a, b in coinciding)
