@@ -48,13 +48,14 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "adapters": ["peft>=0.20"],
         "eval": ["lm_eval[math]>=0.4.13", "datasets", "evaluate", "accelerate"],
         "parallel": ["accelerate"],
         "png": ["matplotlib"],
         "sglang": ['sglang>=0.5.23; python_version >= "3.11"'],
         "test": [
             *("pytest", "pytest-benchmark", "pytest-cov", "pytest-xdist", "hypothesis", "numpy"),
-            *("accelerate", "packaging", "setuptools>=77", "wheel"),
+            *("accelerate", "packaging", "peft>=0.20", "setuptools>=77", "wheel"),
         ],
         "lint": ["ruff", "mypy"],
         "bench": ["pytest", "pytest-benchmark", "matplotlib"],

@@ -412,10 +412,10 @@ def test_hidden_states() -> None:
         assert model(x).hidden_states is None
 
 
-@pytest.mark.parametrize("name", ["labels", "past_key_values", "attn_mask"])
-def test_unknown_argument_is_named(name: str) -> None:
+@pytest.mark.parametrize(("name", "value"), [("labels", 0), ("past_key_values", ()), ("attn_mask", None)])
+def test_unknown_argument_is_named(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=name):
-        small_model()(prompts(1, 4), **{name: None})
+        small_model()(prompts(1, 4), **{name: value})
 
 
 def test_rows_that_pad_the_embedding_are_no_tokens() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from fdpp.decoding.adapters import check_adapters
 from fdpp.decoding.arguments import (
     SETTINGS,
     check_ids,
@@ -206,6 +207,7 @@ class DiffusionGenerationMixin:
         self, input_ids: Any, attention_mask: Any, generation_config: Any, overrides: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None, DiffusionGenerationConfig]:
         """The prompts `[B, P]`, their attention mask (None: no padding), and all settings of a decode."""
+        self.before_decode()
         overrides = dict(overrides)
         inputs = overrides.pop("inputs", None)
         device = next(iter(self.parameters())).device  # type: ignore[attr-defined]
@@ -242,6 +244,7 @@ class DiffusionGenerationMixin:
             batch_size: most prompts of a batch.
             generation_config: as in `generate`, and so are all other settings.
         """
+        self.before_decode()
         config = self.settled(generation_config, overrides, prompt_length)
         weight = next(iter(self.parameters()))  # type: ignore[attr-defined]
         ids = torch.full((batch_size, prompt_length), config.pad_token_id or 0, dtype=torch.int64, device=weight.device)
@@ -255,6 +258,14 @@ class DiffusionGenerationMixin:
             if static is not None:
                 for mask in masks:
                     BlockLoop(model, ids, mask, config, None, static).warm_up()
+
+    def before_decode(self) -> None:
+        """Look at the model before it decodes. `ValueError`: it holds an adapter that a decode cannot apply."""
+        check_adapters(self)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Named by peft, which wants to see it in a model of task type CAUSAL_LM. No block decode calls it."""
+        raise NotImplementedError("prepare_inputs_for_generation: a block decode prepares no inputs token by token")
 
     def settled(
         self,

@@ -24,6 +24,9 @@ from fdpp.models.layers import Angles, attention_inputs, block_output, compiled,
 from fdpp.models.linear import Linear, linear
 from fdpp.step import parallel
 
+SPARED = ("inputs_embeds", "labels", "output_attentions", "past_key_values", "use_cache")
+"""Arguments of other models' `forward` that are not implemented, and may say so."""
+
 
 class RMSNorm(nn.Module):
     """`weight * x / sqrt(mean(x^2) + eps)`, the quotient in float32."""
@@ -35,6 +38,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
 class LLaDABlock(nn.Module):
@@ -70,7 +76,7 @@ class LLaDABlock(nn.Module):
     ) -> Tensor:
         qkv, gate_up = self.qkv.matrix(), self.gate_up.matrix()
         fused = qkv is not None and gate_up is not None and is_plain(self.attn_out) and is_plain(self.ff_out)
-        fused = fused and is_untouched(self.attn_norm) and is_untouched(self.ff_norm)
+        fused = fused and all(type(norm) is RMSNorm and is_untouched(norm) for norm in (self.attn_norm, self.ff_norm))
         run: Callable[..., Any] = compiled if self.compile_layers else lambda function: function
         if fused:
             norm = self.attn_norm
@@ -286,20 +292,22 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = False,
         **kwargs: Any,
     ) -> MaskedLMOutput:
         """Logits `[B, L, V]` of every position; a masked position's row predicts its token.
 
-        `input_ids` `[B, L]` int64; `attention_mask` `[B, L]` is 1 at real tokens, 0 at padding.
+        `input_ids` `[B, L]` int64; `attention_mask` `[B, L]` is 1 at real tokens, 0 at padding. Of the arguments in
+        `SPARED`, which wrappers pass on, None and False are taken.
         """
         if kwargs.pop("return_dict", True) is False:
             raise ValueError("LLaDAModelLM.forward: return_dict=False is not implemented, read `.logits`")
-        if kwargs:
-            raise TypeError(f"LLaDAModelLM.forward: unexpected arguments {sorted(kwargs)}")
+        unknown = sorted(name for name, v in kwargs.items() if name not in SPARED or (v is not None and v is not False))
+        if unknown or input_ids is None:
+            raise TypeError(f"LLaDAModelLM.forward: unexpected arguments {unknown}, expected input_ids [B, L]")
         states: list[Tensor] | None = [] if output_hidden_states else None
         hidden = self.model(input_ids, attention_mask, position_ids, hidden_states=states)
         return MaskedLMOutput(

@@ -88,9 +88,12 @@ class LLaDAModelLM(PreTrainedModel):
         super().__init__(config)
         self.model = LLaDAModel(config)
 
-    def forward(self, input_ids: Tensor) -> CausalLMOutputWithPast:
+    def forward(self, input_ids: Tensor, **nothing: None) -> CausalLMOutputWithPast:
+        assert not any(nothing.values())
         transformer = self.model.transformer
         x = transformer.emb_drop(transformer.wte(input_ids))
         for block in transformer.blocks:
             x = block(x)
-        return CausalLMOutputWithPast(logits=F.linear(transformer.ln_f(x), transformer.ff_out.weight))
+        h = transformer.ln_f(x)
+        tied = self.config.weight_tying
+        return CausalLMOutputWithPast(logits=F.linear(h, transformer.wte.weight) if tied else transformer.ff_out(h))

@@ -1,0 +1,282 @@
+"""peft's adapters: a decode has their weights, whoever puts them in, and what it can't apply is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import remote_like
+import torch
+from captures import Captures, captured_on_cpu
+from plain import plain_llada
+from small import exact_model, left_pad, prompts, small_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.generation import GenerationMixin
+
+import fdpp
+from fdpp.decoding.static import steps_of
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+STEPS: dict[str, Any] = {"max_new_tokens": 16, "block_length": 8, "steps": 8, "stop_at_eos": False}
+EIGHT = {**STEPS, "rule": fdpp.Quota(), "cache": "none"}
+IDS, MASK = left_pad([prompts(1, 7, seed=1)[0], prompts(1, 4, seed=2)[0]])
+PROMPT_LEARNING = [peft.PromptTuningConfig, peft.PrefixTuningConfig, peft.PromptEncoderConfig]
+
+
+def lora(*layers: str, **settings: Any) -> Any:
+    """Of the queries and the gate unless `layers` are named."""
+    targets = "all-linear" if layers == ("all-linear",) else list(layers) or ["q_proj", "ff_proj"]
+    return peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": targets, **settings})
+
+
+def adapted(model: Any, config: Any, seed: int = 0) -> Any:
+    """`model`, wrapped with random weights of an adapter, the same for the same names."""
+    made = peft.get_peft_model(model, copy.deepcopy(config)).eval()  # peft writes into a configuration
+    trained = {name: weight for name, weight in made.named_parameters() if weight.requires_grad}
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(trained):
+        weight = trained[name].data
+        noise = torch.randn(weight.shape, generator=generator).to(weight).mul_(0.4)
+        weight.copy_(noise if "lora_" in name and "magnitude" not in name else weight + noise)
+    return made
+
+
+def by_formula(made: Any, scale: float = 1.5, **config: Any) -> Any:
+    """A model without adapters whose weights are W + scale B A, of `made` on `exact_model(**config)`."""
+    model = exact_model(**{**config, "weight_tying": False})
+    weights = exact_model(**config).state_dict()
+    if config.get("weight_tying"):  # an adapter of the embedding is none of the head
+        weights["model.transformer.ff_out.weight"] = weights["model.transformer.wte.weight"].clone()
+    found = peft.get_peft_model_state_dict(made)
+    for key, a in found.items():
+        for lora_a, lora_b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+            if key.endswith(lora_a):
+                name = key.removeprefix("base_model.model.").removesuffix(lora_a) + "weight"
+                delta = scale * found[key.removesuffix(lora_a) + lora_b] @ a
+                weights[name] += delta.T if "embedding" in lora_a else delta
+    model.load_state_dict(weights)
+    return model
+
+
+def decoded(model: Any, **settings: Any) -> Tensor:
+    """Both prompts' tokens by `settings`, else by eight steps without a cache."""
+    return model.generate(IDS, MASK, **{**EIGHT, **settings}).sequences
+
+
+def rows_alone(model: Any) -> Tensor:
+    """What `decoded` should give, by a plain float64 loop over positions."""
+    rows = [
+        plain_llada(model, ids[mask.bool()], steps=8, max_new_tokens=16) for ids, mask in zip(IDS, MASK, strict=True)
+    ]
+    return torch.stack([row[-16:] for row in rows])
+
+
+def same(model: Any, other: Any, **settings: Any) -> bool:
+    return bool(decoded(model, **settings).equal(decoded(other, **settings)))
+
+
+# Adapters in the layers
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "FEATURE_EXTRACTION", None])
+def test_a_decode_has_the_weights_of_the_adapter(task: str | None) -> None:
+    """A batch with padding, by position and by name, on both engines, with drafts."""
+    made = adapted(exact_model(), lora("q_proj", "ff_proj", "ff_out", task_type=task))
+    expected = rows_alone(by_formula(made))
+    assert not expected.equal(rows_alone(exact_model()))
+    by_name = made.generate(input_ids=IDS, attention_mask=MASK, **EIGHT).sequences
+    for tokens in (by_name, decoded(made), decoded(made, engine="static"), decoded(made, drafts=3)):
+        assert tokens[:, IDS.shape[1] :].equal(expected)
+    assert made(input_ids=IDS, attention_mask=MASK).logits.shape == (*IDS.shape, 64)
+    assert made.warmup(5, engine="static") is None
+
+
+LAYERS: list[Any] = [
+    (lora("q_proj", "k_proj", "v_proj", "up_proj", "attn_out"), {}),
+    (lora("ff_out"), {}),
+    (lora("transformer.ff_out"), {}),
+    (lora("wte"), {}),
+    (lora("wte", "q_proj"), {"weight_tying": True}),
+    (lora("q_proj", use_rslora=True, lora_alpha=3), {}),
+]
+
+
+@pytest.mark.parametrize(("config", "model"), LAYERS, ids=lambda value: str(getattr(value, "target_modules", value)))
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_a_lora_on_any_layer(cache: str, config: Any, model: dict[str, Any]) -> None:
+    made = adapted(exact_model(**model), config)
+    expected = by_formula(made, **model)
+    for settings in ({}, {"engine": "static"}, {"drafts": 2}):
+        assert same(made, expected, cache=cache, **settings)
+    with made.disable_adapter():
+        assert same(made, exact_model(**model), cache=cache)
+    assert not same(made, exact_model(**model), cache=cache)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora("q_proj", "v_proj"),
+        lora("all-linear"),
+        lora(modules_to_save=["attn_norm"]),
+        lora(modules_to_save=["wte", "transformer.ff_out"]),
+        lora(trainable_token_indices=[1, 2, 3]),
+        lora("q_proj", use_dora=True),
+        peft.LNTuningConfig(target_modules=["attn_norm", "ln_f"]),
+        peft.IA3Config(target_modules=["v_proj", "ff_out"], feedforward_modules=["ff_out"]),
+        peft.LoHaConfig(target_modules=["ff_proj"]),
+    ],
+    ids=lambda config: f"{type(config).__name__}-{config.target_modules}",
+)
+def test_a_merged_adapter_decodes_alike_and_its_weights_are_joined_again(config: Any) -> None:
+    """Weights that were joined before are views, into which peft writes."""
+    model = exact_model()
+    model.join_weights()
+    made = adapted(model, config)
+    before, drafted = decoded(made), decoded(made, drafts=3)
+    assert not before.equal(decoded(exact_model())) and drafted.equal(before)
+    merged = made.merge_and_unload()
+    assert merged is model and decoded(merged).equal(before)
+    fresh = exact_model()
+    fresh.load_state_dict(merged.state_dict())
+    assert same(merged, fresh, cache="dual")
+    with torch.no_grad():
+        matrices = [
+            joined.matrix() for block in model.model.transformer.blocks for joined in (block.qkv, block.gate_up)
+        ]
+    assert all(matrix is not None for matrix in matrices)
+
+
+def test_wrapped_layers_are_called_and_their_neighbours_too() -> None:
+    """No matrix joins a layer that is more than its weight, and a norm that is wrapped is no RMSNorm."""
+    made = adapted(small_model(), lora("q_proj", "attn_out"))
+    block = made.base_model.model.model.transformer.blocks[0]
+    with torch.no_grad():
+        assert block.qkv.matrix() is None and block.gate_up.matrix() is not None
+    assert type(block.attn_out) is not nn.Linear
+
+
+@pytest.fixture
+def captures() -> Iterator[Captures]:
+    with captured_on_cpu() as captures:
+        yield captures
+
+
+def test_captured_steps_follow_what_becomes_of_adapters(captures: Captures) -> None:
+    model = exact_model()
+    made = adapted(model, lora(task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    made.add_adapter("second", lora("up_proj", task_type="CAUSAL_LM", init_lora_weights=False))
+    settings, seen = {"engine": "static", "cache": "dual"}, []
+
+    def scale() -> None:
+        made.base_model.model.model.transformer.blocks[0].q_proj.scaling["default"] = 0.2
+
+    changes = [
+        *(lambda: None, lambda: made.set_adapter("second"), made.base_model.disable_adapter_layers),
+        *(made.base_model.enable_adapter_layers, lambda: made.set_adapter("default"), scale, made.merge_adapter),
+        *(made.unmerge_adapter, lambda: made.set_adapter("second"), made.unload),
+    ]
+    for change in changes:
+        change()
+        tokens = decoded(made, **settings)
+        assert tokens.equal(decoded(made, engine="eager", cache="dual"))
+        seen.append(tuple(tokens.flatten().tolist()))
+    assert all(step.graph is not None for step in steps_of(model))
+    default, second, off, on, again, scaled, merged, apart, other, unloaded = seen
+    assert len({default, second, off, scaled}) == 4
+    assert (on, again, other, merged, apart, unloaded) == (second, default, second, scaled, scaled, off)
+
+
+def test_files_are_loaded_by_peft_and_by_transformers(tmp_path: Path) -> None:
+    made = adapted(small_model(), lora(task_type="CAUSAL_LM"))
+    expected, base = decoded(made), decoded(small_model())
+    made.save_pretrained(tmp_path / "adapter")
+    small_model().save_pretrained(tmp_path / "base")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
+    folder = str(tmp_path / "adapter")
+    assert decoded(peft.PeftModel.from_pretrained(small_model(), folder)).equal(expected)
+    for kind in (peft.AutoPeftModelForCausalLM, fdpp.LLaDAModelLM, AutoModelForCausalLM):
+        assert decoded(kind.from_pretrained(folder)).equal(expected)
+    model = small_model()
+    model.load_adapter(folder)
+    assert decoded(model).equal(expected)
+    model.disable_adapters()
+    assert decoded(model).equal(base)
+    model.add_adapter(lora("up_proj", init_lora_weights=False), "another")
+    model.enable_adapters()
+    assert not decoded(model).equal(expected) and not decoded(model).equal(base)
+    model.set_adapter("default")
+    assert decoded(model).equal(expected)
+
+
+def test_an_adapter_trained_on_the_remote_code_fits(tmp_path: Path) -> None:
+    theirs = adapted(remote(), lora("q_proj", "v_proj", "wte", "ff_out", task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path)
+    keys = peft.utils.load_peft_weights(str(tmp_path), device="cpu")
+    assert "base_model.model.model.transformer.blocks.0.q_proj.lora_A.weight" in keys
+    ours = peft.PeftModel.from_pretrained(small_model(), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("kind", PROMPT_LEARNING, ids=lambda kind: kind.__name__)
+def test_prompt_learning_is_refused_and_leaves_the_model_as_it_was(kind: Any) -> None:
+    sizes = {"num_layers": 2, "token_dim": 32, "num_attention_heads": 4}
+    made = peft.get_peft_model(model := small_model(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3, **sizes))
+    expected = "a block decode takes ids, expected an adapter in the layers such as LoRA, got prompt learning"
+    with pytest.raises(ValueError, match=expected):
+        decoded(made)
+    with pytest.raises(
+        TypeError, match=r"unexpected arguments \['(inputs_embeds|past_key_values)'\], expected input_ids"
+    ):
+        made(IDS)
+    base = decoded(small_model())
+    assert decoded(model).equal(base)
+    with made.disable_adapter():
+        assert decoded(made).equal(base)
+
+
+def test_one_adapter_for_each_row_is_refused_and_no_hook_stays() -> None:
+    made = adapted(small_model(), lora())
+    made.add_adapter("second", lora())
+    expected = decoded(made)
+    with pytest.raises(ValueError, match="adapter_names is not implemented: rows of a decode end and are repeated"):
+        decoded(made, adapter_names=["default", "second"])
+    assert decoded(made).equal(expected)
+
+
+def test_arguments_of_forward_that_say_nothing() -> None:
+    model, logits = small_model(), small_model()(IDS).logits
+    assert model(IDS, labels=None, inputs_embeds=None, output_attentions=False, use_cache=False).logits.equal(logits)
+    assert model(IDS, output_hidden_states=None).hidden_states is None
+    with pytest.raises(TypeError, match=r"unexpected arguments \['labels', 'use_cache'\]"):
+        model(IDS, labels=IDS, use_cache=True)
+    with pytest.raises(TypeError, match=r"unexpected arguments \[\], expected input_ids"):
+        model(attention_mask=MASK)
+
+
+# Models with remote code
+
+
+class Generating(remote_like.LLaDAModelLM, GenerationMixin):
+    """As transformers makes of the remote code's class, which generates."""
+
+
+def remote(**config: Any) -> Any:
+    """The stand-in for the checkpoint's code, with the weights of `small_model`."""
+    ours = small_model(**config)
+    theirs = Generating(remote_like.LLaDAConfig(**ours.config.to_dict())).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=not ours.config.weight_tying)
+    return theirs
