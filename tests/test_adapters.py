@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -280,3 +281,82 @@ def remote(**config: Any) -> Any:
     theirs = Generating(remote_like.LLaDAConfig(**ours.config.to_dict())).eval()
     theirs.load_state_dict(ours.state_dict(), strict=not ours.config.weight_tying)
     return theirs
+
+
+@pytest.mark.parametrize("when", ["before", "after", "of the wrapper"])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_a_patched_model_decodes_with_its_adapter(when: str, task: str | None) -> None:
+    theirs, config = remote(), lora("q_proj", "up_proj", "wte", "ff_out", task_type=task)
+    expected = adapted(small_model(), config)
+    if when == "before":
+        fdpp.patch(theirs)
+    made = adapted(theirs, config)
+    target = made if when == "of the wrapper" else theirs
+    fdpp.patch(target)
+    for settings in ({}, {"cache": "dual"}, {"engine": "static"}, {"drafts": 3}):
+        assert same(made, expected, **settings)
+    assert same(theirs, expected) and not same(theirs, small_model())
+    with made.disable_adapter():
+        assert same(made, small_model())
+    merged = made.merge_and_unload()
+    assert merged is theirs and same(theirs, expected.merge_and_unload())
+    fdpp.unpatch(theirs)
+    assert "generate" not in vars(theirs) and "denoising_step" not in theirs._modules
+
+
+def test_a_tied_head_of_a_patched_model_has_no_adapter() -> None:
+    theirs, config = remote(weight_tying=True), lora("wte", "q_proj")
+    fdpp.patch(theirs)
+    made, expected = adapted(theirs, config), adapted(small_model(weight_tying=True), config)
+    assert same(made, expected) and not same(made, small_model(weight_tying=True))
+    with torch.no_grad():
+        torch.testing.assert_close(made(IDS).logits, expected(IDS).logits)
+
+
+def test_unpatch_leaves_an_adapter_alone() -> None:
+    theirs = remote()
+    fdpp.patch(theirs)
+    made = adapted(theirs, lora())
+    with torch.no_grad():
+        logits = made(IDS).logits
+        fdpp.unpatch(made)
+        assert made(IDS).logits.equal(logits)
+
+
+@pytest.mark.parametrize("kind", PROMPT_LEARNING, ids=lambda kind: kind.__name__)
+def test_prompt_learning_on_a_patched_model_is_refused(kind: Any) -> None:
+    sizes = {"num_layers": 2, "token_dim": 32, "num_attention_heads": 4}
+    theirs = remote()
+    fdpp.patch(theirs)
+    made = peft.get_peft_model(theirs, kind(task_type="CAUSAL_LM", num_virtual_tokens=3, **sizes))
+    with pytest.raises(ValueError, match="got prompt learning"):
+        decoded(made)
+    assert decoded(theirs).equal(decoded(small_model()))
+
+
+def test_copies_of_a_patched_model_have_adapters_of_their_own() -> None:
+    theirs = remote()
+    fdpp.patch(theirs)
+    made = adapted(theirs, lora())
+    twin, expected = copy.deepcopy(made), decoded(made)
+    adapted(twin.unload(), lora(), seed=1)
+    assert decoded(made).equal(expected) and not decoded(twin).equal(expected)
+
+
+def test_threads_that_meet_a_new_adapter_together() -> None:
+    theirs = remote()
+    fdpp.patch(theirs)
+    made, expected = adapted(theirs, lora("all-linear")), decoded(adapted(small_model(), lora("q_proj")))
+    made = adapted(made.unload(), lora("q_proj"))
+    start, found = threading.Barrier(6), []
+
+    def work() -> None:
+        start.wait()
+        found.append(decoded(made))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6 and all(tokens.equal(expected) for tokens in found)

@@ -446,6 +446,68 @@ def test_later_changes_of_the_weights_are_seen(change: str) -> None:
     assert change != "hook" or len(calls) >= out.nfe.max()
 
 
+class Shifted(nn.Module):
+    """A layer in the place of another one, with a weight of its own beside it."""
+
+    def __init__(self, inner: nn.Module, size: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.shift = nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(size)))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.shift
+
+
+PLACES = {"wte": 32, "blocks.0.q_proj": 32, "blocks.1.attn_norm": 32, "blocks.1.up_proj": 48, "ln_f": 32, "ff_out": 64}
+
+
+@pytest.mark.parametrize("engine", ["eager", "static"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_layer_that_is_replaced_later_is_called(place: str, engine: str) -> None:
+    theirs, ids = remote(), prompts(2, 5)
+    fdpp.patch(theirs)
+    before = theirs.generate(ids, engine=engine, **SETTINGS).sequences
+    path = f"model.transformer.{place}"
+    layer = theirs.get_submodule(path)
+    theirs.set_submodule(path, Shifted(layer, PLACES[place]))
+    ours = small_model()
+    ours.set_submodule(path, Shifted(ours.get_submodule(path), PLACES[place]))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+    for _ in range(2):
+        after = theirs.generate(ids, engine=engine, **SETTINGS).sequences
+        assert after.equal(ours.generate(ids, **SETTINGS).sequences) and not after.equal(before)
+    theirs.set_submodule(path, layer)
+    assert theirs.generate(ids, engine=engine, **SETTINGS).sequences.equal(before)
+
+
+def test_a_body_that_is_replaced_later_is_decoded() -> None:
+    theirs, ids = remote(), prompts(2, 5)
+    generate = fdpp.patch(theirs).target.generate
+    theirs.model = remote(1).model
+    expected = small_model(1).generate(ids, **SETTINGS).sequences
+    assert theirs.generate(ids, **SETTINGS).sequences.equal(expected)
+    del theirs
+    assert generate(ids, **SETTINGS).sequences.equal(expected)
+
+
+def test_a_patched_model_is_saved_whole(tmp_path: Path) -> None:
+    theirs, ids = remote(), prompts(2, 5)
+    fdpp.patch(theirs)
+    expected = theirs.generate(ids, **SETTINGS).sequences
+    torch.save(theirs, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert again.generate(ids, **SETTINGS).sequences.equal(expected)
+    again.model = remote(1).model
+    assert not again.generate(ids, **SETTINGS).sequences.equal(expected)
+    fdpp.unpatch(again)
+    assert "generate" not in vars(again)
+
+
 def test_only_the_instance_changes() -> None:
     theirs, other, ids = remote(), remote(1), prompts(1, 5)
     untouched, kind = everything(other), dict(vars(type(theirs)))
@@ -570,6 +632,48 @@ def test_a_model_that_does_not_fit_is_refused_untouched(damage: Any, message: st
     with pytest.raises(ValueError, match=re.escape(message)):
         fdpp.patch(theirs)
     assert everything(theirs) == before
+
+
+def wrong_size(theirs: Any) -> None:
+    theirs.model.transformer.blocks[0].ff_out = nn.Linear(48, 16, bias=False)
+
+
+def wrong_size_within(theirs: Any) -> None:
+    layer = Shifted(nn.Linear(32, 16), 16)
+    layer.in_features, layer.out_features = 32, 16
+    theirs.model.transformer.blocks[0].k_proj = layer
+
+
+def another_block(theirs: Any) -> None:
+    theirs.model.transformer.blocks[1] = Shifted(theirs.model.transformer.blocks[1], 32)
+
+
+def beside(theirs: Any) -> None:
+    drop(theirs)
+    theirs.model.transformer.blocks[0].extra = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop, "missing model.transformer.blocks.1.q_proj.weight [32, 32]"),
+        (bias, "unexpected model.transformer.blocks.0.q_proj.bias"),
+        (wrong_size, "model.transformer.blocks.0.ff_out.weight: expected [32, 48], got [16, 48] torch.float32"),
+        (wrong_size_within, "model.transformer.blocks.0.k_proj: expected [32, 32], got [16, 32] of a Shifted"),
+        (another_block, "missing model.transformer.blocks.1.attn_norm.weight [32]"),
+        (beside, "unexpected model.transformer.blocks.0.extra.weight"),
+    ],
+)
+def test_a_patched_model_that_no_longer_fits_is_refused_by_name(damage: Any, message: str) -> None:
+    theirs, ids = remote(), prompts(1, 5)
+    fdpp.patch(theirs)
+    if damage is bias:
+        theirs.model.transformer.blocks[0].q_proj = nn.Linear(32, 32, bias=False)
+    damage(theirs)
+    for decode in (lambda: theirs.generate(ids, **SETTINGS), lambda: theirs.generate.__self__.warmup(5)):
+        with pytest.raises(ValueError, match=r"generate of a patched LLaDAModelLM: .*" + re.escape(message)):
+            decode()
+    fdpp.unpatch(theirs)
 
 
 # Modules that hold a step
@@ -759,6 +863,77 @@ def test_with(script: ModuleType, kind: int) -> None:
         fdpp.patch(target)
         again = everything(target)
     assert everything(target) == again
+
+
+STEP = "DenoisingStep(rule=Frechet(margin=0.25, calibration=0.0), mask_id=62, temperature=0.0)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (
+            0,
+            "module 'generate': get_transfer_index -> fdpp's fused step, get_transfer_index_dynamic -> fdpp's fused "
+            "step, get_transfer_index_frechet_profile -> fdpp's fused step",
+        ),
+        (1, f"a LLaDAModelLM: generate -> fdpp's block loop, denoising_step -> {STEP}"),
+        (2, "a Decoder: step -> DenoisingStep(rule=Quota(k=2), mask_id=19, temperature=0.0)"),
+    ],
+    ids=["script", "model", "module"],
+)
+def test_a_patch_says_what_was_replaced_by_what(script: ModuleType, kind: int, said: str) -> None:
+    target = targets(script)[kind]
+    what = said.split(":")[0]
+    patched, again = fdpp.patch(target), fdpp.patch(target)
+    assert str(patched) == repr(patched) == f"fdpp.patch of {said}"
+    assert str(again) == f"fdpp.patch of {what}: already patched"
+    fdpp.unpatch(target)
+    assert str(patched) == f"fdpp.patch of {what}: undone"
+
+
+def test_nested_steps_are_named_by_their_paths() -> None:
+    parent = nn.ModuleDict({"a": Decoder(TakeAll(fdpp.Quota(1))), "b": nn.Sequential(TakeAll(fdpp.Quota(3)))})
+    steps = [f"DenoisingStep(rule=Quota(k={k}), mask_id=19, temperature=0.0)" for k in (1, 3)]
+    assert str(fdpp.patch(parent)) == f"fdpp.patch of a ModuleDict: a.step -> {steps[0]}, b.0 -> {steps[1]}"
+
+
+def test_a_patched_model_prints_one_line_more() -> None:
+    theirs = remote()
+    before = str(theirs)
+    fdpp.patch(theirs)
+    theirs.generate(prompts(1, 5), **SETTINGS)
+    assert str(theirs) == f"{before[:-1]}  (denoising_step): {STEP}\n)"
+
+
+OURS = """LLaDAModelLM(
+  (model): LLaDAModel(
+    (transformer): ModuleDict(
+      (wte): Embedding(64, 32)
+      (blocks): ModuleList(
+        (0-1): 2 x LLaDABlock(
+          (q_proj): Linear(in_features=32, out_features=32, bias=False)
+          (k_proj): Linear(in_features=32, out_features=32, bias=False)
+          (v_proj): Linear(in_features=32, out_features=32, bias=False)
+          (attn_out): Linear(in_features=32, out_features=32, bias=False)
+          (attn_norm): RMSNorm(32, eps=1e-05)
+          (ff_norm): RMSNorm(32, eps=1e-05)
+          (ff_proj): Linear(in_features=32, out_features=48, bias=False)
+          (up_proj): Linear(in_features=32, out_features=48, bias=False)
+          (ff_out): Linear(in_features=48, out_features=32, bias=False)
+        )
+      )
+      (ln_f): RMSNorm(32, eps=1e-05)
+      (ff_out): Linear(in_features=32, out_features=64, bias=False)
+    )
+  )
+)"""
+
+
+def test_a_model_of_ours_prints_every_layer_once_also_when_weights_are_joined() -> None:
+    ours = small_model()
+    assert str(ours) == OURS
+    ours.generate(prompts(1, 5), engine="static", **SETTINGS)
+    assert str(ours) == OURS
 
 
 @pytest.mark.parametrize("target", [3, "generate", remote_like.LLaDAModelLM, None])

@@ -20,7 +20,10 @@ SUPPORTED = f"""fdpp.patch takes one of
 
 
 class Patch:
-    """What `patch` returns. As a context manager it gives the target, and unpatches it at exit if it patched it."""
+    """What `patch` returns; printed, it says what was replaced by what.
+
+    As a context manager it gives the target, and unpatches it at exit if it patched it.
+    """
 
     def __init__(self, target: Any, record: list[Any] | None) -> None:
         self.target, self.record = target, record
@@ -29,8 +32,24 @@ class Patch:
         return self.target
 
     def __exit__(self, *exception: object) -> None:
-        if self.record is not None and vars(unwrapped(self.target)).get(RECORD) is self.record:
+        if self.holds():
             unpatch(self.target)
+
+    def holds(self) -> bool:
+        """Whether what this patch replaced is still so."""
+        return self.record is not None and vars(unwrapped(self.target)).get(RECORD) is self.record
+
+    def __repr__(self) -> str:
+        owner = unwrapped(self.target)
+        becomes = scripts.BECOMES if isinstance(owner, ModuleType) else models.BECOMES
+        said = "already patched" if self.record is None else "undone"
+        if self.record is not None and self.holds():
+            shown = (
+                (path, name, repr(new) if isinstance(new, nn.Module) else becomes)
+                for path, name, *_, new in self.record
+            )
+            said = ", ".join(f"{path}.{name}".lstrip(".") + f" -> {new}" for path, name, new in shown)
+        return f"fdpp.patch of {described(owner)}: {said}"
 
 
 def patch(target: Any) -> Patch:
@@ -41,7 +60,7 @@ def patch(target: Any) -> Patch:
     - A `torch.nn.Module` that holds a denoising step: see `fdpp.patching.steps`.
 
     Only `target` changes, and after an error nothing does. Patching it again does nothing: one `unpatch`, or the end of
-    the outermost `with`, undoes it. Of a compiled module, the module that was compiled is patched.
+    the outermost `with`, undoes it. Of a compiled module, or of a model in peft's wrapper, what it wraps is patched.
 
     Raises:
         TypeError: `target` is neither a Python module nor a `torch.nn.Module`.
@@ -94,10 +113,17 @@ def replacements(owner: Any) -> list[tuple[str, str, Any]]:
 
 
 def unwrapped(target: Any) -> Any:
-    """The module that `torch.compile` wrapped, or `target`; `TypeError` unless it is some kind of module."""
+    """What `torch.compile` and peft wrapped, or `target`; `TypeError` unless it is some kind of module."""
     if not isinstance(target, (ModuleType, nn.Module)):
         raise TypeError(f"fdpp.patch: got {described(target)}. {SUPPORTED}")
-    return getattr(target, "_orig_mod", target) if isinstance(target, nn.Module) else target
+    owner: Any = target
+    while isinstance(target, nn.Module):
+        base = getattr(owner, "get_base_model", None)
+        inner = getattr(owner, "_orig_mod", None) if base is None else base()
+        if inner is None:
+            break
+        owner = inner
+    return owner
 
 
 def table_of(owner: Any, path: str, new: Any) -> dict[str, Any]:

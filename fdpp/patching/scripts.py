@@ -78,6 +78,9 @@ def parameters_of(name: str) -> tuple[str, ...]:
 SUPPORTED = "at least one of " + ", ".join(f"{name}({', '.join(parameters_of(name))})" for name in SELECTORS)
 
 
+BECOMES = "fdpp's fused step"
+
+
 def replacements(module: ModuleType) -> list[tuple[str, str, Any]]:
     """See `fdpp.patching.replacements`."""
     found = [name for name in SELECTORS if name in vars(module)]
