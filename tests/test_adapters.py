@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,10 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 
 import fdpp
+from fdpp import cli, tiny
 from fdpp.decoding.static import steps_of
+from fdpp.integrations.evaluation.journal import fingerprint
+from fdpp.models.adapters import merge_adapter
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -360,3 +365,97 @@ def test_threads_that_meet_a_new_adapter_together() -> None:
     for thread in threads:
         thread.join()
     assert len(found) == 6 and all(tokens.equal(expected) for tokens in found)
+
+
+# Merged when a model is loaded
+
+
+def saved(path: Path, config: Any, **model: Any) -> str:
+    adapted(small_model(**model), config).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_is_merged_into_the_weights(tied: bool, tmp_path: Path) -> None:
+    """Not into an embedding that is also the head."""
+    config = lora("wte", "q_proj", "ff_out", task_type="CAUSAL_LM")
+    expected = decoded(adapted(small_model(weight_tying=tied), config))
+    model = merge_adapter(small_model(weight_tying=tied), saved(tmp_path, config, weight_tying=tied))
+    assert type(model) is fdpp.LLaDAModelLM and decoded(model).equal(expected)
+    assert any("lora" in name for name, _ in model.named_parameters()) == tied
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "message"),
+    [
+        (lora(), {"n_layers": 4}, "unexpected base_model.model.model.transformer.blocks.2.ff_proj.lora_A.weight"),
+        (lora(), {"n_layers": 1}, "missing base_model.model.model.transformer.blocks.1.ff_proj.lora_A.weight"),
+        (lora(), {"d_model": 64}, "size mismatch for base_model.model.model.transformer.blocks.0.q_proj"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(config: Any, model: Any, message: str, tmp_path: Path) -> None:
+    """peft leaves out layers that the model lacks, and lets those that the file lacks be as they began."""
+    with pytest.raises((ValueError, RuntimeError), match=re.escape(message)):
+        merge_adapter(small_model(), saved(tmp_path, config, **model))
+
+
+def test_other_folders_are_no_adapters_that_can_be_merged(tmp_path: Path) -> None:
+    elsewhere = peft.get_peft_model(nn.ModuleDict({"gate": nn.Linear(4, 4)}), lora("gate"))
+    elsewhere.save_pretrained(tmp_path / "elsewhere")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=2, token_dim=32)
+    config.num_attention_heads = 4
+    peft.get_peft_model(small_model(), config).save_pretrained(tmp_path / "prompt")
+    for name, message in (
+        ("elsewhere", "Target modules .* not found in the base model"),
+        (
+            "prompt",
+            r"expected an adapter in the layers such as LoRA, got one of prompt learning \(PromptTuningConfig\)",
+        ),
+        ("nothing", "Can't find 'adapter_config.json'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_adapter(small_model(), str(tmp_path / name))
+
+
+def test_the_command_line_takes_an_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny.load()
+    made = adapted(model, lora("q_proj", "ff_proj", "ff_out", task_type="CAUSAL_LM"))
+    made.save_pretrained(tmp_path / "adapter")
+    prompt = tiny.generate("held-out", 1)[0].prompt
+    command = ["generate", "--prompt", prompt, "--gen-length", "32", "--device", "cpu", "--adapter"]
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    expected = made.generate(ids, max_new_tokens=32).sequences
+    assert not expected.equal(tiny.load()[0].generate(ids, max_new_tokens=32).sequences)
+    assert cli.main([*command, str(tmp_path / "adapter")]) == 0
+    text = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert capsys.readouterr().out.strip() == text
+    other = saved(tmp_path / "other", lora(), n_layers=1)
+    for path, message in (
+        (tmp_path / "none", "no such folder, and no OWNER/NAME of an adapter on the Hugging Face Hub"),
+        (tmp_path, "Can't find 'adapter_config.json'"),
+        (other, "size mismatch for base_model"),
+    ):
+        assert cli.main([*command, str(path)]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"fdpp: error: --adapter {path}: ") and message in line
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert cli.main([*command, str(tmp_path / "adapter")]) == 2
+    assert "adapters need peft, which is not installed: pip install peft" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_resumes_tells_adapters_apart() -> None:
+    """Their weights, merged or not, which of them is active, and their scales."""
+    made = adapted(small_model(), lora())
+    made.add_adapter("second", lora(init_lora_weights=False))
+    found = [fingerprint(small_model()), fingerprint(made)]
+    made.set_adapter("second")
+    found.append(fingerprint(made))
+    made.base_model.model.model.transformer.blocks[1].q_proj.scaling["second"] = 0.5
+    found.append(fingerprint(made))
+    with made.disable_adapter():
+        found.append(fingerprint(made))
+    found += [fingerprint(adapted(small_model(), lora(), seed).merge_and_unload()) for seed in (0, 1)]
+    assert len(set(found)) == 7
+    assert fingerprint(adapted(small_model(), lora()).unload()) == found[0]

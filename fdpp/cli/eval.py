@@ -196,7 +196,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     # None: the length that each task asks for.
     decoding = dataclasses.asdict(config) | {"rule": repr(config.rule), "max_new_tokens": gen_length}
-    settings = {"model": args.model, "decoding": decoding, "gen_length": gen_length, "preset": args.preset}
+    settings = {
+        "model": args.model,
+        "adapter": args.adapter,
+        "decoding": decoding,
+        "gen_length": gen_length,
+        "preset": args.preset,
+    }
     results["fdpp"] = {**settings, "costs": costs}
     print(make_table(results))
     if results.get("groups"):

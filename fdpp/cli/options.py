@@ -17,7 +17,11 @@ from safetensors import SafetensorError
 import fdpp
 from fdpp import tiny
 from fdpp.decoding.settings import BRANCHES, CACHES, HEADS, REMASKINGS, DiffusionGenerationConfig
+from fdpp.models.adapters import adapter_config, merge_adapter
 from fdpp.rules.rule import Number
+
+LOADING = (OSError, ValueError, RuntimeError, SafetensorError)
+"""What loading a checkpoint raises where its files are not what they should be."""
 
 
 class CommandError(Exception):
@@ -59,6 +63,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     text = "folder or Hugging Face id of a LLaDA checkpoint; tiny: the small one in this package (default: tiny)"
     add("--model", default="tiny", metavar="PATH_OR_ID", help=text)
+    text = "folder or Hugging Face id of a peft adapter for it, such as a LoRA, merged into its weights (needs peft)"
+    add("--adapter", metavar="PATH_OR_ID", help=text)
     text = "auto: a GPU if there is one (default: auto)"
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
     text = "auto: bfloat16 on a GPU, float32 on a CPU (default: auto)"
@@ -172,19 +178,36 @@ def load_model(args: argparse.Namespace) -> tuple[fdpp.LLaDAModelLM, Any]:
     transformers.logging.set_verbosity_error()
     if args.model == "tiny" or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
+    if args.adapter is not None:
+        check_place("--adapter", args.adapter, "an adapter")
+        with reported(ImportError, OSError, ValueError, about=f"--adapter {args.adapter}: "):
+            adapter_config(args.adapter)
+    model, tokenizer = load_base(args, getattr(torch, name))
+    if args.adapter is not None:
+        with reported(*LOADING, about=f"--adapter {args.adapter}: "):
+            model = merge_adapter(model, args.adapter)
+    return model.to(device), tokenizer
+
+
+def load_base(args: argparse.Namespace, dtype: torch.dtype) -> tuple[fdpp.LLaDAModelLM, Any]:
+    """Model and tokenizer that `--model` names."""
     about = f"--model {args.model}: "
-    with reported(OSError, ValueError, RuntimeError, SafetensorError, about=about):
+    with reported(*LOADING, about=about):
         if args.model == "tiny":
             model, tokenizer = tiny.load()
-            return model.to(device, getattr(torch, name)), tokenizer
-        if not Path(args.model).exists() and (args.model.count("/") != 1 or args.model.startswith((".", "~", "/"))):
-            raise CommandError(f"{about}no such folder, and no OWNER/NAME of a model on the Hugging Face Hub")
+            return model.to(dtype), tokenizer
+        check_place("--model", args.model, "a model")
         kind = transformers.PretrainedConfig.get_config_dict(args.model)[0].get("model_type")
         if kind != "llada":
             raise CommandError(f"{about}expected a config.json with model_type llada, got {kind or 'none'}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        model = fdpp.LLaDAModelLM.from_pretrained(args.model, dtype=getattr(torch, name))
-        return model.eval().to(device), tokenizer
+        return fdpp.LLaDAModelLM.from_pretrained(args.model, dtype=dtype).eval(), tokenizer
+
+
+def check_place(option: str, name: str, what: str) -> None:
+    """Refuse a name that is neither a folder nor an id, before anybody asks the network for it."""
+    if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "~", "/"))):
+        raise CommandError(f"{option} {name}: no such folder, and no OWNER/NAME of {what} on the Hugging Face Hub")
 
 
 def encode(tokenizer: Any, prompt: str, raw: bool) -> torch.Tensor:

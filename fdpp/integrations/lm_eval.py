@@ -22,6 +22,7 @@ import fdpp
 from fdpp import tiny
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.integrations.evaluation.evaluator import Evaluator, Request, Tally
+from fdpp.models.adapters import merge_adapter
 
 MISSING = "this needs {name}, which is not installed: pip install 'fdpp[eval]'"
 
@@ -72,8 +73,9 @@ class FdppLM(LM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> FdppLM:
-        """From flat arguments: `pretrained` (folder, id or "tiny"), `dtype`, `device`, `rule` (its name), the fields of
-        the rule and of `DiffusionGenerationConfig`, and the keyword arguments of `Evaluator`.
+        """From flat arguments: `pretrained` (folder, id or "tiny"), `peft` (folder or id of an adapter), `dtype`,
+        `device`, `rule` (its name), the fields of the rule and of `DiffusionGenerationConfig`, and the keyword
+        arguments of `Evaluator`.
 
         Raises:
             ValueError: an argument that is none of these, or a value that does not fit.
@@ -88,7 +90,8 @@ class FdppLM(LM):
             given["batch_size"] = int(given["batch_size"])
         if given.get("cache", "dual") is None:
             given["cache"] = "none"  # in a string of arguments the harness reads it as None
-        pretrained, dtype, device = (given.pop(name, None) for name in ("pretrained", "dtype", "device"))
+        names = ("pretrained", "dtype", "device", "peft")
+        pretrained, dtype, device, adapter = (given.pop(name, None) for name in names)
         name = given.pop("rule", "frechet")
         rules = fdpp.Rule.named()
         if name not in rules:
@@ -99,7 +102,8 @@ class FdppLM(LM):
         if unknown:
             raise ValueError(f"model_args: unknown {unknown} with rule={name}")
         processes()
-        return cls(*load(pretrained or "tiny", dtype or "auto", device), config, **given)
+        model, tokenizer = load(pretrained or "tiny", dtype or "auto", device)
+        return cls(model if adapter is None else merge_adapter(model, adapter), tokenizer, config, **given)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.state is None:

@@ -163,6 +163,20 @@ def test_the_name_is_registered_and_takes_flat_arguments():
             FdppLM.create_from_arg_string(arguments)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_goes_by_the_harness_name_and_by_the_option(tmp_path, loaded):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(tiny.load()[0], config).save_pretrained(tmp_path / "adapter")
+    made = FdppLM.create_from_arg_string(f"pretrained=tiny,device=cpu,peft={tmp_path / 'adapter'}").evaluator
+    weights = [model.model.transformer.blocks[0].q_proj.weight for model in (made.model, loaded[0])]
+    assert type(made.model) is fdpp.LLaDAModelLM and not torch.equal(*weights)
+    plain = FdppLM.create_from_arg_string("pretrained=tiny,device=cpu").evaluator
+    assert made.model_key != plain.model_key
+    got = run_command(tmp_path, "--limit", "1", "--adapter", str(tmp_path / "adapter"))
+    assert got["fdpp"]["adapter"] == str(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("name", fdpp.Rule.named())
 def test_every_rule_goes_by_its_name(name):
     assert type(FdppLM.create_from_arg_string(f"rule={name}").evaluator.config.rule) is fdpp.Rule.named()[name]

@@ -58,10 +58,18 @@ def key_of(*parts: Any) -> str:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A digest of a model's weights: the names, shapes and dtypes of all parameters and 64 values of each."""
+    """A digest of a model's weights: the names, shapes and dtypes of all parameters and 64 values of each.
+
+    Also of peft's layers in it: which adapters are active, and their scales.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = parameter.detach().flatten()
         sample = values[:: max(1, values.numel() // 64)].double().tolist()
         digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype), sample]).encode())
+    for name, module in model.named_modules():
+        off = getattr(module, "disable_adapters", None)
+        if isinstance(off, bool):
+            layer = [name, off, module.active_adapters, getattr(module, "scaling", None)]
+            digest.update(json.dumps(layer, default=str).encode())
     return digest.hexdigest()
