@@ -204,6 +204,72 @@ def test_sizes_that_do_not_fit(sizes: dict[str, int], message: str) -> None:
         LLaDAConfig(**sizes)
 
 
+ALIASES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "max_position_embeddings": 128,
+}
+
+
+def test_what_follows_from_a_size_follows_from_its_other_name(tmp_path: Path) -> None:
+    config = LLaDAConfig(hidden_size=32, num_attention_heads=4)
+    assert (config.d_model, config.n_heads, config.n_kv_heads, config.mlp_hidden_size) == (32, 4, 4, 128)
+    assert LLaDAConfig(hidden_size=32, num_attention_heads=4, multi_query_attention=True).n_kv_heads == 1
+    assert config.to_dict() == LLaDAConfig(d_model=32, n_heads=4).to_dict()
+    config.save_pretrained(tmp_path)
+    assert LLaDAConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_both_names_of_a_size(alias: str, tmp_path: Path) -> None:
+    name, rest = LLaDAConfig.attribute_map[alias], {key: ALIASES[key] for key in ALIASES if key != alias}
+    by_alias, by_name = LLaDAConfig(**ALIASES), LLaDAConfig(**rest, **{name: ALIASES[alias]})
+    assert by_alias.to_dict() == by_name.to_dict() == LLaDAConfig(**ALIASES, **{name: ALIASES[alias]}).to_dict()
+    assert getattr(by_alias, name) == getattr(by_alias, alias) == ALIASES[alias]
+    # Also the name that has LLaDA-8B's value.
+    other = getattr(LLaDAConfig(), name)
+    with pytest.raises(ValueError, match=f"{alias}={ALIASES[alias]} contradicts {name}={other}"):
+        LLaDAConfig(**ALIASES, **{name: other})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llada", **ALIASES}))
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert [getattr(loaded, key) for key in ALIASES] == list(ALIASES.values())
+
+
+MIXTURE = {
+    "architectures": ["LLaDAMoEModelLM"],
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 16,
+    "expert_intermediate_size": 1024,
+    "shared_expert_intermediate_size": None,
+    "dense_intermediate_size": 8192,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_layer_freq": [1],
+    "qk_layernorm": True,
+    "vocab_size": 157184,
+}
+"""After LLaDA-MoE-7B-A1B, which calls itself "llada" too."""
+
+
+@pytest.mark.parametrize("model_type", ["llada", "lladamoe"])
+def test_experts_are_refused_as_llada_moe(model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **MIXTURE}))
+    for load in (LLaDAConfig, LLaDAModelLM):
+        with pytest.raises(ValueError, match=r"expected a dense LLaDA, got experts, as LLaDA-MoE.*num_experts=64"):
+            load.from_pretrained(tmp_path)
+    if model_type == "llada":
+        with pytest.raises(ValueError, match="LLaDA-MoE"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_no_experts_are_none() -> None:
+    assert LLaDAConfig(num_experts=0, num_experts_per_tok=None).n_layers == 32
+
+
 def test_kv_heads_and_mlp_size_have_llada_defaults() -> None:
     assert LLaDAConfig(n_heads=8, d_model=64).n_kv_heads == 8
     assert LLaDAConfig(n_heads=8, d_model=64, multi_query_attention=True).n_kv_heads == 1

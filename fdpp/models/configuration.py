@@ -47,14 +47,18 @@ class LLaDAConfig(PretrainedConfig):
     """Shape and token ids of a LLaDA model.
 
     The arguments have the names of the published `config.json` (GSAI-ML/LLaDA-8B-Base, -Instruct, LLaDA-1.5), so such
-    a file loads as it is. Defaults are those of LLaDA-8B:
+    a file loads as it is; those of `attribute_map`, which are transformers', will do as well. Defaults are those of
+    LLaDA-8B:
 
+    - `d_model`: 4096; `n_layers`, `n_heads`: 32; `max_sequence_length`: 4096;
+    - `n_kv_heads`: `n_heads`, or 1 with `multi_query_attention`; `mlp_hidden_size`: `mlp_ratio * d_model`;
     - `embedding_size`, the rows of the embedding and of the head: `vocab_size`;
     - `mask_token_id`, `eos_token_id`, `pad_token_id`, `eot_token_id`: LLaDA's, or None if the vocabulary is too small.
 
     Raises:
-        ValueError: sizes that do not fit, or an option that changes the architecture and is not implemented, with its
-            name, its value and what is implemented.
+        ValueError: sizes that do not fit; two names of one size with different values; an option that changes the
+            architecture and is not implemented, with its name, its value and what is implemented; experts, as
+            LLaDA-MoE has them.
     """
 
     model_type = "llada"
@@ -72,50 +76,69 @@ class LLaDAConfig(PretrainedConfig):
         self,
         vocab_size: int = 126464,
         embedding_size: int | None = None,
-        d_model: int = 4096,
-        n_layers: int = 32,
-        n_heads: int = 32,
+        d_model: int | None = None,
+        n_layers: int | None = None,
+        n_heads: int | None = None,
         n_kv_heads: int | None = None,
         multi_query_attention: bool | None = None,
         mlp_hidden_size: int | None = None,
         mlp_ratio: int = 4,
-        max_sequence_length: int = 4096,
+        max_sequence_length: int | None = None,
         rope_theta: float = 500000.0,
         rms_norm_eps: float = 1e-5,
         init_std: float = 0.02,
         weight_tying: bool = False,
         **kwargs: Any,
     ) -> None:
+        experts = [key for key in kwargs if ("expert" in key or key.startswith("moe_")) and kwargs[key]]
+        if experts:
+            named = ", ".join(f"{key}={kwargs[key]!r}" for key in sorted(experts))
+            raise ValueError(f"LLaDA config: expected a dense LLaDA, got experts, as LLaDA-MoE has them: {named}")
         for option, implemented in IMPLEMENTED.items():
             if option in kwargs and kwargs[option] not in implemented:
                 expected = " or ".join(repr(value) for value in implemented)
                 raise ValueError(f"LLaDA config: {option}={kwargs[option]!r} is not implemented, expected {expected}")
-        if n_kv_heads is None:
-            n_kv_heads = 1 if multi_query_attention else n_heads
-        if multi_query_attention and n_kv_heads != 1:
-            raise ValueError(f"LLaDA config: multi_query_attention means n_kv_heads=1, got n_kv_heads={n_kv_heads}")
-        if min(vocab_size, d_model, n_layers, n_heads, n_kv_heads) < 1:
+        sizes: dict[str, Any] = {
+            "d_model": d_model,
+            "n_layers": n_layers,
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "mlp_hidden_size": mlp_hidden_size,
+            "max_sequence_length": max_sequence_length,
+        }
+        for alias, name in self.attribute_map.items():
+            value = kwargs.pop(alias, None)
+            if value is not None and sizes[name] not in (None, value):
+                raise ValueError(f"LLaDA config: {alias}={value} contradicts {name}={sizes[name]}")
+            sizes[name] = sizes[name] if value is None else value
+        given = {name: value for name, value in sizes.items() if value is not None}
+        self.vocab_size = vocab_size
+        self.d_model: int = given.get("d_model", 4096)
+        self.n_layers: int = given.get("n_layers", 32)
+        self.n_heads: int = given.get("n_heads", 32)
+        self.n_kv_heads: int = given.get("n_kv_heads", 1 if multi_query_attention else self.n_heads)
+        self.mlp_hidden_size: int = given.get("mlp_hidden_size", mlp_ratio * self.d_model)
+        self.max_sequence_length: int = given.get("max_sequence_length", 4096)
+        if multi_query_attention and self.n_kv_heads != 1:
             raise ValueError(
-                f"LLaDA config: expected sizes of at least 1, got vocab_size={vocab_size}, d_model={d_model}, "
-                f"n_layers={n_layers}, n_heads={n_heads}, n_kv_heads={n_kv_heads}"
+                f"LLaDA config: multi_query_attention means n_kv_heads=1, got n_kv_heads={self.n_kv_heads}"
             )
-        if d_model % n_heads or n_heads % n_kv_heads:
+        if min(vocab_size, self.d_model, self.n_layers, self.n_heads, self.n_kv_heads) < 1:
+            raise ValueError(
+                f"LLaDA config: expected sizes of at least 1, got vocab_size={vocab_size}, d_model={self.d_model}, "
+                f"n_layers={self.n_layers}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}"
+            )
+        if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
             raise ValueError(
                 "LLaDA config: expected n_heads to divide d_model and n_kv_heads to divide n_heads, "
-                f"got d_model={d_model}, n_heads={n_heads}, n_kv_heads={n_kv_heads}"
+                f"got d_model={self.d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}"
             )
-        if (d_model // n_heads) % 2:
-            raise ValueError(f"LLaDA config: rotary embedding needs an even head size, got {d_model // n_heads}")
-        self.vocab_size = vocab_size
+        head_size = self.d_model // self.n_heads
+        if head_size % 2:
+            raise ValueError(f"LLaDA config: rotary embedding needs an even head size, got {head_size}")
         self.embedding_size = vocab_size if embedding_size is None else embedding_size
         if self.embedding_size < vocab_size:
             raise ValueError(f"LLaDA config: embedding_size={embedding_size} is below vocab_size={vocab_size}")
-        self.d_model = d_model
-        self.n_layers = n_layers
-        self.n_heads = n_heads
-        self.n_kv_heads = n_kv_heads
-        self.mlp_hidden_size = mlp_ratio * d_model if mlp_hidden_size is None else mlp_hidden_size
-        self.max_sequence_length = max_sequence_length
         self.rope_theta = rope_theta
         self.rms_norm_eps = rms_norm_eps
         self.init_std = init_std
