@@ -104,7 +104,10 @@ def expected_keys(n_layers: int, tied: bool) -> set[str]:
 
 
 def naive_logits(model: LLaDAModelLM, x: Tensor, visible: Tensor | None = None) -> Tensor:
-    """The architecture in float64, row by row and head by head: logits `[B, T, V]`; `visible` `[B, T]` bool."""
+    """The architecture in float64, row by row and head by head: logits `[B, T, V]`.
+
+    `visible` `[B, T]` or `[B, T, T]` bool: the keys that all positions of a sequence see, or that each of them sees.
+    """
     config, weights = model.config, {k: v.double() for k, v in model.state_dict().items()}
     size, shared = config.d_model // config.n_heads, config.n_heads // config.n_kv_heads
     T = x.shape[1]
@@ -434,6 +437,52 @@ def test_attention_mask_against_naive_twin() -> None:
         logits = model(x, attention_mask=attention_mask).logits.double()
         torch.testing.assert_close(logits, naive_logits(model, x, attention_mask.bool()), rtol=0, atol=2e-4)
         assert (logits - model(x).logits)[0, 4:].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8], ids=str)
+def test_a_mask_of_each_position_against_naive_twin(dtype: torch.dtype) -> None:
+    """As many rows as heads: the first dimension could be taken for either."""
+    model = small_model(n_kv_heads=2)
+    B, T = model.config.n_heads, 7
+    x, g = prompts(B, T), torch.Generator().manual_seed(0)
+    visible = (torch.rand(B, T, T, generator=g) < 0.5) | torch.eye(T, dtype=torch.bool)
+    with torch.no_grad():
+        expected = naive_logits(model, x, visible)
+        for mask in (visible, visible[:, None], visible[:, None].expand(-1, B, -1, -1)):
+            logits = model(x, attention_mask=mask.to(dtype)).logits.double()
+            torch.testing.assert_close(logits, expected, rtol=0, atol=2e-4)
+        wanted = slice(2, 5)
+        some = model.project(model.model(x, attention_mask=visible, wanted=wanted)).double()
+        torch.testing.assert_close(some, expected[:, wanted], rtol=0, atol=2e-4)
+        with_heads = visible[:1].expand(B, -1, -1).clone()
+        with_heads[1] |= True
+        assert not torch.allclose(
+            model(x, attention_mask=with_heads[None]).logits, model(x, attention_mask=visible[:1]).logits, atol=0.01
+        )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(7,), (2, 6), (2, 8), (3, 7), (2, 7, 6), (3, 7, 7), (2, 6, 7), (2, 3, 7, 7), (2, 1, 7, 6), (1, 1, 1, 1, 7)],
+)
+def test_masks_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    model, x = small_model(), prompts(2, 7)
+    expected = re.escape(f"B=2, T=7, S=7, heads=4 or 1, got {list(shape)}")
+    with pytest.raises(ValueError, match=f"attention_mask: expected .*{expected}"):
+        model(x, attention_mask=torch.ones(shape, dtype=torch.bool))
+
+
+def test_additive_masks_are_refused() -> None:
+    """To read them as True and False would show what they hide; ones in floating point would be added to scores."""
+    model, x = small_model(), prompts(2, 7)
+    padding = torch.ones(2, 7)
+    padding[0, :3] = 0
+    with torch.no_grad():
+        assert model(x, padding).logits.equal(model(x, padding.bool()).logits)
+        assert model(x, padding.bfloat16()).logits.equal(model(x, padding.bool()).logits)
+    for mask in (torch.zeros(2, 7, 7), torch.ones(2, 1, 7, 7), torch.full((2, 7), -1e9)):
+        with pytest.raises(ValueError, match=r"attention_mask: expected True or 1 .*float32, which may be an additive"):
+            model(x, attention_mask=mask)
 
 
 def test_attention_is_bidirectional() -> None:

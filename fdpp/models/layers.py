@@ -41,6 +41,38 @@ def rotate(x: Tensor, angles: Angles) -> Tensor:
     return swapped.mul_(sin).add_(wide * cos).to(x.dtype)
 
 
+def keys_to_see(mask: Tensor, rows: int, queries: int, keys: int | None, heads: int) -> Tensor:
+    """An attention mask as bool `[B, heads, T, S]`, in which any dimension but the last may be 1.
+
+    Args:
+        mask: `[B, S]`, `[B, T, S]` or `[B, heads, T, S]`: True or 1 at keys to see. Floating point is taken with two
+            dimensions alone, where all of transformers means 1 and 0 by it; with more, it may as well be added to
+            scores, and zeros would then show what they hide here.
+        rows, queries, keys, heads: B, T, S and the number of heads; `keys` None: any S.
+
+    Raises:
+        ValueError: another shape, or what looks like an additive mask.
+    """
+    given = list(mask.shape)
+    if mask.is_floating_point() and (mask.dim() > 2 or not ((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"attention_mask: expected True or 1 at keys to see and False or 0 at others, got {given} in {mask.dtype}, "
+            "which may be an additive mask; for one of those pass `mask == 0`"
+        )
+    if mask.dim() in (2, 3):
+        mask = mask[:, None, None] if mask.dim() == 2 else mask[:, None]
+    fits = mask.dim() == 4 and all(
+        size in (1, expected) for size, expected in zip(mask.shape, (rows, heads, queries), strict=False)
+    )
+    if not fits or (keys is not None and mask.shape[3] != keys):
+        S = "the cache's length" if keys is None else keys
+        raise ValueError(
+            "attention_mask: expected [B, S], [B, T, S] or [B, heads, T, S], "
+            f"with B={rows}, T={queries}, S={S}, heads={heads} or 1, got {given}"
+        )
+    return mask.bool()
+
+
 def attention_inputs(
     x: Tensor, norm: Tensor, weight: Tensor, angles: Angles, eps: float, n_heads: int, n_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,16 @@ from fdpp.decoding.generate import DiffusionGenerationMixin
 from fdpp.decoding.identity import places
 from fdpp.models.configuration import LLaDAConfig
 from fdpp.models.joined import Joined, is_plain, is_untouched
-from fdpp.models.layers import Angles, attention_inputs, block_output, compiled, rms_norm, rotary_angles, rotate
+from fdpp.models.layers import (
+    Angles,
+    attention_inputs,
+    block_output,
+    compiled,
+    keys_to_see,
+    rms_norm,
+    rotary_angles,
+    rotate,
+)
 from fdpp.models.linear import Linear, linear
 from fdpp.step import parallel
 
@@ -85,6 +94,8 @@ class LLaDABlock(nn.Module):
             q, k, v = self.heads(x, angles)
         if wanted is not None:
             x, q = x[:, wanted], q[:, :, wanted]
+            if attention_mask is not None and attention_mask.shape[2] > 1:
+                attention_mask = attention_mask[:, :, wanted]
         if cache is None:
             h = attend(q, k, v, attention_mask)
         else:
@@ -153,7 +164,8 @@ class LLaDAModel(LLaDAPreTrainedModel):
         """Hidden states `[B, T, d_model]` after the final norm of `input_ids` `[B, T]`.
 
         Args:
-            attention_mask: `[B, S]`, 1 at keys to see (S: the cache's length, else T); or bool `[B, 1, T, S]`.
+            attention_mask: `[B, S]`, `[B, T, S]` or `[B, heads or 1, T, S]`, True or 1 at keys to see (S: the cache's
+                length, else T), see `fdpp.models.layers.keys_to_see`.
             position_ids: `[B, T]`, by default the columns.
             cache: replaces its keys and values at the T columns by those of this forward; attention is over all S.
             start: the first column, or all of them, int64 `[T]`.
@@ -165,8 +177,9 @@ class LLaDAModel(LLaDAPreTrainedModel):
         if position_ids is None:
             at = torch.arange(start, start + T, device=input_ids.device) if isinstance(start, int) else start
             position_ids = at[None]
-        if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = attention_mask[:, None, None, :].bool()
+        if attention_mask is not None:
+            keys = T if cache is None else None
+            attention_mask = keys_to_see(attention_mask, input_ids.shape[0], T, keys, self.config.n_heads)
         x = self.transformer["wte"](input_ids)
         angles = rotary_angles(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
         for block in self.transformer["blocks"]:
@@ -300,8 +313,13 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
     ) -> MaskedLMOutput:
         """Logits `[B, L, V]` of every position; a masked position's row predicts its token.
 
-        `input_ids` `[B, L]` int64; `attention_mask` `[B, L]` is 1 at real tokens, 0 at padding. Of the arguments in
-        `SPARED`, which wrappers pass on, None and False are taken.
+        `input_ids` `[B, L]` int64. `attention_mask` `[B, L]` is 1 at real tokens, 0 at padding; `[B, L, L]` and
+        `[B, heads or 1, L, L]` say for every position which others it sees. Of the arguments in `SPARED`, which
+        wrappers pass on, None and False are taken.
+
+        Raises:
+            ValueError: a mask of another shape, or one that may be additive; `return_dict=False`.
+            TypeError: an unknown argument, or no `input_ids`.
         """
         if kwargs.pop("return_dict", True) is False:
             raise ValueError("LLaDAModelLM.forward: return_dict=False is not implemented, read `.logits`")
