@@ -22,7 +22,6 @@ from fdpp.cli import eval as eval_command
 from fdpp.cli.options import config_of
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.integrations.evaluation import likelihood
-from fdpp.integrations.evaluation.code_answers import definitions, humaneval_programs
 from fdpp.integrations.evaluation.evaluator import Evaluator, Request
 from fdpp.integrations.evaluation.journal import Journal, fingerprint
 from fdpp.integrations.evaluation.likelihood import Pair, draw_masks, log_likelihoods, score
@@ -342,29 +341,6 @@ class TestLikelihood:
         evaluator = Evaluator(model, tokenizer, mc_num=1, check_greedy=True)
         asked = [(words(ids), " " + words(target)), (words(ids), " " + words(wrong))]
         assert [greedy for _, greedy in evaluator.likelihoods(asked)] == [True, False]
-
-
-PROMPT = 'def double(x):\n    """Twice x."""\n'
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "    return 2 * x\n",
-        "Here it is:\n```python\ndef double(x):\n    return 2 * x\n```\nIt works.\n```python\nraise ValueError\n```",
-        "```\nimport math\ndef double(x):\n    return math.floor(2 * x)\n\nprint(double(undefined))\n",
-        "```python\ndef half(x):\n    return x / 2\ndef double(x):\n    return x + x\nassert half(2) == 7\nif (\n```",
-    ],
-)
-def test_humaneval_runs_the_code_of_a_chat_answer(answer):
-    [[program]] = humaneval_programs([[answer]], [{"prompt": PROMPT, "entry_point": "double"}])
-    names = {}
-    exec(program, names)
-    assert names["double"](4) == 8
-
-
-def test_a_program_without_a_definition_is_empty():
-    assert definitions("I do not know") == "" and definitions("x = (\n") == ""
 
 
 class TestCommand:

@@ -201,8 +201,9 @@ def test_humaneval_in_chat_form_is_checked_by_its_tests(monkeypatch, loaded):
         "entry_point": "double",
         "test": "def check(candidate):\n    assert candidate(4) == 8\n",
     }
-    answers = ["```python\ndef double(x):\n    return 2 * x\n```", "```python\ndef double(x):\n    return x\n```"]
-    data = {"test": datasets.Dataset.from_list([doc] * 2)}
+    right, wrong = ("def double(x):\n    return 2 * x", "def double(x):\n    return x")
+    answers = [f"```python\n{right}\n```", f"```python\n{wrong}\n```", f"```Python\n{right}\n```", right]
+    data = {"test": datasets.Dataset.from_list([doc] * 4)}
     monkeypatch.setattr(evaluate, "load", lambda name: Runner())
     monkeypatch.setattr(datasets, "load_dataset", lambda **_: data)
     monkeypatch.setattr(FdppLM, "generate_until", lambda self, requests: answers)
@@ -214,7 +215,9 @@ def test_humaneval_in_chat_form_is_checked_by_its_tests(monkeypatch, loaded):
         bootstrap_iters=0,
         confirm_run_unsafe_code=True,
     )
-    assert results["results"]["humaneval_chat"]["pass@1,create_test"] == 0.5
+    got = results["results"]["humaneval_chat"]
+    # The published scripts do not know "```Python".
+    assert (got["pass@1,create_test"], got["pass@1,fast_dllm"]) == (0.75, 0.5)
 
 
 def test_an_unknown_task_is_named(capsys):
