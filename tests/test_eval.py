@@ -27,6 +27,7 @@ from fdpp.integrations.evaluation.journal import Journal, fingerprint
 from fdpp.integrations.evaluation.likelihood import Pair, draw_masks, log_likelihoods, score
 from fdpp.integrations.evaluation.presets import PRESETS
 from fdpp.integrations.evaluation.responses import cut_at_stop, respond
+from fdpp.integrations.evaluation.settings import asked_by
 
 CONFIG = DiffusionGenerationConfig(max_new_tokens=32, block_length=8, rule=fdpp.Threshold(0.3), cache="none")
 
@@ -268,6 +269,134 @@ class TestEvaluator:
             Evaluator(model, tokenizer, batch_size=0)
 
 
+NO_OPS = {
+    **{"do_sample": False, "temperature": 0, "top_p": 0.95, "top_k": 50, "num_beams": 1, "use_cache": True},
+    **{"repetition_penalty": 1.0, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "early_stopping": True},
+    **{"seed": None, "until": [], "bos_token_id": 3, "skip_special_tokens": True, "min_new_tokens": 0},
+}
+
+
+class TestSettingsOfTasks:
+    @pytest.mark.parametrize(
+        "settings, fields, stops",
+        [
+            ({"until": "b", "max_gen_toks": "16"}, {"max_new_tokens": 16}, ("b",)),
+            ({"until": ["b", "a", "b"], "max_new_tokens": 16, "max_gen_toks": 8}, {"max_new_tokens": 8}, ("a", "b")),
+            ({"stop": ["a"], "max_tokens": 16}, {"max_new_tokens": 16}, ("a",)),
+            ({"stop_strings": "a", "gen_length": 16}, {"max_new_tokens": 16}, ("a",)),
+            ({"do_sample": True}, {"temperature": 1.0}, ()),
+            ({"do_sample": True, "temperature": "0.2"}, {"temperature": 0.2}, ()),
+            ({"temperature": 0.2}, {"temperature": 0.2}, ()),
+            ({"do_sample": False, "temperature": 0.2}, {}, ()),
+            ({"do_sample": True, "temperature": 0.0}, {}, ()),
+            (NO_OPS, {}, ()),
+            (
+                {"block_length": 8, "cfg_scale": 1.0, "remasking": "random", "cache": "none", "drafts": 2, "seed": 3},
+                {"block_length": 8, "cfg_scale": 1.0, "remasking": "random", "cache": "none", "drafts": 2, "seed": 3},
+                (),
+            ),
+            ({"rule": "quota", "steps": 4}, {"rule": fdpp.Quota(), "steps": 4}, ()),
+            ({"rule": "threshold", "tau": 0.8}, {"rule": fdpp.Threshold(0.8)}, ()),
+            ({"rule": {"name": "Threshold", "tau": 0.8}}, {"rule": fdpp.Threshold(0.8)}, ()),
+            ({"margin": 0.1}, {"rule": fdpp.Frechet(0.1)}, ()),
+        ],
+        ids=str,
+    )
+    def test_are_taken(self, settings, fields, stops):
+        assert asked_by(settings, fdpp.Frechet()) == (fields, stops)
+
+    @pytest.mark.parametrize("name", DiffusionGenerationConfig.__dataclass_fields__)
+    def test_every_field_of_a_decode_is_taken(self, name):
+        """Also those that come later: none is lost in a list of names."""
+        value = getattr(DiffusionGenerationConfig(), name)
+        asked_by({name: value, "do_sample": True}, fdpp.Frechet())
+        if name in ("rule", "return_dict_in_generate", "temperature", "max_new_tokens", "stop_strings"):
+            return
+        marker = object()  # a value that means something
+        assert asked_by({name: marker, "do_sample": True}, fdpp.Frechet()).fields[name] is marker
+
+    @pytest.mark.parametrize(
+        "settings, message",
+        [
+            ({"num_beams": 4}, "num_beams=4 has no meaning"),
+            ({"max_length": 64}, "max_length=64 has no meaning for this decode; here .* max_gen_toks"),
+            ({"threshold": 0.9}, "threshold=0.9 is no number of Frechet.*; here it is rule=threshold"),
+            ({"factor": 1.0}, "factor=1.0 has no meaning .* rule=factor"),
+            ({"use_cache": False}, "use_cache=False has no meaning .* cache=none"),
+            ({"no_such_setting": 1}, "no_such_setting=1"),
+            ({"rule": "best"}, "rule: expected one of"),
+            ({"rule": "quota", "tau": 0.8}, "tau=0.8 is no number of Quota"),
+            ({"max_gen_toks": "long"}, "max_gen_toks: expected an int of at least 1, got 'long'"),
+            ({"max_gen_toks": 0}, "max_gen_toks: expected an int of at least 1, got 0"),
+            ({"temperature": "hot"}, "temperature: expected a number, got 'hot'"),
+            ({"until": [3]}, "until: expected strings, got 3"),
+            ({"steps": 8}, "steps=8 is a schedule"),
+            ({"block_length": 0}, "block_length: expected"),
+            ({"repetition_penalty": -1.0}, "repetition_penalty"),
+        ],
+        ids=str,
+    )
+    def test_are_refused_by_name_before_the_first_forward(self, model, tokenizer, monkeypatch, settings, message):
+        monkeypatch.setattr(type(model), "generate", None)
+        evaluator = Evaluator(model, tokenizer, DiffusionGenerationConfig(block_length=8), given=())
+        asked = [*requests([3, 4]), Request("odd", "w1", settings)]
+        with pytest.raises(ValueError, match=f"task odd: .*{message}"):
+            evaluator.responses(asked)
+
+    def test_requests_with_different_ones_each_decode_with_their_own(self, model, tokenizer):
+        changes = ({}, {"block_length": 4}, {"cfg_scale": 1.5}, {"rule": "quota", "steps": 8}, {"max_gen_toks": 16})
+        config = DiffusionGenerationConfig(block_length=8, rule=fdpp.Threshold(0.3), cache="none")
+        asked = [request for settings in changes for request in requests([3, 9], **settings)]
+        got = Evaluator(model, tokenizer, config, given=(), batch_size=8).responses(asked)
+        expected = []
+        for change in changes:
+            rule = {"rule": fdpp.Quota()} if "rule" in change else {}
+            length = {"max_new_tokens": change.get("max_gen_toks", 32)}
+            fields = {**change, **rule, **length}
+            fields.pop("max_gen_toks", None)
+            for ids in ragged([3, 9]):
+                out = model.generate(torch.tensor([ids]), generation_config=config, **fields)
+                response = out.sequences[0, len(ids) :].tolist()
+                expected.append(words(response[: response.index(EOS)] if EOS in response else response))
+        assert got == expected and len(set(got)) > 6
+
+    def test_what_was_given_stays_and_a_note_says_so_once(self, model, tokenizer, caplog):
+        config = DiffusionGenerationConfig(block_length=8, rule=fdpp.Threshold(0.3), cache="none")
+        evaluator = Evaluator(model, tokenizer, config, given={"block_length"}, gen_length=32)
+        plain = evaluator.responses(requests([3, 5]))
+        caplog.clear()
+        assert evaluator.responses(requests([3, 5], block_length=4, max_gen_toks=16, cache="none")) == plain
+        notes = sorted(record.getMessage() for record in caplog.records)
+        assert notes == [
+            "task task asks for block_length=4, 8 was given and stays",
+            "task task asks for max_new_tokens=16, 32 was given and stays",
+        ]
+        assert Evaluator(model, tokenizer, config, given=()).responses(requests([3], block_length=4)) != plain[:1]
+
+    def test_are_part_of_what_a_journal_knows_a_response_by(self, model, tokenizer, tmp_path, monkeypatch):
+        rows, generate = [], model.generate
+
+        def spy(ids, *args, **kwargs):
+            rows.append(len(ids))
+            return generate(ids, *args, **kwargs)
+
+        monkeypatch.setattr(model, "generate", spy)
+        config = DiffusionGenerationConfig(block_length=8, rule=fdpp.Threshold(0.3), cache="none")
+        for settings, decoded in (
+            ({}, 1),
+            ({"block_length": 4}, 1),
+            ({"block_length": 4, "num_beams": 1}, 0),
+            (NO_OPS, 0),
+            ({"rule": "threshold", "tau": 0.3}, 0),
+            ({"tau": 0.31}, 1),
+            ({"until": ["w1"]}, 1),
+        ):
+            evaluator = Evaluator(model, tokenizer, config, given=(), resume=tmp_path)
+            evaluator.responses(requests([3], **settings))
+            assert len(rows) == decoded, settings
+            rows.clear()
+
+
 class TestLikelihood:
     def test_masks_are_uniform_in_number_and_place(self):
         masks = draw_masks(5, 2000, torch.Generator().manual_seed(0))
@@ -386,6 +515,54 @@ class TestCommand:
         args.gen_length = 7
         expected = DiffusionGenerationConfig(max_new_tokens=7, seed=0)
         assert config_of(args) == expected
+
+    @pytest.mark.parametrize(
+        "texts, settings",
+        [
+            (["temperature=0.7,do_sample=true"], {"temperature": 0.7, "do_sample": True}),
+            (["max_new_tokens=64", "block_length=8"], {"max_gen_toks": 64, "block_length": 8}),
+            (["until=['a,b=c', 'd']"], {"until": ["a,b=c", "d"]}),
+            (['until=["\\n\\n"],seed=3,'], {"until": ["\n\n"], "seed": 3}),
+            (["rule=quota,steps=8"], {"rule": "quota", "steps": 8}),
+            (['{"until": ["x"], "max_gen_toks": 8}'], {"until": ["x"], "max_gen_toks": 8}),
+            (["stop=</s>,seed=None"], {"until": "</s>", "seed": None}),
+        ],
+        ids=str,
+    )
+    def test_gen_kwargs_are_written_as_the_harness_has_them(self, texts, settings):
+        args = self.resolved("--tasks", "gsm8k", "--gen_kwargs", *texts)
+        assert args.gen_kwargs == settings == self.resolved("--tasks", "a", "--gen-kwargs", *texts).gen_kwargs
+
+    @pytest.mark.parametrize("text", ["temperature", "=3", "until=['a", "{temperature: 1}", "a=1,b", "until=a]"])
+    def test_gen_kwargs_that_cannot_be_read_are_refused(self, text, capsys):
+        assert cli.main(["eval", "--tasks", "tiny_sums", "--gen_kwargs", text]) == 2
+        assert "expected " in capsys.readouterr().err
+
+    def test_a_temperature_of_gen_kwargs_samples(self):
+        """The harness leaves do_sample as the task has it, and a task that is greedy would drop the temperature."""
+        assert self.resolved("--tasks", "a", "--gen_kwargs", "temperature=0.7").gen_kwargs["do_sample"] is True
+        assert "do_sample" not in self.resolved("--tasks", "a", "--gen_kwargs", "temperature=0").gen_kwargs
+
+    @pytest.mark.parametrize(
+        "argv, message",
+        [
+            (["--gen-length", "64", "--gen_kwargs", "max_gen_toks=32"], "max_new_tokens is set by another option"),
+            (["--tau", "0.8", "--rule", "threshold", "--gen_kwargs", "tau=0.7"], "rule is set by another option"),
+            (["--no-stop-at-eos", "--gen_kwargs", "stop_at_eos=False"], "stop_at_eos is set by another option"),
+            (["--gen_kwargs", "num_beams=4"], "--gen_kwargs: num_beams=4 has no meaning"),
+        ],
+        ids=str,
+    )
+    def test_gen_kwargs_are_refused_before_the_model_is_loaded(self, argv, message, capsys):
+        assert cli.main(["eval", "--tasks", "tiny_sums", "--model", "/none", *argv]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_options_and_presets_stay_whatever_a_task_asks(self):
+        assert self.resolved("--tasks", "gsm8k").given == set()
+        args = self.resolved("--tasks", "gsm8k", "--margin", "0.1", "--temperature", "0", "--cache", "dual")
+        assert args.given == {"rule", "temperature", "cache"}
+        preset = self.resolved("--preset", "fast-dllm++/gsm8k", "--gen_kwargs", "max_gen_toks=512,block_length=16")
+        assert preset.given == {"rule", "cache", "drafts", "stop_at_eos"} and preset.gen_length is None
 
     def test_help_says_what_the_defaults_are(self, capsys):
         assert cli.main(["eval", "--help"]) == 0

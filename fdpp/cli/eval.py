@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import json
+import logging
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +24,12 @@ from fdpp.cli.options import (
     load_model,
     option_of,
     reported,
+    rule_of,
+    rule_options,
     whole,
 )
 from fdpp.integrations.evaluation.presets import PRESETS
+from fdpp.integrations.evaluation.settings import asked_by, same_names
 
 EXAMPLES = """examples:
   fdpp eval --tasks tiny_sums --rule frechet --batch-size 25
@@ -35,6 +42,8 @@ EXAMPLES = """examples:
 presets:
   {presets}
 """
+logger = logging.getLogger(__name__)
+
 TASKS = Path(__file__).parents[1] / "integrations" / "tasks"
 
 
@@ -70,6 +79,11 @@ def add(commands: Any) -> None:
     option("--num-fewshot", type=whole(0), metavar="N", help="few-shot examples (default: the task's)")
     option("--limit", type=whole(1), metavar="N", help="the first N documents of every task (default: all)")
     text = (
+        "settings in the place of a task's own, as in lm-evaluation-harness: name=value,... or JSON; until, "
+        "max_gen_toks, do_sample, temperature, names of the options below (with _), rule and its numbers"
+    )
+    option("--gen-kwargs", "--gen_kwargs", nargs="+", type=gen_kwargs, metavar="SETTINGS", help=text)
+    text = (
         "prompts in the tokenizer's chat template; humaneval becomes humaneval_chat, which runs the code of an answer"
     )
     option("--chat-template", action="store_true", help=text)
@@ -78,11 +92,9 @@ def add(commands: Any) -> None:
     )
     text = "run the programs that the model writes, without a sandbox (humaneval, mbpp)"
     option("--confirm-run-unsafe-code", action="store_true", help=text)
-    option = parser.add_argument_group("evaluation").add_argument
+    option = of_evaluation = parser.add_argument_group("evaluation").add_argument
     text = "prompts decoded together, of similar length (default: %(default)s)"
     option("--batch-size", type=whole(1), default=1, metavar="N", help=text)
-    text = "end an answer at the end-of-text token or a stop string even where the preset decodes the whole length"
-    option("--stop-at-eos", dest="no_stop_at_eos", action="store_false", default=False, help=text)
     text = "samples of a log-likelihood's Monte Carlo estimate (default: %(default)s)"
     option("--mc-num", type=whole(1), default=128, metavar="N", help=text)
     text = "log-likelihoods: also find out whether greedy decoding gives the target (lambada), one forward per token"
@@ -92,14 +104,49 @@ def add(commands: Any) -> None:
     option("--output", type=Path, metavar="FILE", help="write all results and samples to this JSON file")
     add_model_options(parser)
     add_rule_options(parser)
+    before = vars(parser.parse_args([]))
     add_decoding_options(parser)
-    for name in ("rule", "block_length", "cache", "drafts", "no_stop_at_eos"):
-        parser.set_defaults(**{name: Default(parser.get_default(name), str(parser.get_default(name)))})
-    parser.set_defaults(gen_length=Default(None, "what the task asks for, else 256"), run=run)
+    text = "end an answer at the end-of-text token or a stop string even where the preset decodes the whole length"
+    of_evaluation("--stop-at-eos", dest="no_stop_at_eos", action="store_false", default=False, help=text)
+    decoding = {name: value for name, value in vars(parser.parse_args([])).items() if name not in before}
+    parser.set_defaults(**{name: Default(value, str(value)) for name, value in decoding.items()})
+    parser.set_defaults(rule=Default(before["rule"], before["rule"]))
+    parser.set_defaults(gen_length=Default(None, "what the task asks for, else 256"), decoding=tuple(decoding), run=run)
+
+
+def gen_kwargs(text: str) -> dict[str, Any]:
+    """An argument type: settings as lm-evaluation-harness reads them, a JSON object or `name=value,name=value`.
+
+    Values are Python literals, `true` and `false`, else strings; commas in brackets and quotes belong to a value.
+    """
+    if text.lstrip().startswith("{"):
+        with suppress(ValueError):
+            return json.loads(text)
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    items = re.findall(r"""(?:[^,\[\]{}()"']|"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|\([^)]*\))+""", text)
+    found = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name.strip() or ",".join(items) != text.strip(","):
+            raise argparse.ArgumentTypeError(f"expected name=value,... or JSON, got {text!r}")
+        value = {"true": "True", "false": "False", "none": "None"}.get(value.strip().lower(), value.strip())
+        with suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+        found[name.strip()] = value
+    return found
 
 
 def resolve(args: argparse.Namespace) -> None:
-    """Replace the defaults in `args` by values, the preset's if there is one."""
+    """Replace the defaults in `args` by values, the preset's if there is one.
+
+    Adds `args.given`, the fields of `DiffusionGenerationConfig` that options or the preset set: a task's own settings
+    do not replace these, and those of --gen_kwargs replace the preset's.
+    """
+    options = {name for name in args.decoding if not isinstance(getattr(args, name), Default)}
+    options |= {"steps"} if args.steps is not None else set()
+    if not isinstance(args.rule, Default) or any(getattr(args, option) is not None for option in rule_options()):
+        options.add("rule")
+    of_preset = set[str]()
     preset = None if args.preset is None else PRESETS[args.preset]
     if preset is not None:
         if args.tasks is None:
@@ -118,23 +165,53 @@ def resolve(args: argparse.Namespace) -> None:
                 setattr(args, field, getattr(preset, field))
         if isinstance(args.no_stop_at_eos, Default):
             args.no_stop_at_eos = not preset.stop_early
+        of_preset = {"rule", "cache", "gen_length", "block_length", "drafts", "no_stop_at_eos"}
     for name, value in vars(args).items():
         if isinstance(value, Default):
             setattr(args, name, value.value)
+    args.gen_kwargs = same_names({name: value for part in args.gen_kwargs or () for name, value in part.items()})
+    if args.gen_kwargs.get("temperature"):
+        args.gen_kwargs.setdefault("do_sample", True)
+    with reported(ValueError, about="--gen_kwargs: "):
+        asked = asked_by(args.gen_kwargs, rule_of(args)).fields.keys()
+    twice = sorted(asked & set(map(field_of, options)))
+    if twice:
+        raise CommandError(f"--gen_kwargs: {twice[0]} is set by another option as well")
+    if "max_new_tokens" in asked:
+        args.gen_length = None
+    args.given = set(map(field_of, options | of_preset)) - asked
 
 
-def find_tasks(args: argparse.Namespace) -> tuple[Any, list[str]]:
-    """lm-evaluation-harness's manager of tasks, and the names of those to run."""
+def field_of(option: str) -> str:
+    """The field of `DiffusionGenerationConfig` that an option of the decode sets."""
+    return {"gen_length": "max_new_tokens", "no_stop_at_eos": "stop_at_eos"}.get(option, option)
+
+
+def find_tasks(args: argparse.Namespace, lm: Any) -> tuple[Any, list[str]]:
+    """lm-evaluation-harness's manager of tasks, and the names of those to run.
+
+    The manager checks the settings of the tasks that it loads, before any of them runs.
+    """
     from lm_eval.tasks import TaskManager
+
+    class Manager(TaskManager):
+        def load(self, task_list: Any) -> Any:
+            loaded = super().load(task_list)
+            for name, task in loaded["tasks"].items():
+                if task.get_config("output_type") == "generate_until":
+                    lm.evaluator.group_of(name, {**(task.get_config("generation_kwargs") or {}), **args.gen_kwargs})
+                if args.num_fewshot and task.get_config("num_fewshot") == 0:
+                    logger.warning("task %s takes no few-shot examples, --num-fewshot changes nothing", name)
+            return loaded
 
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if args.chat_template:
         names = ["humaneval_chat" if name == "humaneval" else name for name in names]
     paths = [str(path) for path in (TASKS, args.include_path) if path is not None]
     # The harness's own tasks are thousands of files, which take seconds to list.
-    manager = TaskManager(include_path=paths, include_defaults=False)
+    manager = Manager(include_path=paths, include_defaults=False)
     if not all(name in manager.all_tasks or Path(name).is_file() for name in names):
-        manager = TaskManager(include_path=paths)
+        manager = Manager(include_path=paths)
     unknown = [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
     if unknown or not names:
         raise CommandError(f"--tasks: lm-evaluation-harness knows no task {', '.join(unknown) or 'without a name'}")
@@ -168,17 +245,18 @@ def run(args: argparse.Namespace) -> int:
     if args.chat_template and not tokenizer.chat_template:
         raise CommandError(f"--chat-template: the tokenizer of --model {args.model} has none")
     with reported(OSError, ValueError, KeyError, ImportError, FloatingPointError, torch.OutOfMemoryError):
-        manager, tasks = find_tasks(args)
         model_of_harness = FdppLM(
             model,
             tokenizer,
             config,
+            given=args.given,
             gen_length=gen_length,
             batch_size=args.batch_size,
             mc_num=args.mc_num,
             check_greedy=args.check_greedy,
             resume=args.resume,
         )
+        manager, tasks = find_tasks(args, model_of_harness)
         results = simple_evaluate(
             model_of_harness,
             tasks=tasks,
@@ -187,6 +265,7 @@ def run(args: argparse.Namespace) -> int:
             limit=args.limit,
             apply_chat_template=args.chat_template,
             fewshot_as_multiturn=args.multiturn,
+            gen_kwargs=args.gen_kwargs or None,
             task_manager=manager,
             log_samples=args.output is not None,
             confirm_run_unsafe_code=args.confirm_run_unsafe_code,
@@ -196,14 +275,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     # None: the length that each task asks for.
     decoding = dataclasses.asdict(config) | {"rule": repr(config.rule), "max_new_tokens": gen_length}
-    settings = {
+    by_task = {
+        task: {name: repr(value) if name == "rule" else value for name, value in asked.items()}
+        for task, asked in model_of_harness.evaluator.asked.items()
+    }
+    results["fdpp"] = {
         "model": args.model,
         "adapter": args.adapter,
         "decoding": decoding,
         "gen_length": gen_length,
         "preset": args.preset,
+        "by_task": by_task,
+        "costs": costs,
     }
-    results["fdpp"] = {**settings, "costs": costs}
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))

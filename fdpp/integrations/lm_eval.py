@@ -75,7 +75,7 @@ class FdppLM(LM):
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> FdppLM:
         """From flat arguments: `pretrained` (folder, id or "tiny"), `peft` (folder or id of an adapter), `dtype`,
         `device`, `rule` (its name), the fields of the rule and of `DiffusionGenerationConfig`, and the keyword
-        arguments of `Evaluator`.
+        arguments of `Evaluator`. Those fields stay, whatever a task asks for.
 
         Raises:
             ValueError: an argument that is none of these, or a value that does not fit.
@@ -96,14 +96,16 @@ class FdppLM(LM):
         rules = fdpp.Rule.named()
         if name not in rules:
             raise ValueError(f"rule: expected one of {', '.join(rules)}, got {name!r}")
-        rule = rules[name](**taken(given, rules[name]))
-        config = DiffusionGenerationConfig(rule=rule, **taken(given, DiffusionGenerationConfig))
+        numbers, settings = taken(given, rules[name]), taken(given, DiffusionGenerationConfig)
+        config = DiffusionGenerationConfig(rule=rules[name](**numbers), **settings)
+        stays = {*settings, *(["rule"] if numbers or "rule" in arg_dict else [])}
         unknown = sorted(given.keys() - {"gen_length", "batch_size", "mc_num", "check_greedy", "resume"})
         if unknown:
             raise ValueError(f"model_args: unknown {unknown} with rule={name}")
         processes()
         model, tokenizer = load(pretrained or "tiny", dtype or "auto", device)
-        return cls(model if adapter is None else merge_adapter(model, adapter), tokenizer, config, **given)
+        model = model if adapter is None else merge_adapter(model, adapter)
+        return cls(model, tokenizer, config, given=stays, **given)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.state is None:

@@ -220,6 +220,29 @@ def test_humaneval_in_chat_form_is_checked_by_its_tests(monkeypatch, loaded):
     assert (got["pass@1,create_test"], got["pass@1,fast_dllm"]) == (0.75, 0.5)
 
 
+def test_gen_kwargs_decode_as_the_options_do(tmp_path):
+    options = ("--rule", "threshold", "--tau", "0.7", "--block-length", "16", "--gen-length", "64")
+    settings = ("--gen_kwargs", "rule=threshold,tau=0.7", "block_length=16,max_new_tokens=64,num_beams=1")
+    one, two, plain = (run_command(tmp_path, "--limit", "3", *argv) for argv in (options, settings, ()))
+    texts = [[sample["resps"] for sample in run["samples"]["tiny_sums"]] for run in (one, two, plain)]
+    costs = [run["fdpp"]["costs"]["tiny_sums"] for run in (one, two, plain)]
+    assert texts[0] == texts[1] and costs[0]["nfe"] == costs[1]["nfe"] != costs[2]["nfe"]
+    assert two["fdpp"]["by_task"]["tiny_sums"] == {
+        "rule": repr(fdpp.Threshold(0.7)),
+        "block_length": 16,
+        "max_new_tokens": 64,
+    }
+
+
+def test_settings_of_a_task_are_refused_before_anything_is_decoded(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "fdpp/integrations/tasks/tiny_sums.yaml").read_text().replace("task: tiny_sums", "task: beams")
+    (tmp_path / "beams.yaml").write_text(text.replace("  do_sample: false", "  num_beams: 4"))
+    monkeypatch.setattr(fdpp.LLaDAModelLM, "generate", None)
+    assert cli.main(["eval", "--tasks", "tiny_sums,beams", "--include-path", str(tmp_path), "--num-fewshot", "2"]) == 2
+    err = capsys.readouterr().err
+    assert "fdpp: error: task beams: num_beams=4 has no meaning" in err
+
+
 def test_an_unknown_task_is_named(capsys):
     assert cli.main(["eval", "--tasks", "tiny_sums,no_such_task"]) == 2
     assert "knows no task no_such_task" in capsys.readouterr().err

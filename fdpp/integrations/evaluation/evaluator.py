@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.integrations.evaluation.journal import Journal, fingerprint, key_of
 from fdpp.integrations.evaluation.likelihood import Pair, log_likelihoods
 from fdpp.integrations.evaluation.responses import respond
+from fdpp.integrations.evaluation.settings import asked_by
 
 DEFAULT_LENGTH = 256
 logger = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 class Request(NamedTuple):
     """A prompt and how its task wants it answered.
 
-    `settings` are the harness's: `until` (stop strings), `max_gen_toks`, `do_sample` with `temperature`.
+    `settings` are the harness's, `until` (stop strings), `max_gen_toks`, `do_sample` with `temperature`, and fields of
+    `DiffusionGenerationConfig` and of rules (`evaluation.settings`).
     """
 
     task: str
@@ -34,11 +36,10 @@ class Request(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Requests that can share a batch: one task's, with one length, temperature and set of stop strings."""
+    """Requests that can share a batch: one task's, with the same settings of the decode and stop strings."""
 
     task: str
-    length: int
-    temperature: float
+    config: DiffusionGenerationConfig
     stops: tuple[str, ...]
 
 
@@ -78,8 +79,11 @@ class Evaluator:
 
     Args:
         model, tokenizer: a LLaDA of this package, on its device, and its tokenizer.
-        config: how responses are decoded. Their length is not its `max_new_tokens` but `gen_length`; with
-            `stop_at_eos=False` every block is decoded, and EOS and stop strings only cut the text.
+        config: how responses are decoded, where a task does not ask for something else. Their length is not its
+            `max_new_tokens` but `gen_length`; with `stop_at_eos=False` every block is decoded, and EOS and stop strings
+            only cut the text.
+        given: the fields of `config` that stay, whatever a task asks for (which is logged once); None: those that
+            differ from the defaults.
         gen_length: length of every response; None: what the task asks for (`max_gen_toks`), else 256.
         batch_size: prompts decoded together, and masked rows of a likelihood.
         mc_num: samples of a likelihood's Monte Carlo estimate.
@@ -90,6 +94,7 @@ class Evaluator:
 
     Attributes:
         tallies: what the responses of every task cost, equal greedy requests counted once.
+        asked: the fields of `DiffusionGenerationConfig` that every task set.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Evaluator:
         tokenizer: Any,
         config: DiffusionGenerationConfig | None = None,
         *,
+        given: Collection[str] | None = None,
         gen_length: int | None = None,
         batch_size: int = 1,
         mc_num: int = 128,
@@ -110,14 +116,17 @@ class Evaluator:
                 raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
         self.model, self.tokenizer = model.eval(), tokenizer
         config = DiffusionGenerationConfig() if config is None else config
-        self.config, self.seed = config, config.seed or 0
+        self.config = config if config.seed is not None else replace(config, seed=0)
+        self.given = set(differing(config) if given is None else given)
         self.gen_length, self.batch_size, self.mc_num = gen_length, batch_size, mc_num
         self.check_greedy, self.rank = check_greedy, rank
         self.journal = Journal(resume, rank)
         self.model_key = f"{fdpp.__version__} {fingerprint(model)}"
         self.tallies: dict[str, Tally] = {}
+        self.asked: dict[str, dict[str, Any]] = {}
         self.counted: set[str] = set()
         self.warned = False
+        self.noted: set[str] = set()
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with special tokens unless the text already begins with BOS, as from a chat template."""
@@ -142,15 +151,15 @@ class Evaluator:
         work, repeats = [], Counter[str]()
         for request in requests:
             item = self.work_of(request)
-            repeats[item.key] += item.group.temperature > 0.0  # a repeated request is another sample
+            repeats[item.key] += item.group.config.draws  # a repeated request is another sample
             work.append(item._replace(key=f"{item.key}-{repeats[item.key]}"))
-        groups: dict[Group, dict[str, list[int]]] = {}
+        groups: dict[str, tuple[Group, dict[str, list[int]]]] = {}
         for item in work:
-            groups.setdefault(item.group, {})[item.key] = item.ids
+            groups.setdefault(repr(item.group), (item.group, {}))[1][item.key] = item.ids
         keys = {item.key for item in work}
         done = sum(key in self.journal for key in keys)
         with self.progress("responses", len(keys), done) as bar:
-            for group, members in groups.items():
+            for group, members in groups.values():
                 self.decode(group, members, bar)
         for item in work:
             if item.key not in self.counted:
@@ -165,20 +174,35 @@ class Evaluator:
         return tqdm(total=total, initial=done, desc=what, unit="", disable=True if self.rank else None)
 
     def work_of(self, request: Request) -> Work:
-        settings = request.settings
-        until = settings.get("until") or []
-        stops = tuple(sorted({until} if isinstance(until, str) else set(until)))
-        asked = (settings.get(name) for name in ("max_gen_toks", "max_new_tokens", "max_tokens"))
-        length = self.gen_length or next((int(value) for value in asked if value), DEFAULT_LENGTH)
-        sampled = settings.get("do_sample") and not self.config.temperature
-        temperature = float(settings.get("temperature", 1.0)) if sampled else self.config.temperature
-        group = Group(request.task, length, temperature, stops)
-        ids = self.fit(self.encode(request.context), length)
-        return Work(key_of(self.model_key, repr(self.config_of(group)), stops, ids), group, ids)
+        group = self.group_of(request.task, request.settings)
+        ids = self.fit(self.encode(request.context), group.config.max_new_tokens)
+        return Work(key_of(self.model_key, repr(group.config), group.stops, ids), group, ids)
 
-    def config_of(self, group: Group) -> DiffusionGenerationConfig:
-        settings = replace(self.config, max_new_tokens=group.length, temperature=group.temperature, seed=self.seed)
-        return self.model.settled(settings, {})
+    def group_of(self, task: str, settings: Mapping[str, Any]) -> Group:
+        """How requests of a task with these settings are decoded.
+
+        Raises:
+            ValueError: a setting that has no meaning here, or a value that does not fit; it names both.
+        """
+        try:
+            asked, stops = asked_by(settings, self.config.rule)
+            if self.gen_length is not None:
+                asked["max_new_tokens"] = self.overruled(task, "max_new_tokens", self.gen_length, asked)
+            for name in self.given & asked.keys() - {"max_new_tokens"}:
+                asked[name] = self.overruled(task, name, getattr(self.config, name), asked)
+            self.asked.setdefault(task, {}).update(asked)
+            config = replace(self.config, **{"max_new_tokens": DEFAULT_LENGTH, **asked})
+            return Group(task, self.model.settled(config, {}), stops)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"task {task}: {error}") from error
+
+    def overruled(self, task: str, name: str, value: Any, asked: Mapping[str, Any]) -> Any:
+        """`value`, with a note if the task asked for another."""
+        text = f"task {task} asks for {name}={asked.get(name, value)!r}, {value!r} was given and stays"
+        if asked.get(name, value) != value and text not in self.noted:
+            self.noted.add(text)
+            logger.warning(text)
+        return value
 
     def decode(self, group: Group, members: dict[str, list[int]], bar: Any) -> None:
         """Decode what the journal lacks of a group.
@@ -187,15 +211,15 @@ class Evaluator:
         that is only partly in the journal is decoded again.
         """
         keys = sorted(members, key=lambda key: -len(members[key]))
-        if not group.temperature:
+        if not group.config.draws:
             keys = [key for key in keys if key not in self.journal]
-        config, tally = self.config_of(group), Tally()
+        tally, seed = Tally(), group.config.seed or 0
         for start in range(0, len(keys), self.batch_size):
             batch = keys[start : start + self.batch_size]
             missing = sum(key not in self.journal for key in batch)
             if not missing:
                 continue
-            seeded = replace(config, seed=self.seed + start)
+            seeded = replace(group.config, seed=seed + start)
             responses = respond(self.model, self.tokenizer, [members[key] for key in batch], seeded, group.stops)
             self.journal.add({key: asdict(response) for key, response in zip(batch, responses, strict=True)})
             for response in responses:
@@ -211,7 +235,7 @@ class Evaluator:
         """The log-likelihood (`evaluation.likelihood`) of every target of `(context, target)`, and whether greedy
         decoding gives it."""
         pairs = [self.pair_of(context, target) for context, target in requests]
-        keys = [key_of(self.model_key, self.mc_num, self.seed, self.check_greedy, *pair) for pair in pairs]
+        keys = [key_of(self.model_key, self.mc_num, self.config.seed, self.check_greedy, *pair) for pair in pairs]
         self.journal.add(
             {
                 key: {"value": 0.0, "greedy": True}
@@ -221,8 +245,8 @@ class Evaluator:
         )
         todo = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self.journal}
         order = sorted(todo, key=lambda key: -sum(map(len, todo[key])))
-        unique = len(set(keys))
-        values = log_likelihoods(self.model, [todo[key] for key in order], self.mc_num, self.batch_size, self.seed)
+        unique, seed = len(set(keys)), self.config.seed or 0
+        values = log_likelihoods(self.model, [todo[key] for key in order], self.mc_num, self.batch_size, seed)
         with self.progress("likelihoods", unique, unique - len(order)) as bar:
             for key, value in zip(order, values, strict=True):
                 greedy = self.check_greedy and self.is_greedy(todo[key])
@@ -247,3 +271,9 @@ class Evaluator:
             stop_at_eos=False,
         )
         return out.sequences[0, prompt.shape[1] :].tolist() == pair.target
+
+
+def differing(config: DiffusionGenerationConfig) -> set[str]:
+    """The fields of `config` that do not have their defaults."""
+    default = DiffusionGenerationConfig()
+    return {field.name for field in fields(config) if getattr(config, field.name) != getattr(default, field.name)}
