@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from fdpp.decoding.saved import rule_from
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.rules import Rule
 
@@ -130,11 +129,7 @@ def asked_by(settings: Mapping[str, Any], rule: Rule) -> Asked:
 
 def rule_asked_for(rule: Any, numbers: dict[str, Any]) -> Rule:
     """A rule by its name or as it is saved, with `numbers`."""
-    if isinstance(rule, str):
-        if rule not in Rule.named():
-            raise ValueError(f"rule: expected one of {', '.join(Rule.named())}, got {rule!r}")
-        rule = Rule.named()[rule]()
-    rule = rule if isinstance(rule, Rule) else rule_from(rule)
+    rule = Rule.of(rule)
     foreign = sorted(numbers.keys() - rule.numbers.keys())
     if foreign:
         raise ValueError(f"{foreign[0]}={numbers[foreign[0]]!r} is no number of {rule}{instead_of(foreign[0])}")
