@@ -220,6 +220,17 @@ def test_user_errors(arguments, message, capsys):
     assert line.startswith("fdpp: error: ") and message in line and "Traceback" not in err and not out
 
 
+@pytest.mark.parametrize("command", ["generate --prompt x", "chat", "trace --prompt x"])
+@pytest.mark.parametrize("name, content", [("config.json", '{"model_type": "llada"}'), ("model.safetensors", "")])
+def test_a_file_is_no_model(command, name, content, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / name
+    file.write_text(content)
+    assert cli.main([*command.split(), "--model", str(file)]) == 2
+    expected = f"fdpp: error: --model {file}: a file, expected the folder of a model\n"
+    assert capsys.readouterr().err == expected and list(tmp_path.iterdir()) == [file]
+
+
 def test_empty_prompt(capsys):
     assert cli.main(["generate", "--prompt", " \n"]) == 2
     assert capsys.readouterr().err == "fdpp: error: the prompt is empty\n"

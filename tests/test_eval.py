@@ -1,9 +1,11 @@
 """Evaluation without a harness: responses and what they cost, the journal, likelihoods, presets, the command line."""
 
 import itertools
+import logging
 import math
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +23,12 @@ from fdpp import cli, tiny
 from fdpp.cli import eval as eval_command
 from fdpp.cli.options import config_of
 from fdpp.decoding.settings import DiffusionGenerationConfig
-from fdpp.integrations.evaluation import likelihood
+from fdpp.integrations.evaluation import likelihood, progress
 from fdpp.integrations.evaluation.evaluator import Evaluator, Request
 from fdpp.integrations.evaluation.journal import Journal, fingerprint
 from fdpp.integrations.evaluation.likelihood import Pair, draw_masks, log_likelihoods, score
 from fdpp.integrations.evaluation.presets import PRESETS
+from fdpp.integrations.evaluation.progress import Progress
 from fdpp.integrations.evaluation.responses import cut_at_stop, respond
 from fdpp.integrations.evaluation.settings import asked_by
 
@@ -397,6 +400,57 @@ class TestSettingsOfTasks:
             rows.clear()
 
 
+class TestProgress:
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+        return now
+
+    def test_is_a_line_now_and_then_off_a_terminal(self, clock, capsys):
+        with Progress("responses", 4000, done=20) as bar:
+            for _ in range(3900):
+                clock[0] += 1.0
+                bar.update(1, "7 tok/s")
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[:3] == [
+            "responses: 20 of 4000 are in the journal",
+            "responses: 30 of 4000, 0:00:10 elapsed, 7 tok/s",
+            "responses: 40 of 4000, 0:00:20 elapsed, 7 tok/s",
+        ]
+        assert lines[-1] == "responses: 3920 of 4000, 1:05:00 elapsed, 7 tok/s" and 15 < len(lines) < 35
+
+    def test_a_short_run_says_one_line(self, clock, capsys):
+        with Progress("likelihoods", 2) as bar:
+            bar.update()
+            bar.update()
+        assert capsys.readouterr().err == "likelihoods: 2 of 2, 0:00:00 elapsed\n"
+
+    def test_nothing_is_said_of_nothing_or_by_other_processes(self, clock, capsys):
+        with Progress("responses", 3):
+            pass
+        with Progress("responses", 3, done=1, shown=False) as bar:
+            clock[0] = 1000.0
+            bar.update()
+        assert capsys.readouterr().err == ""
+
+    def test_is_a_bar_in_a_terminal(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        with Progress("responses", 4, done=1) as bar:
+            bar.update(2, "7 tok/s")
+        err = capsys.readouterr().err
+        assert "3/4" in err and "7 tok/s" in err and "elapsed" not in err
+
+    def test_tokens_per_second_are_those_of_the_run(self, model, tokenizer, capsys):
+        """Not those of the last group alone."""
+        evaluator = Evaluator(model, tokenizer, CONFIG)
+        evaluator.responses([*requests([3, 9]), *requests([4], until=["w1"])])
+        tally = evaluator.tallies["task"].report()
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("responses: 3 of 3, 0:00:")
+        assert f"{tally['tokens_per_second']:.0f} tok/s, {tally['nfe_per_response']:.1f} NFE" in line
+
+
 class TestLikelihood:
     def test_masks_are_uniform_in_number_and_place(self):
         masks = draw_masks(5, 2000, torch.Generator().manual_seed(0))
@@ -577,19 +631,54 @@ class TestCommand:
         monkeypatch.setitem(sys.modules, "lm_eval", None)
         assert cli.main(["eval", "--tasks", "tiny_sums"]) == 2
         out, err = capsys.readouterr()
-        assert err.count("\n") == 1 and "pip install 'fdpp[eval]'" in err and not out
+        assert err.count("\n") == 1 and not out
+        assert "pip install 'fdpp[eval]'" in err and "pip install '.[eval]' in its checkout" in err
+
+    def test_every_message_on_an_extra_says_what_a_checkout_needs(self):
+        """The package is not on PyPI: `pip install 'fdpp[...]'` alone works for those who have it installed."""
+        files = Path(fdpp.__file__).parent.rglob("*.py")
+        named = [path.name for path in files if "pip install 'fdpp" in path.read_text(encoding="utf-8")]
+        assert named == ["extras.py"]
 
     def test_tasks_are_asked_for(self, capsys):
         assert cli.main(["eval"]) == 2
         assert "--tasks or --preset" in capsys.readouterr().err
 
-    def test_where_results_cannot_be_written_nothing_is_decoded(self, tmp_path, capsys):
-        (tmp_path / "file").touch()
-        for output in (tmp_path, tmp_path / "file" / "results.json"):
-            assert cli.main(["eval", "--tasks", "tiny_sums", "--output", str(output)]) == 2
-            assert capsys.readouterr().err.startswith("fdpp: error: --output: ")
+    @pytest.mark.parametrize(
+        "argv, message",
+        [
+            ("--output .", "--output .: a folder, expected a file"),
+            ("--output file/results.json", "--output file/results.json: no such folder as file"),
+            ("--output no/such/results.json", "--output no/such/results.json: no such folder as no/such"),
+            ("--output /proc/results.json", "--output: "),
+            ("--resume file", "--resume file: a file, expected a folder"),
+            ("--resume file/runs", "--resume: "),
+            ("--resume /proc/runs", "--resume: "),
+            ("--include-path no/such", "--include-path no/such: no such folder"),
+        ],
+    )
+    def test_where_results_cannot_be_written_nothing_is_decoded(self, argv, message, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        Path("file").touch()
+        monkeypatch.setattr(eval_command, "evaluate", None)
+        assert cli.main(["eval", "--tasks", "tiny_sums", *argv.split()]) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(f"fdpp: error: {message}") and err.count("\n") == 1 and not out
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_a_run_that_failed_leaves_no_empty_results(self, tmp_path):
         assert cli.main(["eval", "--tasks", "tiny_sums", "--output", str(tmp_path / "new"), "--model", "/none"]) == 2
-        assert not (tmp_path / "new").exists(), "a run that failed leaves no empty results"
+        assert not (tmp_path / "new").exists()
+
+    def test_libraries_are_quiet_and_notes_are_those_of_the_command(self, capsys):
+        names = (*eval_command.LIBRARIES, "lm_eval.api.task")
+        before = [logging.getLogger(name).getEffectiveLevel() for name in names]
+        with eval_command.quiet():
+            for name in names:
+                logging.getLogger(name).warning("means nothing here")
+            logging.getLogger("fdpp.integrations").warning("a prompt is cut")
+        assert capsys.readouterr().err == "fdpp: note: a prompt is cut\n"
+        assert [logging.getLogger(name).getEffectiveLevel() for name in names] == before
 
     def test_costs_are_a_table(self):
         cost = {"responses": 2, "tokens": 90, "nfe": 30, "tokens_per_second": 1.26}

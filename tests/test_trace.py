@@ -263,7 +263,8 @@ def test_command(tmp_path, monkeypatch, capsys):
         ("-o no/such/t.html", "no/such/t.html: no such folder as no/such"),
         ("--step 500 --gen-length 8", "--step 500: the decode took"),
         ("--gen-length 1000", "exceed the model's window of"),
-        ("-o .", "Is a directory"),
+        ("-o .", "-o .: a folder, expected a file"),
+        ("--png .", "--png .: a folder, expected a file"),
         ("--step 0", "--step: expected a whole number of at least 1"),
     ],
 )
@@ -273,6 +274,15 @@ def test_user_errors(arguments, message, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("fdpp: error: ") and message in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", ["-o .", "--png /proc/t.png", "-o no/such/t.html", "-o /proc/t.html"])
+def test_where_the_page_cannot_be_written_nothing_is_decoded(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fdpp.cli.trace.load_model", None)
+    monkeypatch.setattr("fdpp.cli.trace.find_spec", lambda name: name)
+    assert cli.main(["trace", *arguments.split()]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_png_without_matplotlib(monkeypatch, capsys):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import io
 import json
 import logging
 import os
 import re
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +24,7 @@ from fdpp.cli.options import (
     add_decoding_options,
     add_model_options,
     add_rule_options,
+    check_output,
     config_of,
     load_model,
     option_of,
@@ -42,6 +47,7 @@ EXAMPLES = """examples:
 presets:
   {presets}
 """
+LIBRARIES = ("lm_eval", "datasets", "evaluate", "transformers", "huggingface_hub")
 logger = logging.getLogger(__name__)
 
 TASKS = Path(__file__).parents[1] / "integrations" / "tasks"
@@ -61,7 +67,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
         help="run tasks of lm-evaluation-harness",
-        description="Run tasks of lm-evaluation-harness (needs `pip install 'fdpp[eval]'`) and report, beside their "
+        description="Run tasks of lm-evaluation-harness (the extra eval) and report, beside their "
         "metrics, tokens per second, forwards (NFE) and tokens per forward. tiny_sums is the embedded model's own "
         "task: 500 held-out problems, offline.",
         epilog=EXAMPLES.format(presets="\n  ".join(PRESETS)),
@@ -218,18 +224,61 @@ def find_tasks(args: argparse.Namespace, lm: Any) -> tuple[Any, list[str]]:
     return manager, names
 
 
+def check_folders(args: argparse.Namespace) -> None:
+    """Refuse files and folders that cannot be used, before hours of decoding and not after."""
+    if args.include_path is not None and not args.include_path.is_dir():
+        raise CommandError(f"--include-path {args.include_path}: no such folder")
+    if args.output is not None:
+        check_output("--output", args.output)
+    if args.resume is not None:
+        if args.resume.is_file():
+            raise CommandError(f"--resume {args.resume}: a file, expected a folder")
+        with reported(OSError, about="--resume: "):
+            args.resume.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=args.resume).close()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Libraries log nothing but errors; what this package logs are notes of the command."""
+    notes, own = logging.StreamHandler(), logging.getLogger("fdpp")
+    notes.setFormatter(logging.Formatter("fdpp: note: %(message)s"))
+    with ExitStack() as undo:
+        own.addHandler(notes)
+        undo.callback(own.removeHandler, notes)
+        for library in map(logging.getLogger, LIBRARIES):
+            undo.callback(library.setLevel, library.level)
+            library.setLevel(logging.ERROR)
+        yield
+
+
+@contextmanager
+def without_chatter() -> Iterator[None]:
+    """Tasks and metrics print nothing, the harness draws no bar while it writes the prompts, and, where there is no
+    terminal, data sets draw none (nor does the Hub: see `load_model`)."""
+    import datasets
+    from lm_eval.api import task
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    bar, task.tqdm = task.tqdm, lambda documents, **_: documents
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        task.tqdm = bar
+
+
 def run(args: argparse.Namespace) -> int:
     resolve(args)
     if args.tasks is None:
         raise CommandError("expected --tasks or --preset (see fdpp eval --help)")
-    if args.output is not None:
-        # Fail before hours of decoding, not after.
-        with reported(OSError, about="--output: "):
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            existed = args.output.exists()
-            args.output.open("a").close()
-            if not existed:
-                args.output.unlink()
+    check_folders(args)
+    with quiet():
+        return evaluate(args)
+
+
+def evaluate(args: argparse.Namespace) -> int:
     with reported(ModuleNotFoundError):
         from fdpp.integrations.lm_eval import FdppLM, processes
     from lm_eval import simple_evaluate
@@ -257,19 +306,20 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
         )
         manager, tasks = find_tasks(args, model_of_harness)
-        results = simple_evaluate(
-            model_of_harness,
-            tasks=tasks,
-            num_fewshot=args.num_fewshot,
-            batch_size=args.batch_size,
-            limit=args.limit,
-            apply_chat_template=args.chat_template,
-            fewshot_as_multiturn=args.multiturn,
-            gen_kwargs=args.gen_kwargs or None,
-            task_manager=manager,
-            log_samples=args.output is not None,
-            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-        )
+        with without_chatter():
+            results = simple_evaluate(
+                model_of_harness,
+                tasks=tasks,
+                num_fewshot=args.num_fewshot,
+                batch_size=args.batch_size,
+                limit=args.limit,
+                apply_chat_template=args.chat_template,
+                fewshot_as_multiturn=args.multiturn,
+                gen_kwargs=args.gen_kwargs or None,
+                task_manager=manager,
+                log_samples=args.output is not None,
+                confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+            )
     costs = model_of_harness.report()
     if results is None:
         return 0

@@ -59,6 +59,19 @@ def drafts(text: str) -> int | str:
     return text if text == "auto" else whole(1)(text)
 
 
+def check_output(option: str, path: Path) -> None:
+    """Refuse a file that cannot be written before the work that is to fill it; leaves no file behind."""
+    if path.is_dir():
+        raise CommandError(f"{option} {path}: a folder, expected a file")
+    if not path.parent.is_dir():
+        raise CommandError(f"{option} {path}: no such folder as {path.parent}")
+    existed = path.exists()
+    with reported(OSError, about=f"{option}: "):
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     text = "folder or Hugging Face id of a LLaDA checkpoint; tiny: the small one in this package (default: tiny)"
@@ -206,6 +219,8 @@ def load_base(args: argparse.Namespace, dtype: torch.dtype) -> tuple[fdpp.LLaDAM
 
 def check_place(option: str, name: str, what: str) -> None:
     """Refuse a name that is neither a folder nor an id, before anybody asks the network for it."""
+    if Path(name).is_file():
+        raise CommandError(f"{option} {name}: a file, expected the folder of {what}")
     if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "~", "/"))):
         raise CommandError(f"{option} {name}: no such folder, and no OWNER/NAME of {what} on the Hugging Face Hub")
 

@@ -17,6 +17,7 @@ from fdpp.cli.options import (
     add_decoding_options,
     add_model_options,
     add_rule_options,
+    check_output,
     config_of,
     encode,
     give_hint,
@@ -70,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--png needs matplotlib: pip install matplotlib, or fdpp with its extra png")
     config, prompt = config_of(args), read_text(args.prompt, "--prompt")
     output = args.output or (None if args.png else Path(PAGE))
-    for path in (output, args.png):
-        if path and not path.parent.is_dir():
-            raise CommandError(f"{path}: no such folder as {path.parent}")
+    for option, path in (("-o", output), ("--png", args.png)):
+        if path:
+            check_output(option, path)
     model, tokenizer = load_model(args)
     give_hint(args.model, prompt)
     with reported(ValueError, FloatingPointError, torch.OutOfMemoryError):

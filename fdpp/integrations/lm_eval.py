@@ -1,4 +1,4 @@
-"""lm-evaluation-harness model `fdpp`: LLaDA decoded by rules, block by block (`pip install 'fdpp[eval]'`).
+"""lm-evaluation-harness model `fdpp`: LLaDA decoded by rules, block by block (the extra `eval`).
 
 `python -m fdpp eval` runs it. In Python, importing this module registers the name:
 
@@ -22,9 +22,10 @@ import fdpp
 from fdpp import tiny
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.integrations.evaluation.evaluator import Evaluator, Request, Tally
+from fdpp.integrations.extras import install
 from fdpp.models.adapters import merge_adapter
 
-MISSING = "this needs {name}, which is not installed: pip install 'fdpp[eval]'"
+MISSING = "this needs {name}, which is not installed: " + install("eval")
 
 try:
     from lm_eval.api.model import LM

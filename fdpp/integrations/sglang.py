@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fdpp.integrations.extras import install
 from fdpp.rules import EntropyBound, Factor, Frechet, LocalLeap, Quota, Rule, Threshold
 from fdpp.step.module import DenoisingStep
 
@@ -23,7 +24,7 @@ try:
     from sglang.srt.environ import envs
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"this needs SGLang (module {error.name}), which is not installed: pip install 'fdpp[sglang]'"
+        f"this needs SGLang (module {error.name}), which is not installed: {install('sglang')}"
     ) from error
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'fdpp[eval]'")
+lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install '.[eval]'")
 
 import datasets  # noqa: E402
 import evaluate  # noqa: E402
@@ -243,13 +243,21 @@ def test_settings_of_a_task_are_refused_before_anything_is_decoded(tmp_path, mon
     assert "fdpp: error: task beams: num_beams=4 has no meaning" in err
 
 
+def test_a_run_without_a_terminal_says_how_far_it_is_and_nothing_else(tmp_path):
+    command = (sys.executable, "-m", "fdpp", "eval", "--tasks", "tiny_sums", "--cache", "none", "--limit", "2")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    assert done.returncode == 0
+    assert [line.split(",")[0] for line in done.stderr.splitlines()] == ["responses: 2 of 2"]
+    assert all(line.startswith("|") for line in done.stdout.splitlines() if line)
+
+
 def test_an_unknown_task_is_named(capsys):
     assert cli.main(["eval", "--tasks", "tiny_sums,no_such_task"]) == 2
     assert "knows no task no_such_task" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate: pip install 'fdpp[eval]'")
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate: pip install '.[eval]'")
 def test_two_processes_share_the_requests(tmp_path):
     one = run_command(tmp_path, "--limit", "5")
     arguments = ("--tasks", "tiny_sums", "--cache", "none", "--limit", "5", "--output", str(tmp_path / "two.json"))

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import fdpp
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.integrations.evaluation.journal import Journal, fingerprint, key_of
 from fdpp.integrations.evaluation.likelihood import Pair, log_likelihoods
+from fdpp.integrations.evaluation.progress import Progress
 from fdpp.integrations.evaluation.responses import respond
 from fdpp.integrations.evaluation.settings import asked_by
 
@@ -90,7 +90,8 @@ class Evaluator:
         check_greedy: say for every likelihood whether decoding one token per step gives the target. Without it the
             answer is False, as in the published evaluation: few tasks ask.
         resume: folder of the journal of finished requests; what it holds already is not decoded again.
-        rank: number of this process among those that share the requests; the first shows the progress.
+        rank: number of this process among those that share the requests; the first shows the progress
+            on standard error.
 
     Attributes:
         tallies: what the responses of every task cost, equal greedy requests counted once.
@@ -159,8 +160,9 @@ class Evaluator:
         keys = {item.key for item in work}
         done = sum(key in self.journal for key in keys)
         with self.progress("responses", len(keys), done) as bar:
+            tally = Tally()
             for group, members in groups.values():
-                self.decode(group, members, bar)
+                self.decode(group, members, tally, bar)
         for item in work:
             if item.key not in self.counted:
                 self.counted.add(item.key)
@@ -169,9 +171,8 @@ class Evaluator:
                 self.tallies.setdefault(item.group.task, Tally()).add(cost)
         return [self.journal[item.key]["text"] for item in work]
 
-    def progress(self, what: str, total: int, done: int) -> Any:
-        """A progress bar, on the first process and where standard error is a terminal."""
-        return tqdm(total=total, initial=done, desc=what, unit="", disable=True if self.rank else None)
+    def progress(self, what: str, total: int, done: int) -> Progress:
+        return Progress(what, total, done, shown=self.rank == 0)
 
     def work_of(self, request: Request) -> Work:
         group = self.group_of(request.task, request.settings)
@@ -204,8 +205,8 @@ class Evaluator:
             logger.warning(text)
         return value
 
-    def decode(self, group: Group, members: dict[str, list[int]], bar: Any) -> None:
-        """Decode what the journal lacks of a group.
+    def decode(self, group: Group, members: dict[str, list[int]], tally: Tally, bar: Progress) -> None:
+        """Decode what the journal lacks of a group; `tally` counts what it costs.
 
         A sampled request's noise depends on its place in the order of decoding, whatever the batch size. So a batch
         that is only partly in the journal is decoded again.
@@ -213,7 +214,7 @@ class Evaluator:
         keys = sorted(members, key=lambda key: -len(members[key]))
         if not group.config.draws:
             keys = [key for key in keys if key not in self.journal]
-        tally, seed = Tally(), group.config.seed or 0
+        seed = group.config.seed or 0
         for start in range(0, len(keys), self.batch_size):
             batch = keys[start : start + self.batch_size]
             missing = sum(key not in self.journal for key in batch)
@@ -225,11 +226,11 @@ class Evaluator:
             for response in responses:
                 tally.add(Tally(1, response.tokens, response.nfe, response.seconds))
             shown = tally.report()
-            bar.set_postfix_str(
+            figures = (
                 f"{shown['tokens_per_second']:.0f} tok/s, {shown['nfe_per_response']:.1f} NFE, "
                 f"{shown['tokens_per_forward']:.2f} tokens per forward"
             )
-            bar.update(missing)
+            bar.update(missing, figures)
 
     def likelihoods(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """The log-likelihood (`evaluation.likelihood`) of every target of `(context, target)`, and whether greedy
