@@ -24,8 +24,10 @@ from transformers.generation import GenerationMixin
 import fdpp
 from fdpp import cli, tiny
 from fdpp.decoding.static import steps_of
+from fdpp.integrations.evaluation.evaluator import Evaluator, Request
 from fdpp.integrations.evaluation.journal import fingerprint
 from fdpp.models.adapters import merge_adapter
+from fdpp.trace.record import record
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -443,6 +445,29 @@ def test_the_command_line_takes_an_adapter(
     monkeypatch.setitem(sys.modules, "peft", None)
     assert cli.main([*command, str(tmp_path / "adapter")]) == 2
     assert "adapters need peft, which is not installed: pip install peft" in capsys.readouterr().err
+
+
+def test_evaluations_and_traces_take_a_wrapped_model() -> None:
+    """Its `model` is not the transformer but the model."""
+    model, tokenizer = tiny.load()
+    made = adapted(model, lora("q_proj", "ff_proj", task_type="CAUSAL_LM"))
+    request = Request("sums", tiny.generate("held-out", 1)[0].prompt, {"until": []})
+    config = fdpp.DiffusionGenerationConfig(max_new_tokens=16)
+    ids = tokenizer(request.context, return_tensors="pt")["input_ids"]
+
+    def all_of(decoder: Any) -> Any:
+        evaluator = Evaluator(decoder, tokenizer, gen_length=16, mc_num=2)
+        likelihoods = evaluator.likelihoods([(request.context, " In May")])
+        return evaluator.responses([request]), likelihoods, record(decoder, ids, config).response
+
+    wrapped, plain = all_of(made), all_of(tiny.load()[0])
+    merged = all_of(made.merge_and_unload())
+    assert (wrapped[0], wrapped[2]) == (merged[0], merged[2]) and wrapped[0] != plain[0] and wrapped[2] != plain[2]
+    assert wrapped[1][0][0] == pytest.approx(merged[1][0][0], rel=1e-4) and wrapped[1] != plain[1]
+    prompted = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=6, token_dim=128)
+    prompted.num_attention_heads = 4
+    with pytest.raises(ValueError, match=r"got prompt learning \(PromptTuningConfig\)"):
+        Evaluator(peft.get_peft_model(tiny.load()[0], prompted), tokenizer)
 
 
 def test_an_evaluation_that_resumes_tells_adapters_apart() -> None:

@@ -16,6 +16,22 @@ BY_ROW = {
 """What peft hands to every layer by a hook while `generate` runs, and why it does not fit."""
 
 
+PROMPT_LEARNING = "a block decode takes ids, expected an adapter in the layers such as LoRA, got prompt learning"
+
+
+def model_within(model: Any) -> Any:
+    """The model in peft's wrapper, whose layers have the adapter; a model without one is itself.
+
+    Raises:
+        ValueError: the wrapper's active adapter is one of prompt learning.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(f"{PROMPT_LEARNING} ({type(model.active_peft_config).__name__})")
+    return model.get_base_model()
+
+
 def check_adapters(model: Any) -> None:
     """Refuse prompt learning, and adapters that are chosen row by row.
 
@@ -27,10 +43,7 @@ def check_adapters(model: Any) -> None:
     prepare = vars(model).get("prepare_inputs_for_generation")
     preparer = getattr(prepare, "__self__", prepare)
     if preparer is not None and preparer is not model:
-        raise ValueError(
-            "generate: a block decode takes ids, expected an adapter in the layers such as LoRA, "
-            f"got prompt learning (a {type(preparer).__name__} that prepares the inputs)"
-        )
+        raise ValueError(f"generate: {PROMPT_LEARNING} (a {type(preparer).__name__} that prepares the inputs)")
     names: set[str] = set()
     for module in model.modules() if isinstance(model, nn.Module) else ():
         for key, hook in list(module._forward_pre_hooks.items()):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fdpp.decoding.adapters import model_within
 from fdpp.decoding.advance import Advance
 from fdpp.decoding.evidence import Evidence
 from fdpp.decoding.loop import BlockLoop
@@ -125,6 +126,7 @@ def record(model: LLaDAModelLM, input_ids: Tensor, config: DiffusionGenerationCo
         ValueError: more than one sequence, or what `generate` raises it for.
         FloatingPointError: as `generate`.
     """
+    model = model_within(model)
     input_ids, _, config = model.asked(input_ids, torch.ones_like(input_ids), config, {})
     if input_ids.shape[0] != 1:
         raise ValueError(f"input_ids: expected one sequence to trace, got {input_ids.shape[0]}")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fdpp
+from fdpp.decoding.adapters import model_within
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.integrations.evaluation.journal import Journal, fingerprint, key_of
 from fdpp.integrations.evaluation.likelihood import Pair, log_likelihoods
@@ -78,7 +79,7 @@ class Evaluator:
     """A model and a way to decode it.
 
     Args:
-        model, tokenizer: a LLaDA of this package, on its device, and its tokenizer.
+        model, tokenizer: a LLaDA of this package, perhaps in peft's wrapper, on its device, and its tokenizer.
         config: how responses are decoded, where a task does not ask for something else. Their length is not its
             `max_new_tokens` but `gen_length`; with `stop_at_eos=False` every block is decoded, and EOS and stop strings
             only cut the text.
@@ -115,6 +116,7 @@ class Evaluator:
         for name, value in (("gen_length", gen_length), ("batch_size", batch_size), ("mc_num", mc_num)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+        model = model_within(model)
         self.model, self.tokenizer = model.eval(), tokenizer
         config = DiffusionGenerationConfig() if config is None else config
         self.config = config if config.seed is not None else replace(config, seed=0)
