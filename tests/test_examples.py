@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fdpp
 from fdpp import tiny
@@ -23,6 +29,7 @@ from fdpp import tiny
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = ("decode", "own_rule", "patch_fast_dllm")
 README = EXAMPLES / "README.md"
+LONGEST = tiny.generate("held-out", 1, steps=8)[0].prompt
 
 
 def start(name: str, *arguments: str) -> subprocess.Popen[str]:
@@ -75,12 +82,25 @@ def address() -> Iterator[str]:
         line = process.stdout.readline()
         assert line.startswith("listening on http://127.0.0.1:"), line + process.stderr.read()
         yield line.split()[-1]
+        # Decodes that run when it is stopped end, and with them their threads.
+        waiting = [begin(line.split()[-1], {"prompt": LONGEST}) for _ in range(8)]
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=60)
+        for connection in waiting:
+            connection.close()
         assert (process.returncode, out) == (0, "stopped\n") and "Traceback" not in err, err
     finally:
         process.kill()
         process.communicate()
+
+
+def begin(address: str, body: Any) -> socket.socket:
+    """Send a request; the caller reads no answer."""
+    host, port = address.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection.sendall(b"POST /generate HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data))
+    return connection
 
 
 def post(address: str, body: Any, path: str = "/generate", **headers: str) -> tuple[int, Any]:
@@ -120,6 +140,13 @@ def test_the_length_is_the_requests(address: str) -> None:
         (b"", "expected JSON"),
         (b"{", "expected JSON"),
         (b"\xff", "expected JSON"),
+        (b"[" * 200_000, "expected JSON.*recursion"),
+        (b'{"prompt": "Mia", "max_new_tokens": ' + b"9" * 5000 + b"}", "expected JSON.*digits"),
+        (b'{"prompt": "Mia \\ud800 has"}', '"prompt": expected a text, got half a character'),
+        (b'{"prompt": "Mia", "max_new_tokens": NaN}', "max_new_tokens: expected an int of at least 1, got nan"),
+        ({"prompt": "Mia", "max_new_tokens": None}, "max_new_tokens: expected an int of at least 1, got None"),
+        ({"prompt": "Mia", "max_new_tokens": True}, "max_new_tokens: expected an int of at least 1, got True"),
+        (b"x" * (1 << 20) + b"x", "expected a Content-Length of at most 1048576, got 1048577"),
         ([], "expected an object"),
         ({}, "expected an object"),
         ({"prompt": 3}, "expected an object"),
@@ -129,7 +156,7 @@ def test_the_length_is_the_requests(address: str) -> None:
         ({"prompt": "Mia", "max_new_tokens": "many"}, "max_new_tokens: expected an int of at least 1, got 'many'"),
         ({"prompt": "Mia " * 129}, "prompt of 129 tokens and 128 new ones exceed the model's window of 256"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_what_cannot_be_answered_is_refused_with_the_reason(address: str, body: Any, message: str) -> None:
     status, answer = post(address, body)
@@ -138,10 +165,88 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(address: str, body: 
 
 def test_other_ways_and_headers_are_refused(address: str) -> None:
     assert post(address, {"prompt": "Mia"}, path="/")[0] == 404
-    status, answer = post(address, {"prompt": "Mia"}, **{"Content-Length": str(1 << 40)})
-    assert status == 400 and "Content-Length" in answer["error"]
+    for length in (str(1 << 40), "-5", "many", "0x10"):
+        status, answer = post(address, {"prompt": "Mia"}, **{"Content-Length": length})
+        assert status == 400 and answer["error"].endswith(f"expected a Content-Length of at most 1048576, got {length}")
     with pytest.raises(urllib.error.HTTPError, match="501"):
         urllib.request.urlopen(address, timeout=60)
+
+
+def test_bad_requests_and_clients_that_hang_up_between_good_ones(address: str) -> None:
+    """Every good one gets the answer that it gets alone."""
+    problems = tiny.generate("held-out", 4, seed=6)
+    alone = [post(address, {"prompt": problem.prompt}) for problem in problems]
+
+    def ask(number: int) -> Any:
+        if number % 3 == 1:
+            return post(address, [b"{", {"prompt": "pens " * 300}, {"prompt": ""}][number // 3 % 3])[0]
+        if number % 3 == 2:
+            return begin(address, {"prompt": LONGEST}).close()
+        return post(address, {"prompt": problems[number // 3 % 4].prompt})
+
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(ask, range(36)))
+    assert found[0::3] == alone * 3 and found[1::3] == [400] * 12
+
+
+class OneOfAKind:
+    """A model that decodes as the embedded one, but for prompts of one, two or three words."""
+
+    def __init__(self) -> None:
+        self.model, self.device = tiny.load()[0], torch.device("cpu")
+        self.forwards, self.let_go = 0, threading.Event()
+
+    def generate(self, ids: torch.Tensor, streamer: Any, **settings: Any) -> Any:
+        if ids.shape[1] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if ids.shape[1] == 2:
+            raise FloatingPointError("the model's logits held NaN")
+        if ids.shape[1] == 3:  # as slow as the test likes, and for ever
+            for self.forwards in itertools.count(1):
+                streamer.put_draft(ids)
+                if self.forwards == 3:
+                    assert self.let_go.wait(60)
+        return self.model.generate(ids, streamer=streamer, **settings)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[OneOfAKind, str]]:
+    """The server in this process, with a model that fails."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    serve, model = importlib.import_module("serve"), OneOfAKind()
+    settings = {"max_new_tokens": 128, "rule": fdpp.Frechet(0.25), "cache": "dual"}
+    with serve.Server(("127.0.0.1", 0), model, tiny.load()[1], settings) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield model, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+    for name in ("serve", "decode"):
+        sys.modules.pop(name, None)
+
+
+def test_an_error_that_no_client_can_help_is_its_requests_alone(served: tuple[OneOfAKind, str]) -> None:
+    _, address = served
+    good = {"prompt": LONGEST}
+    [(status, alone)] = [post(address, good)]
+    with ThreadPoolExecutor(6) as pool:
+        asked = [good, {"prompt": "Mia"}, good, {"prompt": "Mia has"}, good, {"prompt": "Mia"}]
+        found = list(pool.map(lambda body: post(address, body), asked))
+    assert status == 200 and found[0::2] == [(200, alone)] * 3
+    assert found[1] == found[5] == (500, {"error": "OutOfMemoryError: CUDA out of memory."})
+    assert found[3] == (500, {"error": "FloatingPointError: the model's logits held NaN"})
+
+
+def test_a_decode_whose_client_has_gone_ends_with_its_forward(served: tuple[OneOfAKind, str]) -> None:
+    """It would go on for ever; the server's end waits for its thread."""
+    model, address = served
+    connection = begin(address, {"prompt": "Mia has apples"})
+    while model.forwards < 3:
+        time.sleep(0.001)
+    connection.close()
+    model.let_go.set()
+    assert post(address, {"prompt": LONGEST})[0] == 200
+    assert model.forwards <= 4
 
 
 def test_it_answers_after_all_that(address: str) -> None:
