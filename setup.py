@@ -55,7 +55,7 @@ setup(
         "sglang": ['sglang>=0.5.23; python_version >= "3.11"'],
         "test": [
             *("pytest", "pytest-benchmark", "pytest-cov", "pytest-xdist", "hypothesis", "numpy"),
-            *("accelerate", "packaging", "peft>=0.20", "setuptools>=77", "wheel"),
+            *("accelerate", "bitsandbytes", "torchao", "packaging", "peft>=0.20", "setuptools>=77", "wheel"),
         ],
         "lint": ["ruff", "mypy"],
         "bench": ["pytest", "pytest-benchmark", "matplotlib"],

@@ -201,3 +201,26 @@ def test_more_shapes_than_may_be_compiled_run_as_they_are(monkeypatch: pytest.Mo
     llada.compile_layers()
     with torch._dynamo.config.patch(recompile_limit=1):
         assert torch.equal(llada.generate(IDS, **settings).sequences, expected)
+
+
+def test_a_layer_that_was_wrapped_for_a_while_moves_no_weight(llada: LLaDAModelLM) -> None:
+    """Its matrix is let go of, and found again where it lay: captured steps know its address."""
+    joined(llada, IDS)
+    block = llada.model.transformer["blocks"][0]
+    before = [parameter.data_ptr() for parameter in llada.parameters()]
+    handle = block.k_proj.register_forward_hook(lambda *_: None)
+    expected = joined(llada, IDS)
+    assert block.qkv.weight is None
+    handle.remove()
+    torch.testing.assert_close(joined(llada, IDS), expected)
+    assert [parameter.data_ptr() for parameter in llada.parameters()] == before and is_joined(llada)
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1)], ids=str)
+def test_weights_of_one_memory_in_another_order_are_joined_anew(llada: LLaDAModelLM, order: tuple[int, ...]) -> None:
+    block, memory = llada.model.transformer["blocks"][0], torch.randn(3 * 32, 32)
+    layers = (block.q_proj, block.k_proj, block.v_proj)
+    for layer, at in zip(layers, order, strict=True):
+        layer.weight.data = memory[at * 32 : at * 32 + layer.weight.shape[0]]
+    torch.testing.assert_close(joined(llada, IDS), separately(llada, IDS))
+    assert is_joined(llada)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from small import prompts, small_model
+from torch import nn
 
 from fdpp.models import linear as module
-from fdpp.models.linear import Linear, linear
+from fdpp.models.linear import apply, is_plain, linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -30,9 +35,28 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradients_flow() -> None:
-    layer, x = Linear(7, 11), torch.randn(5, 7)
-    layer(x).sum().backward()
+    layer, x = nn.Linear(7, 11, bias=False), torch.randn(5, 7)
+    apply(layer, x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(11, 7))
+
+
+def test_what_is_more_than_a_weight_is_called() -> None:
+    """By whatever means: each of these changes what a call gives, or what it does beside it."""
+    x = torch.randn(5, 7)
+    ways: list[Callable[[nn.Linear], Any]] = [
+        lambda layer: setattr(layer, "bias", nn.Parameter(torch.ones(11))),
+        lambda layer: setattr(layer, "forward", lambda x: 2 * F.linear(x, layer.weight)),
+        lambda layer: layer.register_forward_hook(lambda *_: torch.zeros(5, 11)),
+        lambda layer: layer.register_forward_pre_hook(lambda _, inputs: inputs[0] + 1),
+        lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    ]
+    for change in ways:
+        layer = nn.Linear(7, 11, bias=False)
+        assert is_plain(layer)
+        change(layer)
+        with torch.no_grad():
+            assert not is_plain(layer) and torch.equal(apply(layer, x), layer(x))
 
 
 def test_a_row_does_not_depend_on_its_company() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 INTERNAL = nn.Module().__dict__.keys() - {"training"} | {"_static_steps"}
@@ -26,9 +27,21 @@ def settings_of(values: dict[str, Any]) -> dict[str, Any]:
     return {name: setting(values[name]) for name in values.keys() - INTERNAL}
 
 
+def held_by(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that have memory: `tensor`, or those that a subclass without consists of, as a quantised weight."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    # A sharded tensor also names its mesh among its parts.
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    for part in parts:
+        if isinstance(part, Tensor):
+            yield from held_by(part)
+
+
 def places(model: nn.Module) -> list[Any]:
     """Where every weight and buffer lies, and as what."""
-    tensors = chain(model.parameters(), model.buffers())
+    tensors = chain.from_iterable(map(held_by, chain(model.parameters(), model.buffers())))
     return [(t.device, t.dtype, t.data_ptr(), t.shape, t.stride()) for t in tensors]
 
 

@@ -1,8 +1,8 @@
-"""The matrix product `x @ weight.T` by the fastest library at hand."""
+"""The matrix product `x @ weight.T` by the fastest library at hand, and which layers are no more than that."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,30 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return ONEDNN(x, weight, None, "none", [], "")
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` without a bias, by `linear`."""
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's forward and nothing else: no hook, no forward of its own."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight) if type(self.weight) is nn.Parameter else F.linear(x, self.weight)
+def is_bare(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether `layer` is `nn.Linear` with a weight that is a `Parameter`, no subclass of one, and without a bias."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer._parameters.get("weight")) is nn.Parameter
+        and layer._parameters["bias"] is None
+    )
+
+
+def is_plain(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether `layer` is nothing but its weight, so that its product may be taken without calling it.
+
+    An adapter, a quantised, sharded, offloaded or hooked layer is not plain, nor is one with a bias.
+    """
+    return is_bare(layer) and is_untouched(layer)
+
+
+def apply(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`, by `linear` where the layer is plain and nothing but its result is wanted."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(layer):
+        return layer(x)
+    return linear(x, layer.weight)

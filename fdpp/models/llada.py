@@ -12,14 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from fdpp.attention.cache import BlockCache, attend
 from fdpp.decoding.generate import DiffusionGenerationMixin
 from fdpp.decoding.identity import places
-from fdpp.models.configuration import LLaDAConfig
-from fdpp.models.joined import Joined, is_plain, is_untouched
+from fdpp.models import quantised
+from fdpp.models.configuration import BLOCKS_TP_PLAN, LLaDAConfig
+from fdpp.models.joined import Joined
 from fdpp.models.layers import (
     Angles,
     attention_inputs,
@@ -30,7 +32,7 @@ from fdpp.models.layers import (
     rotary_angles,
     rotate,
 )
-from fdpp.models.linear import Linear, linear
+from fdpp.models.linear import apply, is_plain, is_untouched, linear
 from fdpp.step import parallel
 
 SPARED = ("inputs_embeds", "labels", "output_attentions", "past_key_values", "use_cache")
@@ -61,15 +63,15 @@ class LLaDABlock(nn.Module):
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_size = config.d_model // config.n_heads
         kv_size = config.n_kv_heads * self.head_size
-        self.q_proj = Linear(config.d_model, config.d_model)
-        self.k_proj = Linear(config.d_model, kv_size)
-        self.v_proj = Linear(config.d_model, kv_size)
-        self.attn_out = Linear(config.d_model, config.d_model)
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.attn_out = nn.Linear(config.d_model, config.d_model, bias=False)
         self.attn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.ff_norm = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.ff_proj = Linear(config.d_model, config.mlp_hidden_size)
-        self.up_proj = Linear(config.d_model, config.mlp_hidden_size)
-        self.ff_out = Linear(config.mlp_hidden_size, config.d_model)
+        self.ff_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
         self.qkv = Joined(self._modules, "q_proj", "k_proj", "v_proj")
         self.gate_up = Joined(self._modules, "ff_proj", "up_proj")
         self.compile_layers = False
@@ -103,14 +105,14 @@ class LLaDABlock(nn.Module):
         if fused:
             norm = self.ff_norm
             return run(block_output)(x, h, self.attn_out.weight, norm.weight, gate_up, self.ff_out.weight, norm.eps)
-        x = x + self.attn_out(h.transpose(1, 2).flatten(2))
+        x = x + apply(self.attn_out, h.transpose(1, 2).flatten(2))
         h = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        return x + apply(self.ff_out, F.silu(apply(self.ff_proj, h)) * apply(self.up_proj, h))
 
     def heads(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """`attention_inputs`, layer by layer."""
         h = self.attn_norm(x)
-        parts = [layer(h) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+        parts = [apply(layer, h) for layer in (self.q_proj, self.k_proj, self.v_proj)]
         q, k, v = (part.unflatten(2, (-1, self.head_size)).transpose(1, 2) for part in parts)
         return rotate(q, angles), rotate(k, angles), v
 
@@ -141,7 +143,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
         }
         if not config.weight_tying:
-            parts["ff_out"] = Linear(config.d_model, config.embedding_size)
+            parts["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)
         self.transformer = nn.ModuleDict(parts)
         self.post_init()
 
@@ -239,18 +241,22 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
     def wrapped_head(self) -> nn.Module | None:
         """The head if it is more than its weight (a hook, an adapter, quantised, offloaded), else None."""
         module = self.get_output_embeddings()
-        plain = module is None or (type(module) in (Linear, nn.Linear) and module.bias is None and is_untouched(module))
+        sharded = isinstance(self.head, DTensor)
+        plain = module is None or is_plain(module) or (sharded and is_untouched(module))
         return None if plain else module
 
     def head_weight(self) -> Tensor:
         """The head as one matrix `[V, d_model]`, for an operator that does the product itself.
 
         Raises:
-            ValueError: the head is more than its weight (a hook, an adapter), or not on a device.
+            ValueError: the head is more than its weight (a hook, an adapter, quantised), or not on a device.
         """
         wrapped = self.wrapped_head()
         if wrapped is not None or type(self.head) is not nn.Parameter or self.head.is_meta:
-            raise ValueError(f"head: expected a plain weight on a device, got {wrapped or type(self.head).__name__}")
+            raise ValueError(
+                "head: expected a plain weight (no hook, no adapter, not quantised) on a device, "
+                f"got {wrapped or type(self.head).__name__}"
+            )
         return self.head[: self.config.vocab_size]
 
     def vocabulary_slice(self) -> parallel.VocabularySlice | None:
@@ -263,10 +269,16 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
         wrapped = self.wrapped_head()
         if held is None and wrapped is not None:
             # Calls the hooks: accelerate's, for one, bring an offloaded weight and the hidden states to one device.
-            return wrapped(hidden)[..., : self.config.vocab_size]
-        if self.head.is_meta:
+            # Layers of other libraries take at most three dimensions.
+            logits = wrapped(hidden.flatten(0, -3) if hidden.dim() > 3 else hidden)
+            return logits.reshape(*hidden.shape[:-1], -1)[..., : self.config.vocab_size]
+        weight, rows = parallel.local(self.head), self.config.vocab_size if held is None else held.held
+        if weight.is_meta:
             raise ValueError("device_map: the embedding is also the head, expected it on a device, got it offloaded")
-        return linear(hidden, parallel.local(self.head)[: self.config.vocab_size if held is None else held.held])
+        if type(weight) not in (nn.Parameter, Tensor):
+            # The embedding is also the head, and quantised.
+            return F.linear(hidden, weight)[..., :rows]
+        return linear(hidden, weight[:rows])
 
     def compile_layers(self, on: bool = True) -> None:
         """Let `torch.compile` fuse norm, rotation and gate into the products around them, in every block.
@@ -333,13 +345,19 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
             hidden_states=None if states is None else tuple(states),
         )
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; refuses a model that was quantised in place, which has no configuration to load it by."""
+        quantised.check_saveable(self)
+        super().save_pretrained(*args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint as `PreTrainedModel.from_pretrained` does, but strictly.
 
         Raises:
             ValueError: parameters that are missing in the checkpoint, unknown to the model or of another shape, with
-                their names; or `n_kv_heads` that tensor parallelism cannot divide.
+                their names; `n_kv_heads` that tensor parallelism cannot divide; a `quantization_config` that replaced
+                no layer, or that names a layer to leave out which the model does not have.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # collected in `info` and refused below, with their names
@@ -351,7 +369,10 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
             if info[problem]
         ]
         if problems:
-            raise ValueError(f"LLaDA checkpoint: {'; '.join(problems)}")
+            raise ValueError(f"LLaDA checkpoint{quantised.reading(model.config)}: {'; '.join(problems)}")
+        quantised.check_loaded(
+            model, layers=len(BLOCKS_TP_PLAN) * model.config.n_layers + (not model.config.weight_tying)
+        )
         processes = model.tp_size or 1
         if model.config.n_kv_heads % processes:
             raise ValueError(

@@ -79,6 +79,8 @@ class Bound(LLaDAModelLM):
             raise ValueError("config.mask_token_id: expected the id of the mask, got None")
         with torch.device("meta"):
             super().__init__(config)
+        for block in self.model.transformer["blocks"]:
+            block.qkv.allowed = block.gate_up.allowed = False  # the weights are theirs
         self.expected = {key.removesuffix(".weight"): weight.shape for key, weight in self.named_parameters()}
         self.owner = Owner(model)
         self.bind(model)

@@ -1,0 +1,301 @@
+"""Quantised models: the layers are replaced, and a decode is that of the model's own forward."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain import plain_llada
+from small import MASK, prompts, small_model
+from torch import nn
+from transformers import BitsAndBytesConfig, TorchAoConfig
+
+import fdpp
+from fdpp import LLaDAModelLM
+from fdpp.decoding.identity import held_by, identity
+from fdpp.models import linear as products
+
+HEAD = "model.transformer.ff_out"
+SIZES: dict[str, Any] = {"max_new_tokens": 16, "block_length": 8, "stop_at_eos": False}
+PROMPT = prompts(1, 6)
+WIDE = {"d_model": 64, "mlp_hidden_size": 128}
+"""What bitsandbytes on a CPU asks for in 4 bit: inputs in multiples of 64."""
+
+
+def bitsandbytes(bits: int, **options: Any) -> BitsAndBytesConfig:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **options)
+
+
+def torchao(kind: str, *arguments: Any) -> Any:
+    return getattr(pytest.importorskip("torchao.quantization"), kind)(*arguments)
+
+
+# LLM.int8() by its default threshold looks at all rows to decide how to multiply each.
+SCHEMES: dict[str, Callable[..., Any]] = {
+    "bitsandbytes 4 bit": lambda skip: bitsandbytes(4, llm_int8_skip_modules=skip),
+    "bitsandbytes 8 bit": lambda skip: bitsandbytes(8, llm_int8_skip_modules=skip, llm_int8_threshold=0.0),
+    "torchao int8": lambda skip: TorchAoConfig(torchao("Int8WeightOnlyConfig"), modules_to_not_convert=skip),
+    "torchao int4": lambda skip: TorchAoConfig(
+        torchao("IntxWeightOnlyConfig", torch.int4), modules_to_not_convert=skip
+    ),
+    "torchao float8": lambda skip: TorchAoConfig(torchao("Float8WeightOnlyConfig"), modules_to_not_convert=skip),
+}
+WITH_HEAD = pytest.mark.parametrize("head", [False, True], ids=["blocks", "and head"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("float")
+    small_model(seed=4, **WIDE).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def load(folder: Path) -> Callable[[str, bool], LLaDAModelLM]:
+    """By scheme, and whether the head is quantised too; each is loaded once."""
+    loaded: dict[Any, LLaDAModelLM] = {}
+
+    def load(scheme: str, head: bool) -> LLaDAModelLM:
+        if (scheme, head) not in loaded:
+            config = SCHEMES[scheme]([] if head else None)
+            loaded[scheme, head] = LLaDAModelLM.from_pretrained(folder, quantization_config=config)
+        return loaded[scheme, head]
+
+    return load
+
+
+def quantised(model: LLaDAModelLM) -> set[str]:
+    """The names of the linear layers that are no plain ones any more."""
+    names = {key.removesuffix(".weight") for key in small_model().state_dict()} - {"model.transformer.wte"}
+    names = {name for name in names if "norm" not in name and "ln_f" not in name}
+    return {name for name in names if not products.is_bare(model.get_submodule(name))}
+
+
+@WITH_HEAD
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_layers_are_replaced_and_their_memory_shrinks(load: Any, scheme: str, head: bool) -> None:
+    model, whole = load(scheme, head), small_model(seed=4, **WIDE)
+    assert len(quantised(model)) == 14 + head and (HEAD in quantised(model)) == head
+    if "bitsandbytes" in scheme:
+        assert model.get_memory_footprint() < 0.5 * whole.get_memory_footprint()
+    for name in quantised(model):
+        now, before = model.get_submodule(name).weight, whole.get_submodule(name).weight
+        assert sum(part.nbytes for part in held_by(now)) < 0.3 * before.nbytes
+
+
+@WITH_HEAD
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_quantised_decode_is_that_of_the_models_own_forward(load: Any, scheme: str, head: bool) -> None:
+    model = load(scheme, head)
+    expected = plain_llada(model, PROMPT[0], steps=8, max_new_tokens=16)
+    settings = {**SIZES, "rule": fdpp.Quota(), "steps": 8}
+    for options in ({"cache": "none"}, {"cache": "none", "drafts": 3}, {"cache": "none", "engine": "static"}):
+        assert model.generate(PROMPT, **settings, **options).sequences[0].equal(expected), options
+    dual = model.generate(PROMPT, **settings)
+    for options in ({"drafts": 3}, {"drafts": 3, "branches": "tree", "engine": "static"}):
+        assert model.generate(PROMPT, **settings, **options).sequences.equal(dual.sequences), options
+    if head:
+        with pytest.raises(ValueError, match=r"head: expected a plain weight .*not quantised"):
+            model.generate(PROMPT, head="fused", **settings)
+    else:
+        assert model.generate(PROMPT, head="fused", **settings).sequences.equal(dual.sequences)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_in_bfloat16_with_a_tied_head(scheme: str, tmp_path: Path) -> None:
+    small_model(weight_tying=True, **WIDE).bfloat16().save_pretrained(tmp_path)
+    model = LLaDAModelLM.from_pretrained(tmp_path, quantization_config=SCHEMES[scheme](None))
+    assert model(PROMPT).logits.dtype == torch.bfloat16 and model.get_output_embeddings() is None
+    out = model.generate(PROMPT, **SIZES)
+    assert not out.sequences.eq(MASK).any()
+    for options in ({"engine": "static"}, {"head": "fused"}):
+        assert model.generate(PROMPT, **SIZES, **options).sequences.equal(out.sequences)
+
+
+@WITH_HEAD
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_quantised_model_is_saved_and_loaded_as_such(load: Any, scheme: str, head: bool, tmp_path: Path) -> None:
+    model = load(scheme, head)
+    model.save_pretrained(tmp_path)
+    again = LLaDAModelLM.from_pretrained(tmp_path)
+    assert quantised(again) == quantised(model)
+    with torch.no_grad():
+        assert again(PROMPT).logits.equal(model(PROMPT).logits)
+
+
+def test_llm_int8_by_its_own_threshold_fills_every_position(folder: Path) -> None:
+    model = LLaDAModelLM.from_pretrained(folder, quantization_config=bitsandbytes(8))
+    for options in ({}, {"drafts": 3}, {"cfg_scale": 1.0}):
+        assert not model.generate(prompts(2, 6), **SIZES, **options).sequences.eq(MASK).any()
+
+
+# In place
+
+
+def test_torchao_in_place_lets_go_of_the_joined_weights() -> None:
+    torchao("Int8WeightOnlyConfig")
+    from torchao.quantization import quantize_
+
+    model = small_model(seed=4)
+    with torch.no_grad():
+        model(PROMPT)
+    block = model.model.transformer["blocks"][0]
+    assert block.qkv.weight is not None
+    before = identity(model)
+    quantize_(model, torchao("Int8WeightOnlyConfig"))
+    assert len(quantised(model)) == 15 and identity(model) != before
+    expected = plain_llada(model, PROMPT[0], steps=8, max_new_tokens=16)
+    out = model.generate(PROMPT, **SIZES, rule=fdpp.Quota(), steps=8, cache="none")
+    assert out.sequences[0].equal(expected)
+    assert block.qkv.weight is None and block.gate_up.weight is None
+
+
+def test_int8_in_float32_at_a_vocabulary_that_goes_to_onednn() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = small_model(vocab_size=8000, d_model=128, n_layers=1)
+    whole = copy.deepcopy(model)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    hidden = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0))
+    assert hidden.numel() * 8000 >= products.SMALL
+    with torch.no_grad():
+        logits, expected = model.project(hidden), whole.project(hidden)
+    assert logits.shape == (2, 64, 8000) and (logits - expected).std() < 0.02 * expected.std()
+    assert not model.generate(PROMPT, **SIZES).sequences.eq(MASK).any()
+
+
+def test_an_embedding_that_is_the_head_and_quantised() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    whole = small_model(weight_tying=True, vocab_size=8000, embedding_size=8064, d_model=128, n_layers=1)
+    model = copy.deepcopy(whole)
+    config = quantization.IntxWeightOnlyConfig(torch.int8)
+    quantization.quantize_(model, config, filter_fn=lambda module, _: isinstance(module, (nn.Linear, nn.Embedding)))
+    with torch.no_grad():
+        logits, expected = model(PROMPT).logits, whole(PROMPT).logits
+    assert logits.shape == expected.shape and (logits - expected).std() < 0.2 * expected.std()
+    plain = plain_llada(model, PROMPT[0], steps=8, max_new_tokens=16)
+    out = model.generate(PROMPT, **SIZES, rule=fdpp.Quota(), steps=8, cache="none")
+    assert out.sequences[0].equal(plain)
+    with pytest.raises(ValueError, match=r"head: expected a plain weight .*not quantised.*IntxUnpackedToInt8Tensor"):
+        model.generate(PROMPT, head="fused", **SIZES)
+
+
+def dynamic(model: LLaDAModelLM) -> LLaDAModelLM:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch announces that it will drop this way
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+def test_pytorchs_dynamic_quantisation_replaces_all_layers() -> None:
+    whole = small_model(seed=4)
+    with torch.no_grad():
+        expected = whole(PROMPT).logits
+        model = dynamic(whole)
+        assert len(quantised(model)) == 15
+        assert (model(PROMPT).logits - expected).std() < 0.3 * expected.std()
+    out = model.generate(prompts(2, 6), **SIZES)
+    assert not out.sequences.eq(MASK).any()
+    assert model.generate(prompts(2, 6), **SIZES, engine="static").sequences.equal(out.sequences)
+    assert not model.generate(prompts(2, 6), **SIZES, drafts=3).sequences.eq(MASK).any()
+
+
+def test_what_was_quantised_in_place_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"save_pretrained: expected plain weights, got model\.transformer.*q_proj"):
+        dynamic(small_model()).save_pretrained(tmp_path)
+    quantization = pytest.importorskip("torchao.quantization")
+    model = small_model()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(
+        ValueError, match=r"save_pretrained: expected plain weights, got .*Int8Tensor.*quantization_con"
+    ):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# Refusals
+
+
+def test_a_quantisation_that_replaces_nothing_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected bitsandbytes to replace linear layers, .* none of 15 .*: model\)"):
+        LLaDAModelLM.from_pretrained(folder, quantization_config=bitsandbytes(4, llm_int8_skip_modules=["model"]))
+
+
+@pytest.mark.parametrize(("scheme", "name"), [("bitsandbytes 4 bit", "lm_head"), ("torchao int8", "ff_out")])
+def test_a_head_that_is_to_be_left_out_by_a_name_that_it_does_not_have(folder: Path, scheme: str, name: str) -> None:
+    """Else it is quantised without a word. torchao's configuration wants whole names, that of bitsandbytes ends."""
+    with pytest.raises(ValueError, match=f"got '{name}', which leaves out none; the head is '{HEAD}'"):
+        LLaDAModelLM.from_pretrained(folder, quantization_config=SCHEMES[scheme]([name]))
+    model = LLaDAModelLM.from_pretrained(folder, quantization_config=SCHEMES[scheme]([HEAD]))
+    assert len(quantised(model)) == 14 and HEAD not in quantised(model)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("optimum") is not None, reason="what GPTQ needs is there")
+def test_gptq_says_what_it_needs(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ImportError, match="GPTQ quantized model requires optimum"):
+        LLaDAModelLM.from_pretrained(tmp_path)
+
+
+def test_a_folder_of_an_unknown_method_says_so(tmp_path: Path) -> None:
+    small_model(d_model=64, mlp_hidden_size=96).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "of_tomorrow"}, "d_model": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"LLaDA checkpoint quantised by of_tomorrow .*mismatched keys"):
+        LLaDAModelLM.from_pretrained(tmp_path)
+
+
+# What is plain
+
+
+def test_an_exchanged_quantised_weight_is_noticed() -> None:
+    """Its class has no memory of its own, and so no address."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model, other = small_model(), small_model(seed=1)
+    for each in (model, other):
+        quantization.quantize_(each, quantization.Int8WeightOnlyConfig())
+    before = identity(model)
+    assert identity(model) == before
+    layer, theirs = (each.model.transformer["blocks"][1].ff_out for each in (model, other))
+    assert layer.weight.data_ptr() == theirs.weight.data_ptr()
+    layer.weight = theirs.weight
+    assert identity(model) != before
+
+
+def test_plain_layers_beside_a_wrapped_one_take_the_fast_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+    class Marked(nn.Parameter):
+        pass
+
+    model, fast = small_model(), []
+    product = products.linear
+    monkeypatch.setattr(products, "linear", lambda x, weight: fast.append(weight) or product(x, weight))
+    block = model.model.transformer["blocks"][0]
+    block.q_proj = Wrapped(block.q_proj)
+    block.up_proj.weight = Marked(block.up_proj.weight.data)
+    block.attn_out.register_forward_hook(lambda *_: None)
+    expected = model(PROMPT).logits
+    assert fast == []
+    with torch.no_grad():
+        torch.testing.assert_close(model(PROMPT).logits, expected)
+    assert [id(weight) for weight in fast] == [
+        id(layer.weight) for layer in (block.k_proj, block.v_proj, block.ff_proj, block.ff_out)
+    ]
