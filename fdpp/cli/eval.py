@@ -34,7 +34,7 @@ from fdpp.cli.options import (
     whole,
 )
 from fdpp.integrations.evaluation.presets import PRESETS
-from fdpp.integrations.evaluation.settings import asked_by, same_names
+from fdpp.integrations.evaluation.settings import SAMPLING, asked_by, same_names
 
 EXAMPLES = """examples:
   fdpp eval --tasks tiny_sums --rule frechet --batch-size 25
@@ -193,6 +193,17 @@ def field_of(option: str) -> str:
     return {"gen_length": "max_new_tokens", "no_stop_at_eos": "stop_at_eos"}.get(option, option)
 
 
+def check_task(args: argparse.Namespace, lm: Any, name: str, task: Any) -> None:
+    """Refuse settings of a task that have no meaning here, and say which options change nothing for it."""
+    if args.num_fewshot and task.get_config("num_fewshot") == 0:
+        logger.warning("task %s takes no few-shot examples: --num-fewshot changes nothing", name)
+    if task.get_config("output_type") != "generate_until":
+        return
+    lm.evaluator.group_of(name, {**(task.get_config("generation_kwargs") or {}), **args.gen_kwargs})
+    for idle in sorted(args.gen_kwargs.keys() & SAMPLING - {"temperature"} - lm.evaluator.asked[name].keys()):
+        logger.warning("task %s is decoded without a temperature: %s changes nothing", name, idle)
+
+
 def find_tasks(args: argparse.Namespace, lm: Any) -> tuple[Any, list[str]]:
     """lm-evaluation-harness's manager of tasks, and the names of those to run.
 
@@ -204,10 +215,7 @@ def find_tasks(args: argparse.Namespace, lm: Any) -> tuple[Any, list[str]]:
         def load(self, task_list: Any) -> Any:
             loaded = super().load(task_list)
             for name, task in loaded["tasks"].items():
-                if task.get_config("output_type") == "generate_until":
-                    lm.evaluator.group_of(name, {**(task.get_config("generation_kwargs") or {}), **args.gen_kwargs})
-                if args.num_fewshot and task.get_config("num_fewshot") == 0:
-                    logger.warning("task %s takes no few-shot examples, --num-fewshot changes nothing", name)
+                check_task(args, lm, name, task)
             return loaded
 
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]

@@ -238,9 +238,12 @@ def test_settings_of_a_task_are_refused_before_anything_is_decoded(tmp_path, mon
     text = (ROOT / "fdpp/integrations/tasks/tiny_sums.yaml").read_text().replace("task: tiny_sums", "task: beams")
     (tmp_path / "beams.yaml").write_text(text.replace("  do_sample: false", "  num_beams: 4"))
     monkeypatch.setattr(fdpp.LLaDAModelLM, "generate", None)
-    assert cli.main(["eval", "--tasks", "tiny_sums,beams", "--include-path", str(tmp_path), "--num-fewshot", "2"]) == 2
+    options = ("--include-path", str(tmp_path), "--num-fewshot", "2", "--gen_kwargs", "typical_p=0.9")
+    assert cli.main(["eval", "--tasks", "tiny_sums,beams", *options]) == 2
     err = capsys.readouterr().err
-    assert "fdpp: error: task beams: num_beams=4 has no meaning" in err
+    assert "fdpp: error: task beams: num_beams=4 is of autoregressive generation" in err
+    assert "fdpp: note: task tiny_sums takes no few-shot examples: --num-fewshot changes nothing\n" in err
+    assert "fdpp: note: task tiny_sums is decoded without a temperature: typical_p changes nothing\n" in err
 
 
 def test_a_run_without_a_terminal_says_how_far_it_is_and_nothing_else(tmp_path):

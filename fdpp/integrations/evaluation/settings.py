@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from fdpp.decoding.settings import DiffusionGenerationConfig
+from fdpp.decoding import arguments
 from fdpp.rules import Rule
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "gen_length")
@@ -18,24 +18,16 @@ SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "eps
 """Change nothing without sampling."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_cache": (True,),
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
+    **{name: (value,) for name, value in arguments.NEUTRAL.items()},
     "num_return_sequences": (1,),
     "n": (1,),
     "best_of": (1,),
     "top_k": (0, -1),
     "top_p": (1,),
     "min_p": (0,),
-    "typical_p": (1,),
     "repetition_penalty": (1,),
-    "encoder_repetition_penalty": (1,),
-    "diversity_penalty": (0,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
-    "no_repeat_ngram_size": (0,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
     "min_tokens": (0,),
     "ignore_eos": (False,),
     "skip_special_tokens": (True,),
@@ -54,14 +46,14 @@ WITHOUT_MEANING = {
 """Settings of beams and of what another library returns."""
 
 OTHER_NAMES = {
-    "max_length": "the response's length alone is max_gen_toks",
+    "max_length": "max_gen_toks, the length of the response alone",
     "threshold": "rule=threshold with tau",
     "factor": "rule=factor with f",
     "use_cache": "cache=none, prefix or dual",
     "dual_cache": "cache=dual",
     "ignore_eos": "stop_at_eos=False",
-    "cfg": "cfg_scale",
 }
+"""What a task or `--gen_kwargs` calls otherwise than `generate` would (`fdpp.decoding.arguments.ELSEWHERE`)."""
 
 
 class Asked(NamedTuple):
@@ -116,26 +108,28 @@ def asked_by(settings: Mapping[str, Any], rule: Rule) -> Asked:
         for name, value in left.items()
         if name not in WITHOUT_MEANING and not (name in NEUTRAL and value in NEUTRAL[name])
     }
-    own = {field.name for field in fields(DiffusionGenerationConfig)} - {"rule"}
+    own = set(arguments.SETTINGS) - {"rule"}
     found |= {name: left.pop(name) for name in own & left.keys()}
     numbers = {number for kind in Rule.named().values() for number in kind.numbers}
     of_rule = {name: left.pop(name) for name in numbers & left.keys()}
     if "rule" in left or of_rule:
         found["rule"] = rule_asked_for(left.pop("rule", rule), of_rule)
     for name, value in left.items():
-        raise ValueError(f"{name}={value!r} has no meaning for this decode{instead_of(name)}")
+        raise ValueError(meaning(name, value))
     return Asked(found, tuple(sorted(set(stops))))
 
 
-def rule_asked_for(rule: Any, numbers: dict[str, Any]) -> Rule:
-    """A rule by its name or as it is saved, with `numbers`."""
-    rule = Rule.of(rule)
-    foreign = sorted(numbers.keys() - rule.numbers.keys())
-    if foreign:
-        raise ValueError(f"{foreign[0]}={numbers[foreign[0]]!r} is no number of {rule}{instead_of(foreign[0])}")
+def rule_asked_for(given: Any, numbers: dict[str, Any]) -> Rule:
+    """The rule that `given` names, with `numbers`."""
+    rule: Any = Rule.of(given)
+    for name in sorted(numbers.keys() - rule.numbers.keys()):
+        what = meaning(name, numbers[name]) if name in OTHER_NAMES else f"{name}={numbers[name]!r}"
+        raise ValueError(f"{what}; it is no number of {rule}")
     return replace(rule, **numbers)
 
 
-def instead_of(name: str) -> str:
-    """What a setting of another program is called here, to end a sentence with."""
-    return f"; here it is {OTHER_NAMES[name]}" if name in OTHER_NAMES else ""
+def meaning(name: str, value: Any) -> str:
+    """What to say of a setting that is not taken."""
+    if name in OTHER_NAMES:
+        return f"{name}={value!r} has another name here, {OTHER_NAMES[name]}"
+    return arguments.meaning(name, value)
