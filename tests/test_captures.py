@@ -60,6 +60,9 @@ KINDS: list[dict[str, Any]] = [
     {"rule": fdpp.LocalLeap(0.6, 0.3), "drafts": 2},
     {"rule": fdpp.Quota(), "steps": 9, "remasking": "random", "seed": 3},
     {"logits_eos_inf": True, "confidence_eos_eot_inf": True},
+    {"repetition_penalty": 1.3, "bad_words_ids": [[3], [1, 2], [4, 2]], "suppress_tokens": [5, 6], "drafts": 2},
+    {"top_k": 9, "top_p": 0.8, "min_p": 0.1},
+    {"top_p": 0.9, "temperature": 0.7, "seed": 3},
 ]
 
 

@@ -105,6 +105,12 @@ def test_generate_prints_what_drafts_cost_and_bring(capsys):
         ("--temperature 0.7 --seed 3", {"temperature": 0.7, "seed": 3}),
         ("--rule quota --remasking random --seed 4", {"rule": fdpp.Quota(), "remasking": "random", "seed": 4}),
         ("--rule quota --k 4 --cfg-scale 2", {"rule": fdpp.Quota(4), "cfg_scale": 2.0}),
+        (
+            "--top-k 9 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --suppress-token 50 --suppress-token 51 "
+            "--bad-word 40 41 --bad-word 42",
+            {"top_k": 9, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "suppress_tokens": [50, 51]}
+            | {"bad_words_ids": [[40, 41], [42]]},
+        ),
     ],
 )
 def test_options_reach_the_decode(options, settings, capsys):

@@ -66,6 +66,12 @@ def test_every_setting_survives_the_file(tmp_path: Path) -> None:
         branches="tree",
         engine="eager",
         temperature=0.5,
+        top_k=9,
+        top_p=0.9,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        bad_words_ids=[[1], [2, 3]],
+        suppress_tokens=[5],
         seed=11,
         remasking="random",
         cfg_scale=1.5,
@@ -151,9 +157,11 @@ def test_the_file_of_a_published_checkpoint(tmp_path: Path, caplog: pytest.LogCa
     config = DiffusionGenerationConfig.from_pretrained(write(tmp_path, PUBLISHED))
     assert config == DiffusionGenerationConfig(eos_token_id=126081, pad_token_id=126081)
     assert not caplog.records
-    config = DiffusionGenerationConfig.from_pretrained(write(tmp_path, PUBLISHED | {"top_p": 0.9, "do_sample": True}))
+    config = DiffusionGenerationConfig.from_pretrained(
+        write(tmp_path, PUBLISHED | {"typical_p": 0.9, "do_sample": True})
+    )
     assert config == DiffusionGenerationConfig(eos_token_id=126081, pad_token_id=126081)
-    assert "do_sample, top_p" in caplog.text
+    assert "do_sample, typical_p" in caplog.text
 
 
 @pytest.mark.parametrize("written", ["Frechet", "frechet", {"name": "frechet"}], ids=str)

@@ -132,6 +132,19 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     add("--head", choices=HEADS, default="library", help=text)
     text = "0: the most likely tokens; above 0: sampled, more randomly the higher (default: 0)"
     add("--temperature", type=float, default=0.0, metavar="T", help=text)
+    add("--top-k", type=whole(0), metavar="K", help="only the K most likely tokens of a position; 0: all (default: 0)")
+    text = "only the most likely tokens that hold this much of the probability, 0 to 1 (default: 1)"
+    add("--top-p", type=float, metavar="P", help=text)
+    text = "only tokens at least this often as likely as the most likely one, 0 to 1 (default: 0)"
+    add("--min-p", type=float, metavar="P", help=text)
+    text = "above 1: tokens that a position's context holds are less likely (default: 1)"
+    add("--repetition-penalty", type=float, metavar="R", help=text)
+    text = "never propose the token with this id; may be given several times"
+    add("--suppress-token", type=whole(0), action="append", metavar="ID", dest="suppress_tokens", help=text)
+    text = (
+        "never complete this word, the ids of its tokens; may be given several times, as in --bad-word 5 --bad-word 7 9"
+    )
+    add("--bad-word", type=whole(0), action="append", nargs="+", metavar="ID", dest="bad_words_ids", help=text)
     add("--seed", type=whole(0), default=0, metavar="N", help="same seed, same samples (default: 0)")
     text = "quota: commit the most confident tokens, or random ones (default: %(default)s)"
     add("--remasking", choices=REMASKINGS, default="low_confidence", help=text)
@@ -174,6 +187,12 @@ def config_of(args: argparse.Namespace) -> DiffusionGenerationConfig:
             branches=args.branches,
             head=args.head,
             temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            bad_words_ids=args.bad_words_ids,
+            suppress_tokens=args.suppress_tokens,
             seed=args.seed,
             remasking=args.remasking,
             cfg_scale=args.cfg_scale,

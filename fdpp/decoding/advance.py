@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from fdpp.attention import BlockCache
 from fdpp.decoding.choice import Choice
 from fdpp.decoding.drafts import Chain
 from fdpp.decoding.evidence import Evidence
+from fdpp.decoding.filters import Filters
 from fdpp.decoding.forwards import Forwards
 from fdpp.decoding.model import DiffusionModel
 from fdpp.decoding.settings import DiffusionGenerationConfig
@@ -31,7 +32,7 @@ class Advance:
     """Draft, forward, verify, commit. It holds nothing that changes: `(state, ...) -> (state, outcome)`.
 
     No operation waits for the device or has a shape that depends on data, so a CUDA graph can capture a call. The graph
-    reads `eos`, as `stop_ids` makes it, at its address.
+    reads `eos`, as `stop_ids` makes it, and `filters` at their addresses.
     """
 
     def __init__(
@@ -39,11 +40,13 @@ class Advance:
         model: DiffusionModel,
         config: DiffusionGenerationConfig,
         eos: Tensor | None,
-        processor: Callable[..., Tensor] | None = None,
+        processor: Iterable[Callable[..., Tensor]] | None = None,
+        filters: Filters | None = None,
     ) -> None:
         assert config.mask_token_id is not None
         self.config, self.rule, self.mask_id = config, config.rule, config.mask_token_id
-        self.forwards = Forwards(model, config, processor)
+        filters = filters or Filters(config, next(iter(model.parameters())).device)
+        self.forwards = Forwards(model, config, filters, processor)
         self.step = Choice(config, self.forwards.step)
         self.eos = eos
 

@@ -13,6 +13,7 @@ from fdpp.attention import BlockCache
 from fdpp.decoding.advance import Advance, stop_ids
 from fdpp.decoding.drafts import cache_for
 from fdpp.decoding.evidence import Evidence
+from fdpp.decoding.filters import Filters
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.state import BlockState, Outcome, Window
 
@@ -156,12 +157,12 @@ class Bucket:
 
     Attributes:
         sound: False while the cache is being allocated or a step made: a bucket interrupted then is not used again.
-        eos: the ids that end a sequence, at a fixed address.
+        eos, filters: the ids that end a sequence, and what filters read, at fixed addresses.
     """
 
     def __init__(self, config: DiffusionGenerationConfig, device: torch.device, capacity: int) -> None:
         self.device, self.capacity, self.cache = device, capacity, cache_for(config)
-        self.eos = stop_ids(config, device)
+        self.eos, self.filters = stop_ids(config, device), Filters(config, device)
         self.arenas: dict[tuple[int, int, bool], Arena] = {}
         self.graphs: Any = None
         self.sound = False

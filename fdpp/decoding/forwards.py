@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from fdpp.attention import BlockCache, Probe, visible
 from fdpp.attention.cache import seen
+from fdpp.decoding.contexts import contexts_of
 from fdpp.decoding.evidence import Evidence
+from fdpp.decoding.filters import Filters
 from fdpp.decoding.guidance import guided, with_unconditional
 from fdpp.decoding.head import head_of
 from fdpp.decoding.model import DiffusionModel
@@ -27,16 +29,19 @@ class Forwards:
         model: the model.
         config: its rule says what is read off beside the logits; its `branches` are the layout of several states in
             one forward, see `fdpp.attention.BlockCache`.
-        processor: changes the logits, see `fdpp.decoding.shaping.processed`.
+        filters: change the logits by token.
+        processor: change the logits as well, see `fdpp.decoding.shaping.processed`.
     """
 
     def __init__(
         self,
         model: DiffusionModel,
         config: DiffusionGenerationConfig,
-        processor: Callable[..., Tensor] | None = None,
+        filters: Filters,
+        processor: Iterable[Callable[..., Tensor]] | None = None,
     ) -> None:
         assert config.mask_token_id is not None
+        self.filters = filters
         self.processor, self.cfg_scale, self.passes = processor, config.cfg_scale, config.passes
         self.never = config.eos_ids if config.logits_eos_inf else ()
         self.model, self.rule, self.layout, self.mask_id = model, config.rule, config.branches, config.mask_token_id
@@ -46,7 +51,7 @@ class Forwards:
         self.reads_all = needs.attention or needs.fed or needs.rows
         self.project, self.step = head_of(model, config.rule, config.head == "fused")
         by_id = processor is not None or bool(self.never or config.last_ids)
-        if by_id:
+        if by_id or filters.active:
             # Ids are columns of the whole vocabulary, not of a process's slice.
             self.project, self.step = model.project, prefix_step
         plain = not by_id and config.passes == 1 and not (needs.logits or needs.block or self.reads_all)
@@ -79,7 +84,7 @@ class Forwards:
             hidden, beside = self.hidden(fed, fed_tokens, window, probe or cache, mask, not self.reads_all), None
         of_block = hidden[:, :, window.inner] if self.reads_all else hidden
         if self.only_masked and hidden.device.type == "cpu":
-            return Evidence(self.project(of_block[states == self.mask_id]))
+            return Evidence(self.filtered(self.project(of_block[states == self.mask_id]), state, states, window))
         logits = self.shaped(self.project(of_block), state, states, window)
         if not self.watches:
             return Evidence(logits)
@@ -99,13 +104,25 @@ class Forwards:
         )
         return Evidence(logits, self.rule.observe(sight, state.evidence))
 
+    def filtered(self, logits: Tensor, state: BlockState, states: Tensor, window: Window) -> Tensor:
+        """The `logits` of the masked positions alone, `[m, V]`, after the filters."""
+        contexts = None
+        if self.filters.needs_contexts:
+            contexts = contexts_of(state, states, window, self.mask_id).at(states == self.mask_id)
+        return self.filters.cut(self.filters.by_context(logits, contexts))
+
     def shaped(self, logits: Tensor, state: BlockState, states: Tensor, window: Window) -> Tensor:
-        """The model's `logits` after guidance, the processor and `logits_eos_inf`, `[b, D, T, V]`."""
+        """The model's `logits` after guidance, filters, processors and `logits_eos_inf`, `[b, D, T, V]`."""
         if self.cfg_scale > 0.0:
             logits = guided(logits, self.cfg_scale)
-        if self.processor is not None:
-            logits = processed(self.processor, logits, states, state.sequences[:, : window.block_start], self.mask_id)
-        return without(logits, self.never) if self.never else logits
+        contexts = None
+        if self.filters.needs_contexts or self.processor is not None:
+            contexts = contexts_of(state, states, window, self.mask_id)
+        logits = self.filters.by_context(logits, contexts)
+        if self.processor is not None and contexts is not None:
+            before = state.sequences[:, : window.block_start]
+            logits = processed(self.processor, logits, states, before, contexts, self.mask_id)
+        return self.filters.cut(without(logits, self.never) if self.never else logits)
 
     def fed_confidence(self, hidden: Tensor) -> Tensor:
         """The confidence that each fed position would have if it were masked: float32 `[b, D, n]`."""

@@ -25,6 +25,7 @@ from fdpp.decoding.arguments import (
     settings_of,
     warn_once,
 )
+from fdpp.decoding.filters import check_filtered_ids
 from fdpp.decoding.head import slice_held
 from fdpp.decoding.infill import blanks, groups, output_of
 from fdpp.decoding.loop import BlockLoop
@@ -82,10 +83,13 @@ class DiffusionGenerationMixin:
             stopping_criteria: called after every block as `criterion(sequences so far, None, new_token_length=T)`, with
                 all B sequences, ended ones too, and T the block's length, as in transformers' text diffusion; True ends
                 a sequence.
-            logits_processor: changes the logits of every forward's block, as in transformers' text diffusion: called
-                with `input_ids` `[N, S]`, the tokens before the block, and `scores` `[N, T, V]`, the block's logits;
-                N counts the sequences whose block is not done, and drafts. A `LogitsProcessor` with a third parameter,
-                `cur_step`, gets the masks left, `[N, 1, 1]`.
+            logits_processor: changes the logits of every forward's block. A `LogitsProcessor` with a third parameter,
+                `cur_step`, as in transformers' text diffusion, is called with `input_ids` `[N, S]`, the columns before
+                the block, `scores` `[N, T, V]`, the block's logits, and the masks left `[N, 1, 1]`; N counts the
+                sequences whose block is not done, and drafts. Any other, as in transformers' autoregressive decodes, is
+                called with a row for each of these N * T positions: `input_ids` `[n, S]`, the tokens before the block
+                and those before the position in the block that are committed, and `scores` `[n, V]`. Rows of one length
+                S are one call, without padding. Order is kept.
             custom_generate: decodes in the place of the block loop and returns what it likes. Called, as transformers
                 calls it, with the model and `input_ids`, then by name `attention_mask` `[B, P]` int64,
                 `generation_config` (settings with all token ids), `logits_processor` and `stopping_criteria` (lists,
@@ -280,7 +284,9 @@ class DiffusionGenerationMixin:
         base = own if generation_config is None else check_kind(generation_config)
         settings = replace(base, **settings_of(overrides, base, prompt_length))
         missing = {name: getattr(own, name) for name in TOKEN_IDS if getattr(settings, name) is None}
-        return with_token_ids(replace(settings, **missing), self.config)
+        settings = with_token_ids(replace(settings, **missing), self.config)
+        check_filtered_ids(settings, self.config.vocab_size)
+        return settings
 
     def adjust_generation_fn(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from fdpp.attention import BlockCache
 from fdpp.decoding.advance import Advance, stop_ids
 from fdpp.decoding.arena import graph_size
 from fdpp.decoding.drafts import cache_for, depth_after, most_drafts
+from fdpp.decoding.filters import Filters
 from fdpp.decoding.model import DiffusionModel
 from fdpp.decoding.output import DiffusionGenerationOutput
 from fdpp.decoding.runners import EagerRunner, StaticRunner
@@ -22,7 +23,7 @@ from fdpp.decoding.static import LENGTH_BUCKET, StaticSteps, bucket_for
 from fdpp.step.terms import pack
 
 
-def token_ids(config: DiffusionGenerationConfig, processor: Callable[..., Tensor] | None) -> tuple[int, int]:
+def token_ids(config: DiffusionGenerationConfig, processor: Iterable[Callable[..., Tensor]] | None) -> tuple[int, int]:
     """The mask and padding ids; raises `ValueError` if the loop cannot run with these settings."""
     if config.mask_token_id is None or config.pad_token_id is None:
         raise ValueError("BlockLoop: expected a config with its mask and padding ids filled in")
@@ -52,7 +53,7 @@ class BlockLoop:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         config: DiffusionGenerationConfig,
-        processor: Callable[..., Tensor] | None = None,
+        processor: Iterable[Callable[..., Tensor]] | None = None,
         static: StaticSteps | None = None,
         given: Tensor | None = None,
         numbers: Tensor | None = None,
@@ -67,8 +68,8 @@ class BlockLoop:
         padding = None if attention_mask is None else (~attention_mask).sum(1)
         self.padding = self.padding_of_all(padding)
         self.whole = self.initial(*self.in_bucket(input_ids, padding), given, numbers)
-        self.cache, stops = self.memory()
-        self.advance = Advance(model, config, stops, processor)
+        self.cache, stops, filters = self.memory()
+        self.advance = Advance(model, config, stops, processor, filters)
 
     def padding_of_all(self, padding: Tensor | None) -> int | None:
         """Columns on the left that no full forward feeds, given each prompt's padding `[B]`; None: a mask hides them.
@@ -87,12 +88,12 @@ class BlockLoop:
         padding = torch.zeros_like(self.live) if padding is None else padding
         return F.pad(input_ids, (self.extra, 0), value=self.pad_id), padding + self.extra
 
-    def memory(self) -> tuple[BlockCache | None, Tensor | None]:
-        """The cache, and the ids that end a sequence: those of a bucket stand at fixed addresses."""
+    def memory(self) -> tuple[BlockCache | None, Tensor | None, Filters]:
+        """The cache, the ids that end a sequence, and the filters: those of a bucket stand at fixed addresses."""
         if self.static is None:
-            return cache_for(self.config), stop_ids(self.config, self.device)
+            return cache_for(self.config), stop_ids(self.config, self.device), Filters(self.config, self.device)
         self.bucket = bucket_for(self.static, self.config, self.device, self.live.shape[0], self.length)
-        return self.bucket.cache, self.bucket.eos
+        return self.bucket.cache, self.bucket.eos, self.bucket.filters
 
     def runner(self, state: BlockState, block: int) -> EagerRunner | StaticRunner:
         """Who runs the forwards of `block`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
+from fdpp.decoding.filters import active_filters, check_filters
 from fdpp.decoding.saved import SavedSettings
 from fdpp.rules import Frechet, Rule
 from fdpp.selection import MAX_POSITIONS, check_temperature
@@ -42,6 +43,14 @@ class DiffusionGenerationConfig(SavedSettings):
             "fused" makes the logits of masked positions tile by tile and keeps none of them (`fdpp.step.project`). It
             saves memory and has not been timed on a GPU. Refused with what reads logits.
         temperature: 0 for greedy proposals.
+        top_k: the k most likely tokens of a position alone are proposed; 0: all.
+        top_p: the fewest most likely tokens that hold this much of the probability, 0 to 1, at least one; 1: all.
+        min_p: tokens at least this often as likely as the most likely one, 0 to 1; 0: all.
+        repetition_penalty: above 1, tokens of a position's context are less likely: their logits are divided by it, or
+            multiplied where they are negative; 1: no penalty.
+        bad_words_ids: words, each a list of ids, of which the last token is not proposed where the others precede it.
+            EOS alone is no word.
+        suppress_tokens: ids that are never proposed.
         seed: with a temperature or random remasking, sequence b samples from the stream seed + b. None draws a seed
             from PyTorch's CPU generator, so `torch.manual_seed` and transformers' `set_seed` reproduce the decode.
         remasking: which positions keep their masks. "low_confidence": those that the rule does not commit. "random": a
@@ -54,6 +63,18 @@ class DiffusionGenerationConfig(SavedSettings):
         return_dict_in_generate: False returns the sequences alone.
         mask_token_id, eos_token_id, pad_token_id, eot_token_id: token ids; `eos_token_id` may be several. EoT (LLaDA's
             end of a turn) is read for `confidence_eos_eot_inf` alone, and need not exist.
+
+    `top_k` to `suppress_tokens` are transformers' settings. They give the logits that transformers' processors of the
+    same numbers do, each position with its own context: the tokens before its block, then those before it in the block
+    that are committed. A context knows nothing of what follows: where positions commit out of order or together, a
+    repetition or a bad word of several tokens can still come about.
+
+    - They act in this order: the penalty, bad words, suppressed tokens, a `logits_processor`, `logits_eos_inf`, then
+      `top_k`, `top_p` and `min_p`, each on what the ones before it leave. The last three act at temperature 0 as well.
+    - `top_p` and `min_p` take probabilities at the temperature, where there is one. The confidence is that of the
+      remaining logits without it.
+    - Of equal logits at a cut-off all stay. The mask id counts like any token, is never proposed, and never leaves a
+      position without a proposal.
 
     `remasking`, `cfg_scale` and the EOS options are those of LLaDA's own `generate` (arXiv 2502.09992, appendix B.4).
     They differ in that there
@@ -76,6 +97,12 @@ class DiffusionGenerationConfig(SavedSettings):
     engine: str = "auto"
     head: str = "library"
     temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    bad_words_ids: list[list[int]] | None = None
+    suppress_tokens: list[int] | None = None
     seed: int | None = None
     remasking: str = "low_confidence"
     cfg_scale: float = 0.0
@@ -115,6 +142,7 @@ class DiffusionGenerationConfig(SavedSettings):
         if self.head not in HEADS:
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {self.head!r}")
         check_temperature(self.temperature)
+        check_filters(self)
         if self.seed is not None and not (is_int(self.seed) and -(2**63) <= self.seed < 2**63):
             raise ValueError(f"seed: expected an int of 64 bits with its sign, got {self.seed!r}")
         self.check_llada_options()
@@ -159,7 +187,7 @@ class DiffusionGenerationConfig(SavedSettings):
         if self.rule.needs.logits or self.rule.needs.rows:
             return str(self.rule)
         options = ("cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf")
-        return next((name for name in options if getattr(self, name)), None)
+        return next((name for name in options if getattr(self, name)), next(iter(active_filters(self)), None))
 
     @property
     def draws(self) -> bool:

@@ -2,32 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from fdpp.decoding.contexts import Contexts
 from fdpp.step.noise import philox_bits
 
 NO_TOKEN = 0xFFFFFFFF
 """Stands for the id in the counter of noise that is drawn once per position: no vocabulary is that large."""
 
 
-def processed(processor: Callable[..., Tensor], logits: Tensor, states: Tensor, before: Tensor, mask_id: int) -> Tensor:
-    """`logits` `[b, D, T, V]` of `states` `[b, D, T]` after a `LogitsProcessorList`; `before` `[b, S]` precedes them.
+def processed(
+    processors: Iterable[Callable[..., Tensor]],
+    logits: Tensor,
+    states: Tensor,
+    before: Tensor,
+    contexts: Contexts,
+    mask_id: int,
+) -> Tensor:
+    """`logits` `[b, D, T, V]` of `states` `[b, D, T]` after `processors`, one after the other.
 
-    The processor sees every state as a row, as in transformers' text diffusion: `input_ids` `[b * D, S]` end before the
-    block, `scores` are `[b * D, T, V]`. A processor that asks for `cur_step` gets the masks left, `[b * D, 1, 1]`.
+    A processor whose `__call__` takes `cur_step` is one of transformers' text diffusion. It sees every state as a row:
+    `input_ids` `[b * D, S]` are the columns `before` `[b, S]` the block, `scores` are `[b * D, T, V]`, and `cur_step`
+    are the masks left, `[b * D, 1, 1]`.
+
+    Any other is one of autoregressive generation. It sees every position as a row with its own context (`contexts`
+    `[b, D, T]`): see `by_context`.
 
     Raises:
-        ValueError: it returns another shape.
+        ValueError: a processor returns another shape, or wants to be called otherwise.
     """
-    scores = logits.flatten(0, 1)
     left = (states == mask_id).sum(2).view(-1, 1, 1)
-    result = processor(before.repeat_interleave(states.shape[1], dim=0), scores, cur_step=left)
+    for processor in processors:
+        if takes_step(processor):
+            scores = logits.flatten(0, 1)
+            result = processor(before.repeat_interleave(states.shape[1], dim=0), scores, cur_step=left)
+            check_scores(result, scores)
+        else:
+            result = by_context(processor, logits.flatten(0, 2), contexts)
+        logits = result.unflatten(0, logits.shape[: 5 - result.dim()])
+    return logits
+
+
+def takes_step(processor: Callable[..., Tensor]) -> bool:
+    """Whether a processor is one of text diffusion.
+
+    Raises:
+        ValueError: it asks for an argument that neither kind is given.
+    """
+    parameters = inspect.signature(processor).parameters
+    required = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if set(required[2:]) - {"cur_step"}:
+        raise ValueError(
+            f"logits_processor: expected one called with input_ids, scores and perhaps cur_step, "
+            f"{type(processor).__name__} asks for {', '.join(required)}"
+        )
+    return "cur_step" in parameters
+
+
+def by_context(processor: Callable[..., Tensor], logits: Tensor, contexts: Contexts) -> Tensor:
+    """`logits` `[n, V]` after an autoregressive processor, each row with its own context as `input_ids`.
+
+    Rows with contexts of one length S are one call, `input_ids` `[m, S]` and `scores` `[m, V]`: all rows, where nothing
+    of the block is committed and prompts are of one length. There is no padding, neither that of the prompts nor any to
+    make the contexts a rectangle, for no token is neutral: a penalty or a count takes it for a token of the text, an
+    n-gram or a watermark for a neighbour. And by the width of a rectangle `MinNewTokensLengthLogitsProcessor` would
+    count tokens that are not there. So every row comes out as it would alone, whatever else the batch holds. What a
+    processor keeps from call to call is of rows of other positions and sequences.
+    """
+    tokens, length = contexts.tokens.flatten(0, -2), contexts.length.flatten()
+    order, parts = length.argsort(stable=True), []
+    lengths, counts = length.unique(return_counts=True)
+    for S, rows in zip(lengths.tolist(), order.split(counts.tolist()), strict=True):
+        scores = logits[rows]
+        parts.append(processor(tokens[rows, :S], scores))
+        check_scores(parts[-1], scores)
+    return torch.cat(parts)[order.argsort()]
+
+
+def check_scores(result: Tensor, scores: Tensor) -> None:
     if result.shape != scores.shape:
         raise ValueError(f"logits_processor: expected scores of {list(scores.shape)}, got {list(result.shape)}")
-    return result.unflatten(0, logits.shape[:2])
 
 
 def without(logits: Tensor, ids: tuple[int, ...]) -> Tensor:

@@ -197,12 +197,17 @@ def steps_for(
         yield held if mine and (asked or held.refused is None) else None
 
 
+def hashable(value: Any) -> Any:
+    """A setting with its lists as tuples."""
+    return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
+
+
 def bucket_for(
     held: StaticSteps, config: DiffusionGenerationConfig, device: torch.device, B: int, length: int
 ) -> Bucket:
     """The bucket for `B` sequences of `length` columns under `config`; its cache is this decode's from now on."""
     settings = (getattr(config, field.name) for field in fields(config) if field.name not in UNKEYED)
-    key = (length, spare_columns(config), *(tuple(value) if isinstance(value, list) else value for value in settings))
+    key = (length, spare_columns(config), *map(hashable, settings))
     bucket = held.bucket(key, graph_size(B), partial(Bucket, config, device))
     if bucket.cache is not None:
         bucket.cache.order = []

@@ -72,7 +72,7 @@ class Sight(NamedTuple):
 
     Attributes:
         states: `[b, D, T]` int64, the block's tokens in each state.
-        logits: `[b, D, T, V]` of the block, after guidance, `logits_processor` and `logits_eos_inf`.
+        logits: `[b, D, T, V]` of the block, after guidance and all settings that change logits.
         tokens: `[b, D, n]` int64, all that was fed.
         block, fed: the columns of the block and of what was fed, each a slice or an int64 tensor of columns.
         full: whether everything was fed, as in every block's first forward.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +54,7 @@ def plain_llada(
     logits_eos_inf: bool = False,
     confidence_eos_eot_inf: bool = False,
     commit_step: Tensor | None = None,
+    processors: list[Callable[..., Tensor]] | None = None,
 ) -> Tensor:
     """A prompt `[P]` with its response: one full forward per step, float64, a loop over positions.
 
@@ -68,6 +71,9 @@ def plain_llada(
                 blank[:P] = MASK
                 other = model(blank[None]).logits[0].double()
                 logits = other + (cfg_scale + 1) * (logits - other)
+            for processor in processors or ():
+                stop = start + block_length
+                logits[start:stop] = one_by_one(processor, x[:stop], logits[start:stop])
             if logits_eos_inf:
                 logits[:, EOS] = -torch.inf
             proposable = logits.clone()
@@ -86,6 +92,15 @@ def plain_llada(
                 x[t] = proposal[t]
             step += 1
     return x
+
+
+def one_by_one(processor: Callable[..., Tensor], x: Tensor, rows: Tensor) -> Tensor:
+    """The logits `[T, V]` of the last T positions of `x` after a processor, called for each with its own context."""
+    start = len(x) - len(rows)
+    if "cur_step" in inspect.signature(processor).parameters:
+        return processor(x[None, :start], rows[None], cur_step=(x[start:] == MASK).sum().view(1, 1, 1))[0]
+    before = [x[:t][x[:t] != MASK] for t in range(start, len(x))]
+    return torch.cat([processor(ids[None], row[None]) for ids, row in zip(before, rows, strict=True)])
 
 
 class Boost(LogitsProcessor):

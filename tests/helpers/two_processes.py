@@ -152,6 +152,10 @@ DECODES: dict[str, dict[str, Any]] = {
     "tree": {"cache": "prefix", "rule": Frechet(0.1), "drafts": "auto", "branches": "tree"},
     "guided": {"cache": "dual", "rule": Frechet(0.1), "cfg_scale": 0.7},
     "without EOS": {"cache": "dual", "rule": Frechet(0.1), "logits_eos_inf": True},
+    "filtered": {
+        **{"cache": "dual", "rule": Frechet(0.1), "top_p": 0.7, "repetition_penalty": 1.3},
+        **{"suppress_tokens": [3, 60], "bad_words_ids": [[50], [1, 61]]},
+    },
     "ragged": {"cache": "dual", "rule": Factor(0.9), "attention_mask": ragged_mask},
 }
 
