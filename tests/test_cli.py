@@ -120,6 +120,15 @@ def test_options_reach_the_decode(options, settings, capsys):
     assert out == expected + "\n" and f"{nfe} forwards" in err
 
 
+def test_an_answer_ends_before_a_stop_string(capsys):
+    whole, _ = answer(PROMPT)
+    stop = whole.split()[4]
+    assert cli.main(["generate", "--prompt", PROMPT, *SHORT, "--stop-string", "never", "--stop-string", stop]) == 0
+    assert capsys.readouterr().out == whole[: whole.index(stop)].strip() + "\n"
+    config = config_of(cli.build_parser().parse_args(["chat", "--stop-string", "\n"]))
+    assert config.stop_strings == ["\n"]
+
+
 @pytest.mark.parametrize("option", ["--logits-eos-inf", "--confidence-eos-eot-inf"])
 def test_switches_of_lladas_generate(option):
     for given in ([], [option]):

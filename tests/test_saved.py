@@ -72,6 +72,7 @@ def test_every_setting_survives_the_file(tmp_path: Path) -> None:
         repetition_penalty=1.1,
         bad_words_ids=[[1], [2, 3]],
         suppress_tokens=[5],
+        stop_strings=["a"],
         seed=11,
         remasking="random",
         cfg_scale=1.5,

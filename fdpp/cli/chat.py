@@ -14,7 +14,15 @@ import torch
 from fdpp import tiny
 from fdpp.cli.conversation import Chat
 from fdpp.cli.live import is_live, paint
-from fdpp.cli.options import add_decoding_options, add_model_options, add_rule_options, config_of, hint_for, load_model
+from fdpp.cli.options import (
+    add_decoding_options,
+    add_model_options,
+    add_rule_options,
+    add_stop_option,
+    config_of,
+    hint_for,
+    load_model,
+)
 
 ASK = "> "
 
@@ -37,6 +45,7 @@ def add(commands: Any) -> None:
     add_model_options(parser)
     add_rule_options(parser)
     add_decoding_options(parser)
+    add_stop_option(parser)
     parser.set_defaults(run=run)
 
 

@@ -103,7 +103,9 @@ class Chat:
             view = LiveView(self.tokenizer, self.model.config.mask_token_id, out)
         started = time.perf_counter()
         with view as streamer:
-            decoded: Any = self.model.generate(prompt.ids, generation_config=config, streamer=streamer)
+            decoded: Any = self.model.generate(
+                prompt.ids, generation_config=config, streamer=streamer, tokenizer=self.tokenizer
+            )
         seconds = time.perf_counter() - started
         response = decoded.sequences[0, prompt.ids.shape[1] :]
         text = self.tokenizer.decode(response, skip_special_tokens=True).strip()

@@ -16,6 +16,7 @@ from fdpp.cli.options import (
     add_decoding_options,
     add_model_options,
     add_rule_options,
+    add_stop_option,
     config_of,
     encode,
     give_hint,
@@ -59,6 +60,7 @@ def add(commands: Any) -> None:
     add_model_options(parser)
     add_rule_options(parser)
     add_decoding_options(parser)
+    add_stop_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     with reported(ValueError, FloatingPointError, torch.OutOfMemoryError), view as streamer:
         decode = model.infill if fills else model.generate
-        out: Any = decode(ids, generation_config=config, streamer=streamer)
+        out: Any = decode(ids, generation_config=config, streamer=streamer, tokenizer=tokenizer)
     seconds = time.perf_counter() - started
     if live or not args.stream:
         answer = out.sequences[0, 0 if fills else ids.shape[1] :]

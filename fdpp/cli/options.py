@@ -157,6 +157,11 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     add("--no-stop-at-eos", action="store_true", help=text)
 
 
+def add_stop_option(parser: argparse.ArgumentParser) -> None:
+    text = "end the answer before this text; may be given several times, and for a line end as $'\\n'"
+    parser.add_argument("--stop-string", action="append", metavar="TEXT", help=text)
+
+
 def rule_of(args: argparse.Namespace) -> fdpp.Rule:
     """The rule that the options name."""
     rule = fdpp.Rule.named()[args.rule]
@@ -193,6 +198,7 @@ def config_of(args: argparse.Namespace) -> DiffusionGenerationConfig:
             repetition_penalty=args.repetition_penalty,
             bad_words_ids=args.bad_words_ids,
             suppress_tokens=args.suppress_tokens,
+            stop_strings=getattr(args, "stop_string", None),
             seed=args.seed,
             remasking=args.remasking,
             cfg_scale=args.cfg_scale,

@@ -32,6 +32,7 @@ from fdpp.decoding.loop import BlockLoop
 from fdpp.decoding.model import DiffusionModel
 from fdpp.decoding.settings import DiffusionGenerationConfig, is_int
 from fdpp.decoding.static import steps_for
+from fdpp.decoding.stops import StopStrings, end_at_strings, stops_of
 
 TOKEN_IDS = ("mask_token_id", "eos_token_id", "pad_token_id", "eot_token_id")
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
@@ -66,6 +67,7 @@ class DiffusionGenerationMixin:
         logits_processor: LogitsProcessorList | None = None,
         custom_generate: Callable[..., Any] | None = None,
         num_return_sequences: int | None = None,
+        tokenizer: Any = None,
         **overrides: Any,
     ) -> Any:
         """Decode a response block by block.
@@ -82,7 +84,7 @@ class DiffusionGenerationMixin:
                 block's tokens so far `[B, T]`, masks included; a streamer that asks for logits instead is refused.
             stopping_criteria: called after every block as `criterion(sequences so far, None, new_token_length=T)`, with
                 all B sequences, ended ones too, and T the block's length, as in transformers' text diffusion; True ends
-                a sequence.
+                a sequence. `StopStringCriteria`, which look at the last token, are asked for each token of the block.
             logits_processor: changes the logits of every forward's block. A `LogitsProcessor` with a third parameter,
                 `cur_step`, as in transformers' text diffusion, is called with `input_ids` `[N, S]`, the columns before
                 the block, `scores` `[N, T, V]`, the block's logits, and the masks left `[N, 1, 1]`; N counts the
@@ -93,8 +95,10 @@ class DiffusionGenerationMixin:
             custom_generate: decodes in the place of the block loop and returns what it likes. Called, as transformers
                 calls it, with the model and `input_ids`, then by name `attention_mask` `[B, P]` int64,
                 `generation_config` (settings with all token ids), `logits_processor` and `stopping_criteria` (lists,
-                perhaps empty), `streamer` if there is one, and settings of its own that it names.
+                perhaps empty), `streamer` if there is one, and settings of its own that it names. `stop_strings` are
+                one of the criteria.
             num_return_sequences: responses to every prompt, next to each other; more than one takes sampling.
+            tokenizer: the model's, for `stop_strings`.
             overrides: settings by name. `do_sample`, `max_length` and values that change nothing are read as in
                 transformers, see `fdpp.decoding.arguments.settings_of`.
 
@@ -103,8 +107,8 @@ class DiffusionGenerationMixin:
             `return_dict_in_generate=False`. Prompt tokens are never changed, whatever ids they hold.
 
         Raises:
-            ValueError: a setting, shape, dtype or id that does not fit; a prompt that with its response is longer than
-                the model's window.
+            ValueError: a setting, shape, dtype or id that does not fit; `stop_strings` without a tokenizer; a prompt
+                that with its response is longer than the model's window.
             TypeError: an unknown setting, one of another type, or text in the place of ids.
             FloatingPointError: the model produced NaN, +inf or only -inf at a masked position.
         """
@@ -115,7 +119,7 @@ class DiffusionGenerationMixin:
         if config.max_new_tokens == 0 and custom_generate is None:
             if not masks:
                 raise ValueError("max_new_tokens=0 fills the masks of a prompt, got one without: expected at least 1")
-            return self.fill(ids, mask, config, streamer, stopping_criteria, logits_processor)
+            return self.fill(ids, mask, config, streamer, stopping_criteria, logits_processor, tokenizer)
         if masks and custom_generate is None:
             warn_once(
                 "generate: the prompt holds masks, which stay as they are; `infill` or max_new_tokens=0 fills them"
@@ -124,7 +128,9 @@ class DiffusionGenerationMixin:
         ids, mask = ids.repeat_interleave(copies, 0), None if mask is None else mask.repeat_interleave(copies, 0)
         self.check_window(ids, mask, config.max_new_tokens)
         processors, criteria = lists(streamer, logits_processor, stopping_criteria)
+        stops = stops_of(config, tokenizer, ids, mask)
         if custom_generate is not None:
+            criteria.extend([] if stops is None else [stops])
             return custom_generate(
                 self,
                 ids,
@@ -138,7 +144,7 @@ class DiffusionGenerationMixin:
         model = cast(DiffusionModel, self)
         with steps_for(model, config, ids.device, processors or None) as static:
             loop = BlockLoop(model, ids, mask, config, processors or None, static)
-            decode(loop, streamer, criteria, ids)
+            decode(loop, streamer, criteria, ids, stops)
         return loop.output() if config.return_dict_in_generate else loop.sequences
 
     @without_gradients
@@ -150,14 +156,15 @@ class DiffusionGenerationMixin:
         streamer: BaseStreamer | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        tokenizer: Any = None,
         **overrides: Any,
     ) -> Any:
         """Fill the masks of a text, block by block.
 
         The response starts at a sequence's first mask: blocks are counted from there, and given tokens count as
-        committed. None of them is ever changed. Blocks without masks cost nothing. An EOS ends a sequence as in
-        `generate` if no given token follows it. Sequences whose first masks stand in different columns are decoded one
-        after another, each as it would be alone.
+        committed. None of them is ever changed. Blocks without masks cost nothing. An EOS or a stop string ends a
+        sequence as in `generate` if no given token follows it. Sequences whose first masks stand in different columns
+        are decoded one after another, each as it would be alone.
 
         Args:
             input_ids, attention_mask: `[B, P]` as in `generate`; masks are the model's `mask_token_id`.
@@ -165,7 +172,7 @@ class DiffusionGenerationMixin:
                 sequences must then stand in the same column.
             stopping_criteria: as in `generate`, asked with sequences that are decoded together; True leaves padding
                 in the place of later masks.
-            generation_config, logits_processor, overrides: as in `generate`, but for `max_new_tokens`.
+            generation_config, logits_processor, tokenizer, overrides: as in `generate`, but for `max_new_tokens`.
 
         Returns:
             As `generate`, the sequences `[B, P]` and what is said of every position over all P of them.
@@ -177,7 +184,7 @@ class DiffusionGenerationMixin:
             raise ValueError(f"infill: expected no max_new_tokens, the text has its length, got {overrides}")
         overrides = {**overrides, "max_new_tokens": 0}
         ids, mask, config = self.asked(input_ids, attention_mask, generation_config, overrides)
-        return self.fill(ids, mask, config, streamer, stopping_criteria, logits_processor)
+        return self.fill(ids, mask, config, streamer, stopping_criteria, logits_processor, tokenizer)
 
     def fill(
         self,
@@ -187,6 +194,7 @@ class DiffusionGenerationMixin:
         streamer: BaseStreamer | None,
         stopping_criteria: StoppingCriteriaList | None,
         logits_processor: LogitsProcessorList | None,
+        tokenizer: Any,
     ) -> Any:
         """`infill` with its arguments checked."""
         self.check_window(ids, mask, 0)
@@ -202,7 +210,7 @@ class DiffusionGenerationMixin:
                 prompt, given = ids[rows, :start], ids[rows, start:]
                 padding = None if mask is None else mask[rows, :start]
                 loop = BlockLoop(model, prompt, padding, some, processors or None, static, given, rows)
-                decode(loop, streamer, criteria, prompt)
+                decode(loop, streamer, criteria, prompt, stops_of(some, tokenizer, prompt, padding))
             loops.append((rows, loop))
         out = output_of(ids, loops)
         return out if config.return_dict_in_generate else out.sequences
@@ -305,15 +313,24 @@ class DiffusionGenerationMixin:
             self.generation_config = check_kind(generation_config)
 
 
-def decode(loop: BlockLoop, streamer: BaseStreamer | None, criteria: StoppingCriteriaList, prompt: Tensor) -> None:
+def decode(
+    loop: BlockLoop,
+    streamer: BaseStreamer | None,
+    criteria: StoppingCriteriaList,
+    prompt: Tensor,
+    stops: StopStrings | None = None,
+) -> None:
     """Run `loop` to its end, block by block, as `generate` says."""
     put_draft = getattr(streamer, "put_draft", None)
     if streamer is not None:
         streamer.put(prompt.cpu())
     for block in range(len(loop.config.blocks())):
+        live = loop.live
         for _ in loop.steps(block, watch=put_draft is not None):
             if put_draft is not None:
                 put_draft(loop.block_tokens(block).cpu())
+        if stops is not None:
+            end_at_strings(loop, stops, block, live)
         if criteria:
             loop.stop(criteria, block)
         if streamer is not None:

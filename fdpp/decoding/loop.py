@@ -20,6 +20,7 @@ from fdpp.decoding.runners import EagerRunner, StaticRunner
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.state import BlockState, Outcome, Window
 from fdpp.decoding.static import LENGTH_BUCKET, StaticSteps, bucket_for
+from fdpp.decoding.stops import asked
 from fdpp.step.terms import pack
 
 
@@ -238,7 +239,7 @@ class BlockLoop:
             return
         columns = self.block_columns(block)
         stop, new = columns.stop, columns.stop - columns.start
-        done = criteria(self.sequences[:, : stop - self.extra].clone(), None, new_token_length=new)[self.live]
+        done = asked(criteria, self.sequences[:, : stop - self.extra].clone(), new)[self.live]
         tail = self.whole.sequences[self.live[done], stop:]
         self.whole.sequences[self.live[done], stop:] = tail.masked_fill(tail == self.mask_id, self.pad_id)
         self.live = self.live[~done]

@@ -7,6 +7,7 @@ from typing import TypeGuard
 
 from fdpp.decoding.filters import active_filters, check_filters
 from fdpp.decoding.saved import SavedSettings
+from fdpp.decoding.stops import check_stop_strings
 from fdpp.rules import Frechet, Rule
 from fdpp.selection import MAX_POSITIONS, check_temperature
 
@@ -51,6 +52,8 @@ class DiffusionGenerationConfig(SavedSettings):
         bad_words_ids: words, each a list of ids, of which the last token is not proposed where the others precede it.
             EOS alone is no word.
         suppress_tokens: ids that are never proposed.
+        stop_strings: a string or several; a response ends before the first of them (see `fdpp.decoding.stops`).
+            `generate` then needs a `tokenizer`.
         seed: with a temperature or random remasking, sequence b samples from the stream seed + b. None draws a seed
             from PyTorch's CPU generator, so `torch.manual_seed` and transformers' `set_seed` reproduce the decode.
         remasking: which positions keep their masks. "low_confidence": those that the rule does not commit. "random": a
@@ -103,6 +106,7 @@ class DiffusionGenerationConfig(SavedSettings):
     repetition_penalty: float | None = None
     bad_words_ids: list[list[int]] | None = None
     suppress_tokens: list[int] | None = None
+    stop_strings: str | list[str] | None = None
     seed: int | None = None
     remasking: str = "low_confidence"
     cfg_scale: float = 0.0
@@ -143,6 +147,7 @@ class DiffusionGenerationConfig(SavedSettings):
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {self.head!r}")
         check_temperature(self.temperature)
         check_filters(self)
+        check_stop_strings(self.stop_strings)
         if self.seed is not None and not (is_int(self.seed) and -(2**63) <= self.seed < 2**63):
             raise ValueError(f"seed: expected an int of 64 bits with its sign, got {self.seed!r}")
         self.check_llada_options()

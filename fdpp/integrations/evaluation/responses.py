@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from fdpp.decoding.settings import DiffusionGenerationConfig
+from fdpp.decoding.stops import StopStrings, before_eos, cut_at_stop
 from fdpp.models.llada import LLaDAModelLM
 
 
@@ -41,43 +41,6 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
     return torch.tensor(ids, dtype=torch.int64, device=device), torch.tensor(mask, dtype=torch.int64, device=device)
 
 
-def decode(tokenizer: Any, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-
-
-def before_eos(ids: Sequence[int], eos: Sequence[int]) -> list[int]:
-    """`ids` up to the first of `eos`."""
-    end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
-    return list(ids[:end])
-
-
-def cut_at_stop(tokenizer: Any, ids: Sequence[int], stops: Sequence[str]) -> tuple[str, int]:
-    """The text of `ids` before the first stop string, and how many whole tokens it has.
-
-    Stop strings are searched for in the text with special tokens; the returned text is without.
-    """
-    text = decode(tokenizer, ids)
-    found = [at for at in map(text.find, stops) if at >= 0]
-    if not found:
-        return decode(tokenizer, ids, skip_special_tokens=True), len(ids)
-    cut = min(found)
-    kept = bisect_right(range(len(ids) + 1), cut, key=lambda n: len(decode(tokenizer, ids[:n]))) - 1
-    rest = text[len(decode(tokenizer, ids[:kept])) : cut]
-    return decode(tokenizer, ids[:kept], skip_special_tokens=True) + rest, kept
-
-
-class StopStrings(StoppingCriteria):
-    """Ends a sequence whose response, from column `start` on, holds one of `stops` before its first EOS."""
-
-    def __init__(self, tokenizer: Any, stops: Sequence[str], start: int, eos: Sequence[int]) -> None:
-        self.tokenizer, self.stops, self.start, self.eos = tokenizer, stops, start, eos
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        texts = [decode(self.tokenizer, before_eos(row, self.eos)) for row in input_ids[:, self.start :].tolist()]
-        done = [any(stop in text for stop in self.stops) for text in texts]
-        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
-
-
 def respond(
     model: LLaDAModelLM,
     tokenizer: Any,
@@ -100,7 +63,7 @@ def respond(
     if stops and config.stop_at_eos:
         criteria = StoppingCriteriaList([StopStrings(tokenizer, stops, start, eos)])
     started = time.perf_counter()
-    out = model.generate(ids, mask, config, stopping_criteria=criteria)
+    out = model.generate(ids, mask, config, stopping_criteria=criteria, tokenizer=tokenizer)
     rows, nfe = out.sequences[:, start:].tolist(), out.nfe.tolist()
     seconds = (time.perf_counter() - started) / len(prompts)
     cut = [cut_at_stop(tokenizer, before_eos(row, eos), stops) for row in rows]
