@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 import fdpp
-from fdpp import Frechet, LLaDAModelLM, Quota, Threshold
+from fdpp import Frechet, LLaDAModelLM, Quota, Threshold, tiny
 from fdpp.step import reference
 
 PREFIX_RULES = RULES[:7]
@@ -195,3 +195,23 @@ def test_the_sequences_alone(exact: LLaDAModelLM) -> None:
     ids = torch.stack(texts())
     out = exact.infill(ids, rule=Frechet(0.1), return_dict_in_generate=False)
     assert isinstance(out, Tensor) and torch.equal(out, exact.infill(ids, rule=Frechet(0.1)).sequences)
+
+
+def test_a_stop_string_ends_a_text_behind_its_last_given_token() -> None:
+    """As in `generate` where masks are all that follows; one among given tokens or before them ends nothing."""
+    model, tokenizer = tiny.load()
+    question = tiny.generate("held-out", 1)[0].prompt
+    ids = tokenizer(question, return_tensors="pt")["input_ids"]
+    settings = {"block_length": 16, "stop_strings": ["wins 7 ,"], "tokenizer": tokenizer}
+    expected = model.generate(ids, max_new_tokens=96, **settings)
+    longer = torch.cat((ids, torch.full((1, 96), model.config.mask_token_id)), dim=1)
+    out = model.infill(longer, **settings)
+    assert torch.equal(out.sequences, expected.sequences) and torch.equal(out.nfe, expected.nfe)
+    text = tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+    assert text.endswith("In February he") and out.nfe < model.infill(longer, block_length=16).nfe
+    given = longer.clone()
+    given[0, -6] = tokenizer("apples")["input_ids"][0]
+    out = model.infill(given, **settings)
+    assert "wins 7 ," in tokenizer.decode(out.sequences[0, ids.shape[1] :])
+    assert not bool((out.sequences[:, :-5] == model.config.mask_token_id).any())
+    assert out.sequences[0, -6] == given[0, -6]

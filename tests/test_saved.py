@@ -172,10 +172,10 @@ def test_a_rule_written_by_hand(written: Any, tmp_path: Path) -> None:
 
 def test_the_temperature_of_another_way_to_draw_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """In a file with settings of autoregressive generation alone; beside one of ours it is ours."""
-    theirs = PUBLISHED | {"temperature": 0.7, "do_sample": True, "max_new_tokens": 9}
+    theirs = PUBLISHED | {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "do_sample": True, "max_new_tokens": 9}
     config = DiffusionGenerationConfig.from_pretrained(write(tmp_path, theirs))
-    assert (config.temperature, config.max_new_tokens) == (0.0, 9)
-    assert "no effect: do_sample, temperature" in caplog.text
+    assert (config.temperature, config.top_p, config.top_k, config.max_new_tokens) == (0.0, None, None, 9)
+    assert "no effect: do_sample, temperature, top_k, top_p" in caplog.text
     caplog.clear()
     config = DiffusionGenerationConfig.from_pretrained(write(tmp_path, {"temperature": 0.7, "cache": "none"}))
     assert config.temperature == 0.7 and not caplog.records

@@ -62,6 +62,7 @@ ELSEWHERE = {
     "dual_cache": 'cache="dual"',
     "mask_id": "mask_token_id={}",
     "guidance_scale": "cfg_scale, which is guidance_scale - 1",
+    "stop": "stop_strings={}",
     "step_callback": "streamer=, whose put_draft gets the block after every forward",
     "prompt": "input_ids=",
     "cache_implementation": 'cache="dual", "prefix" or "none"',

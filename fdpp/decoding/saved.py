@@ -30,7 +30,7 @@ METADATA = {
 }
 """Keys of other writers of the file that say nothing about a diffusion decode."""
 
-SAMPLING = {"do_sample", "temperature"}
+SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p"}
 """Settings that a file of autoregressive generation has for another way of drawing tokens."""
 
 
@@ -71,7 +71,7 @@ class SavedSettings:
         """The settings of `to_dict`; what is left out has its default.
 
         Settings of autoregressive generation, which a checkpoint may hold as well, are left out with a warning. Where
-        there are no others, so is the temperature.
+        there are no others, so are the temperature and its like (`SAMPLING`).
 
         Raises:
             ValueError: a rule, a number of a rule or a setting that does not exist, or a value that does not fit.
