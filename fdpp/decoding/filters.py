@@ -200,12 +200,14 @@ class Filters:
         log_z = ((kept - top[..., None]) / self.scale).logsumexp(-1)
         if ranked is not None:
             return self.least(ranked, top, log_z, p)[0]
-        V = logits.shape[-1]
-        if logits.device.type == "cpu" and V > 2 * HEAD:
-            least, enough = self.least(kept.topk(HEAD).values, top, log_z, p)
-            if bool(enough.all()):
-                return least
-        return self.least(kept.sort(dim=-1, descending=True).values, top, log_z, p)[0]
+        if logits.device.type != "cpu" or logits.shape[-1] <= 2 * HEAD:
+            return self.least(kept.sort(dim=-1, descending=True).values, top, log_z, p)[0]
+        least, enough = self.least(kept.topk(HEAD).values, top, log_z, p)
+        if not bool(enough.all()):
+            wide = ~enough
+            ranked = kept[wide].sort(dim=-1, descending=True).values
+            least[wide] = self.least(ranked, top[wide], log_z[wide], p)[0]
+        return least
 
     def least(self, ranked: Tensor, top: Tensor, log_z: Tensor, p: float) -> tuple[Tensor, Tensor]:
         """The least of the `ranked` logits `[..., n]` before which there is less than p, and whether they hold p."""
