@@ -139,7 +139,7 @@ def prefix_step(
     where_b, where_t = candidate.nonzero(as_tuple=True)
     rows_at_once = max(cpu.CHUNK // logits.shape[2], 1)
     chunks = [
-        summarize(logits[b, t].float(), terms, b, t, first_id)
+        summarize(cpu.rows_of(logits, b, t).float(), terms, b, t, first_id)
         for b, t in zip(where_b.split(rows_at_once), where_t.split(rows_at_once), strict=True)
     ]
     unknown = torch.full((2, *tokens.shape), torch.inf, dtype=torch.float32, device=tokens.device)
@@ -168,7 +168,7 @@ def summarize(rows: Tensor, terms: Terms, b: Tensor, t: Tensor, first_id: int) -
     # A slice may hold nothing but -inf; its row is usable all the same if another slice's is.
     shift = torch.where(top > -torch.inf, top, 0.0)
     rows.sub_(shift[:, None])
-    weights = rows.exp() if terms.by_entropy else rows.exp_()
+    weights = cpu.exp_(rows.clone() if terms.by_entropy else rows)
     weights[index, column] = 0.0
     rest = weights.sum(1).double()
     top, logit, mask_logit = top.double(), logit.double(), mask_logit.double()

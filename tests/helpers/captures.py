@@ -23,6 +23,8 @@ def described(argument: Any) -> Any:
     """What a library plans by."""
     if isinstance(argument, Tensor):
         return tuple(argument.shape), argument.stride(), argument.dtype
+    if argument != argument:
+        return "nan"  # which else is not equal to itself
     return argument if isinstance(argument, (bool, int, float, str, type(None), torch.dtype)) else type(argument)
 
 
