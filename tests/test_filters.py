@@ -28,6 +28,7 @@ from fdpp.decoding import filters
 from fdpp.decoding.contexts import Contexts, contexts_of
 from fdpp.decoding.filters import Filters, active_filters
 from fdpp.decoding.state import Window
+from fdpp.decoding.static import steps_of
 
 WORDS = [[t, u] for t in range(40) for u in range(t % 3, 60, 3)] + [[9], [1, 2, 3], [EOS]]
 EVERYTHING: dict[str, Any] = {
@@ -371,3 +372,14 @@ def test_contexts_of_some_positions() -> None:
     chosen = torch.tensor([[True, False], [False, True]])
     contexts = Contexts(torch.arange(12).view(2, 2, 3), torch.arange(4).view(2, 2)).at(chosen)
     assert contexts.tokens.tolist() == [[0, 1, 2], [9, 10, 11]] and contexts.length.tolist() == [0, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [*ALONE, {"top_p": 0.8, "temperature": 0.7, "seed": 3}], ids=lambda s: "+".join(s))
+def test_filters_are_captured_on_a_gpu(settings: dict[str, Any]) -> None:
+    model = small_model().cuda()
+    ids, mask = (part.cuda() for part in ragged())
+    decode = {"rule": Quota(2), "drafts": 2, **SIZES, **settings}
+    eager, *static = (model.generate(ids, mask, engine=engine, **decode) for engine in ("eager", "static", "static"))
+    assert all(torch.equal(out.sequences, eager.sequences) for out in static)
+    assert all(step.graph is not None for step in steps_of(model))

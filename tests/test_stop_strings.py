@@ -129,6 +129,16 @@ def test_every_row_stops_by_itself(tokenizer: Any, cache: str, engine: str) -> N
     assert torch.equal(drafted.sequences, out.sequences) and torch.equal(drafted.commit_step, out.commit_step)
 
 
+def test_several_responses_to_a_prompt_stop_each_by_itself(tokenizer: Any) -> None:
+    model, settings = exact_model(), {"max_new_tokens": 8, "block_length": 4, "temperature": 2.0, "seed": 1}
+    settings |= {"num_return_sequences": 3, "stop_at_eos": False}
+    free = model.generate(prompts(2, 5), **settings).sequences[:, 5:]
+    stop = tokenizer.decode(free[4, 1:3])
+    out = model.generate(prompts(2, 5), stop_strings=stop, tokenizer=tokenizer, **settings).sequences[:, 5:]
+    for row, whole in zip(out, free, strict=True):
+        assert text_of(tokenizer, row) == text_of(tokenizer, whole).split(stop)[0]
+
+
 def test_what_is_streamed_ends_before_a_string_of_its_block(tokenizer: Any) -> None:
     recorder = Recorder()
     settings = {"max_new_tokens": 12, "block_length": 4, "rule": Quota(1), "tokenizer": tokenizer}

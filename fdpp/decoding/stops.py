@@ -54,10 +54,9 @@ def cut_at_stop(tokenizer: Any, ids: Sequence[int], stops: Sequence[str]) -> tup
     Stop strings are searched for in the text with special tokens; the returned text is without.
     """
     text = decode(tokenizer, ids)
-    found = [at for at in map(text.find, stops) if at >= 0]
-    if not found:
+    cut = first_stop(text, stops)
+    if cut is None:
         return decode(tokenizer, ids, skip_special_tokens=True), len(ids)
-    cut = min(found)
     kept = tokens_before(tokenizer, ids, cut)
     rest = text[len(decode(tokenizer, ids[:kept])) : cut]
     return decode(tokenizer, ids[:kept], skip_special_tokens=True) + rest, kept
