@@ -119,6 +119,18 @@ def test_static_steps_read_constants_that_stay(llada: LLaDAModelLM) -> None:
     assert bucket.filters is held and held.never is not None
 
 
+def test_contexts_of_an_infill_end_before_the_position(llada: LLaDAModelLM) -> None:
+    """Given tokens behind it are none, on either engine."""
+    text = prompts(2, 24)
+    text[:, 4:7], text[:, 9:20] = MASK, MASK
+    settings = {"rule": Quota(2), "block_length": 8, "stop_at_eos": False}
+    out = llada.infill(text, **EVERYTHING, **settings)
+    processors = [make(EVERYTHING[name]) for name, make in PROCESSORS.items()]
+    same(out, llada.infill(text, logits_processor=processors, **settings))
+    same(out, llada.infill(text, engine="static", drafts=2, **EVERYTHING, **settings))
+    assert not torch.equal(out.sequences, llada.infill(text, **settings).sequences)
+
+
 def test_where_a_processor_of_the_callers_stands(llada: LLaDAModelLM) -> None:
     """After penalty, bad words and suppressed tokens, before the cut-offs."""
     seen = []
