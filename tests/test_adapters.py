@@ -118,7 +118,8 @@ LAYERS: list[Any] = [
 
 def named(value: Any) -> str:
     """The same in every process, unlike the order of a set."""
-    return "-".join(sorted(value.target_modules)) if hasattr(value, "target_modules") else str(value)
+    targets = getattr(value, "target_modules", value)
+    return "-".join(sorted(targets)) if isinstance(targets, set) else str(targets)
 
 
 @pytest.mark.parametrize(("config", "model"), LAYERS, ids=named)
@@ -146,7 +147,7 @@ def test_a_lora_on_any_layer(cache: str, config: Any, model: dict[str, Any]) -> 
         peft.IA3Config(target_modules=["v_proj", "ff_out"], feedforward_modules=["ff_out"]),
         peft.LoHaConfig(target_modules=["ff_proj"]),
     ],
-    ids=lambda config: f"{type(config).__name__}-{config.target_modules}",
+    ids=lambda config: f"{type(config).__name__}-{named(config)}",
 )
 def test_a_merged_adapter_decodes_alike_and_its_weights_are_joined_again(config: Any) -> None:
     """Weights that were joined before are views, into which peft writes."""
