@@ -51,7 +51,9 @@ def test_prompts_in_other_forms(llada: LLaDAModelLM, form: Any) -> None:
 def test_a_batch_encoding_brings_its_attention_mask(llada: LLaDAModelLM) -> None:
     ids, mask = left_pad([prompts(1, 3)[0], prompts(1, 6, seed=1)[0]])
     expected = llada.generate(ids, mask, **SIZES)
-    assert same(llada.generate(BatchEncoding({"input_ids": ids, "attention_mask": mask}), **SIZES), expected)
+    inputs = BatchEncoding({"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)})
+    assert same(llada.generate(inputs, **SIZES), expected)
+    assert same(llada.generate(**inputs, **SIZES), expected)
 
 
 def test_no_prompt_is_an_empty_one(llada: LLaDAModelLM) -> None:
@@ -232,6 +234,7 @@ def test_a_rule_by_its_name(llada: LLaDAModelLM, rule: Any) -> None:
         ({"guidance_scale": 2.0}, "cfg_scale, which is guidance_scale - 1"),
         ({"num_beams": 4}, "num_beams=4 is of autoregressive generation.*expected 1, which changes nothing"),
         ({"penalty_alpha": 0.6}, "penalty_alpha=0.6 is of autoregressive generation and has no meaning"),
+        ({"assistant_model": [0] * 999}, r"unknown setting assistant_model=\[0, 0, 0, 0, 0, 0, ...\]; known are"),
         ({"blocks": 4}, "unknown setting blocks=4; known are max_new_tokens, block_length"),
     ],
     ids=str,

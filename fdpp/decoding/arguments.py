@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
@@ -103,16 +104,17 @@ def settings_of(
 
 def meaning(name: str, value: Any) -> str:
     """What to say of an argument that is not taken."""
+    shown = f"{name}={reprlib.repr(value)}"
     owners = [kind for kind in Rule.named().values() if name in kind.numbers]
     if name in ELSEWHERE:
-        return f"{name}={value!r} has another name here, {ELSEWHERE[name].format(repr(value))}"
+        return f"{shown} has another name here, {ELSEWHERE[name].format(reprlib.repr(value))}"
     if owners:
-        rules = " or ".join(f"rule={kind.__name__}({name}={value!r})" for kind in owners)
-        return f"{name}={value!r} is a rule's, {rules}"
+        rules = " or ".join(f"rule={kind.__name__}({shown})" for kind in owners)
+        return f"{shown} is a rule's, {rules}"
     if name in vars(GenerationConfig()):
         neutral = f"; expected {NEUTRAL[name]!r}, which changes nothing" if name in NEUTRAL else ""
-        return f"{name}={value!r} is of autoregressive generation and has no meaning in a diffusion decode{neutral}"
-    return f"unknown setting {name}={value!r}; known are {', '.join(SETTINGS)}"
+        return f"{shown} is of autoregressive generation and has no meaning in a diffusion decode{neutral}"
+    return f"unknown setting {shown}; known are {', '.join(SETTINGS)}"
 
 
 def new_tokens(max_length: Any, prompt_length: int | None) -> int:

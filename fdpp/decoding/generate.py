@@ -222,6 +222,7 @@ class DiffusionGenerationMixin:
         self.before_decode()
         overrides = dict(overrides)
         inputs = overrides.pop("inputs", None)
+        overrides.pop("token_type_ids", None)  # some tokenizers return them, all zero
         device = next(iter(self.parameters())).device  # type: ignore[attr-defined]
         ids, mask = prompt_of(inputs if input_ids is None else input_ids, attention_mask, device)
         config = self.settled(generation_config, overrides, ids.shape[1])
