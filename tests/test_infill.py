@@ -191,6 +191,15 @@ def test_what_an_infill_refuses(exact: LLaDAModelLM) -> None:
         exact.generate(prompts(1, 4), max_new_tokens=0)
 
 
+def test_several_fillings_of_a_text(exact: LLaDAModelLM) -> None:
+    ids, settings = torch.stack(texts()[:2]), {"block_length": 7, "temperature": 2.0, "seed": 4}
+    out = exact.infill(ids, num_return_sequences=3, **settings)
+    assert torch.equal(out.sequences, exact.infill(ids.repeat_interleave(3, 0), **settings).sequences)
+    assert len(out.sequences[:3].unique(dim=0)) == 3
+    again = exact.generate(ids, max_new_tokens=0, num_return_sequences=3, **settings)
+    assert torch.equal(again.sequences, out.sequences)
+
+
 def test_the_sequences_alone(exact: LLaDAModelLM) -> None:
     ids = torch.stack(texts())
     out = exact.infill(ids, rule=Frechet(0.1), return_dict_in_generate=False)

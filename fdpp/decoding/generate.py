@@ -114,7 +114,7 @@ class DiffusionGenerationMixin:
         """
         own = taken_by(custom_generate, overrides)
         overrides = {name: overrides[name] for name in overrides.keys() - own.keys()}
-        ids, mask, config = self.asked(input_ids, attention_mask, generation_config, overrides)
+        ids, mask, config = self.asked(input_ids, attention_mask, generation_config, overrides, num_return_sequences)
         masks = bool(blanks(ids, mask, cast(int, config.mask_token_id)).any())
         if config.max_new_tokens == 0 and custom_generate is None:
             if not masks:
@@ -124,8 +124,6 @@ class DiffusionGenerationMixin:
             warn_once(
                 "generate: the prompt holds masks, which stay as they are; `infill` or max_new_tokens=0 fills them"
             )
-        copies = copies_of(num_return_sequences, config)
-        ids, mask = ids.repeat_interleave(copies, 0), None if mask is None else mask.repeat_interleave(copies, 0)
         self.check_window(ids, mask, config.max_new_tokens)
         processors, criteria = lists(streamer, logits_processor, stopping_criteria)
         stops = stops_of(config, tokenizer, ids, mask)
@@ -156,6 +154,7 @@ class DiffusionGenerationMixin:
         streamer: BaseStreamer | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        num_return_sequences: int | None = None,
         tokenizer: Any = None,
         **overrides: Any,
     ) -> Any:
@@ -172,7 +171,8 @@ class DiffusionGenerationMixin:
                 sequences must then stand in the same column.
             stopping_criteria: as in `generate`, asked with sequences that are decoded together; True leaves padding
                 in the place of later masks.
-            generation_config, logits_processor, tokenizer, overrides: as in `generate`, but for `max_new_tokens`.
+            generation_config, logits_processor, num_return_sequences, tokenizer, overrides: as in `generate`, but for
+                `max_new_tokens`.
 
         Returns:
             As `generate`, the sequences `[B, P]` and what is said of every position over all P of them.
@@ -183,7 +183,7 @@ class DiffusionGenerationMixin:
         if overrides.get("max_new_tokens"):
             raise ValueError(f"infill: expected no max_new_tokens, the text has its length, got {overrides}")
         overrides = {**overrides, "max_new_tokens": 0}
-        ids, mask, config = self.asked(input_ids, attention_mask, generation_config, overrides)
+        ids, mask, config = self.asked(input_ids, attention_mask, generation_config, overrides, num_return_sequences)
         return self.fill(ids, mask, config, streamer, stopping_criteria, logits_processor, tokenizer)
 
     def fill(
@@ -208,7 +208,7 @@ class DiffusionGenerationMixin:
             some = replace(config, max_new_tokens=ids.shape[1] - start)
             with steps_for(model, some, ids.device, processors or None) as static:
                 prompt, given = ids[rows, :start], ids[rows, start:]
-                padding = None if mask is None else mask[rows, :start]
+                padding = None if mask is None else check_mask(prompt, mask[rows, :start])
                 loop = BlockLoop(model, prompt, padding, some, processors or None, static, given, rows)
                 decode(loop, streamer, criteria, prompt, stops_of(some, tokenizer, prompt, padding))
             loops.append((rows, loop))
@@ -216,9 +216,14 @@ class DiffusionGenerationMixin:
         return out if config.return_dict_in_generate else out.sequences
 
     def asked(
-        self, input_ids: Any, attention_mask: Any, generation_config: Any, overrides: dict[str, Any]
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        generation_config: Any,
+        overrides: dict[str, Any],
+        copies: int | None = None,
     ) -> tuple[Tensor, Tensor | None, DiffusionGenerationConfig]:
-        """The prompts `[B, P]`, their attention mask (None: no padding), and all settings of a decode."""
+        """The prompts `[B, P]`, each so many times, their attention mask (None: no padding), and all settings."""
         self.before_decode()
         overrides = dict(overrides)
         inputs = overrides.pop("inputs", None)
@@ -230,7 +235,8 @@ class DiffusionGenerationMixin:
         mask = inferred_padding(ids, config) if mask is None else check_mask(ids, mask)
         if config.draws and config.seed is None:
             config = replace(config, seed=drawn_seed(cast(DiffusionModel, self), ids.device))
-        return ids, mask, config
+        times = check_copies(copies, config)
+        return ids.repeat_interleave(times, 0), None if mask is None else mask.repeat_interleave(times, 0), config
 
     def check_window(self, ids: Tensor, mask: Tensor | None, new: int) -> None:
         longest = ids.shape[1] if mask is None else int(mask.sum(1).amax())
@@ -351,8 +357,8 @@ def lists(
     return LogitsProcessorList(logits_processor or []), StoppingCriteriaList(stopping_criteria or [])
 
 
-def copies_of(num_return_sequences: int | None, config: DiffusionGenerationConfig) -> int:
-    """How often to decode every prompt."""
+def check_copies(num_return_sequences: int | None, config: DiffusionGenerationConfig) -> int:
+    """How often to decode every prompt; `ValueError` if that does not fit."""
     copies = 1 if num_return_sequences is None else num_return_sequences
     if not is_int(copies) or copies < 1:
         raise ValueError(f"num_return_sequences: expected an int of at least 1, got {num_return_sequences!r}")
