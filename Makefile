@@ -71,9 +71,7 @@ bench-smoke: $(READY)
 	$(PY) bench/report.py $(OUT)
 
 gate: $(READY)
-	mkdir -p $(OUT)
-	$(PY) -m pytest -q bench/bench_gate.py --benchmark-json=$(OUT)/gate.json
-	$(PY) bench/gate.py $(OUT)/gate.json
+	$(PY) bench/gate.py --out $(OUT)
 
 quality: $(READY)
 	$(PY) bench/quality.py
@@ -133,6 +131,6 @@ gpu-rehearse: $(READY)
 	$(PY) bench/gpu_check.py --out $(OUT) --rehearse
 
 clean:
-	rm -rf .venv build dist fdpp.egg-info .coverage .coverage.* .benchmarks .hypothesis \
+	rm -rf .venv build dist fdpp.egg-info .coverage .coverage.* .hypothesis \
 	.mypy_cache .pytest_cache .ruff_cache bench/results/local
 	find fdpp kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -54,10 +54,10 @@ setup(
         "png": ["matplotlib"],
         "sglang": ['sglang>=0.5.23; python_version >= "3.11"'],
         "test": [
-            *("pytest", "pytest-benchmark", "pytest-cov", "pytest-xdist", "hypothesis", "numpy"),
+            *("pytest", "pytest-cov", "pytest-xdist", "hypothesis", "numpy"),
             *("accelerate", "bitsandbytes", "torchao", "packaging", "peft>=0.20", "setuptools>=77", "wheel"),
         ],
         "lint": ["ruff", "mypy"],
-        "bench": ["pytest", "pytest-benchmark", "matplotlib"],
+        "bench": ["matplotlib"],
     },
 )

@@ -349,6 +349,7 @@ class Benchmark:
         size, dtype = (8192, torch.bfloat16) if ON_GPU else (64 if options.smoke else 1024, torch.float32)
         self.rows: list[dict[str, Any]] = []
         self.results: dict[str, Any] = {
+            "smoke": options.smoke,
             "copy_gb_s": self.bandwidth / 1e9,
             "matmul_tflop_s": measure.matmul_rate(size, dtype) / 1e12,
             "rows": self.rows,

@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     V, D, budget = (126464, 4096 if ON_GPU else 320, 0.5) if not options.smoke else (1000, 32, 0.02)
     sizes = [(1, 32, 1), (1, 32, 8), (1, 32, 32), (8, 32, 32), (32, 32, 32)] if ON_GPU else [(1, 32, 32), (8, 32, 32)]
     heads, head_size = (32, 128) if ON_GPU else (4, 32)
-    results: dict[str, list[dict[str, Any]]] = {"head": [], "attention": [], "branches": []}
+    results: dict[str, Any] = {"smoke": options.smoke, "head": [], "attention": [], "branches": []}
 
     def note(kind: str, about: dict[str, int], call: Callable[[], dict[str, Any]]) -> Path:
         results[kind].append(about | measure.attempt(call))

@@ -1,4 +1,4 @@
-"""One denoising step at LLaDA's vocabulary: fused, in two launches and the published way, in the same run.
+"""One denoising step at LLaDA's vocabulary: fused, in two launches, the published way and a plain softmax, in turn.
 
 `python bench/bench_select.py --out FOLDER` writes `select-<device>.json`. On a GPU, for 1 to 4096 masked rows:
 microseconds under CUDA graphs with warm and cold L2, launches, GB/s and their share of the copy bandwidth. On a CPU:
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,7 @@ def ways(mask_id: int = MASK_ID) -> dict[str, Callable[[Tensor, Tensor], Any]]:
     found: dict[str, Callable[[Tensor, Tensor], Any]] = {
         "fdpp": lambda logits, tokens: step(logits, tokens).tokens,
         "published": lambda logits, tokens: published.select(logits, tokens, tokens == mask_id, RULE)[0],
+        "plain": lambda logits, tokens: published.plain(logits, tokens, mask_id, TAU),
     }
     if ON_GPU or os.environ.get("TRITON_INTERPRET") == "1":
         found["two launches"] = lambda logits, tokens: two_launch.select(logits, tokens, mask_id, TAU)
@@ -64,14 +66,14 @@ def ways(mask_id: int = MASK_ID) -> dict[str, Callable[[Tensor, Tensor], Any]]:
 
 
 def check(problem: Problem, implementations: dict[str, Callable[[Tensor, Tensor], Any]], mask_id: int) -> None:
-    """All ways must take the same step. The two-launch selection knows only the threshold rule."""
+    """All ways must take the same step. The plain and the two-launch selection know only the threshold rule."""
     tokens = implementations["fdpp"](*problem)
     if not tokens.equal(implementations["published"](*problem)):
         raise AssertionError("fdpp and the published selection commit differently")
-    if "two launches" in implementations:
+    for way in implementations.keys() & {"plain", "two launches"}:
         wanted = fdpp.select(*problem, rule=fdpp.Threshold(TAU), mask_id=mask_id).tokens
-        if not wanted.equal(implementations["two launches"](*problem)):
-            raise AssertionError("fdpp and the two-launch selection commit differently")
+        if not wanted.equal(implementations[way](*problem)):
+            raise AssertionError(f"fdpp and the selection {way!r} commit differently")
 
 
 def in_graphs(
@@ -79,7 +81,7 @@ def in_graphs(
 ) -> dict[str, Any]:
     """Launches, and times in CUDA graphs: warm with one problem repeated, cold with more problems than the L2 holds."""
     row: dict[str, Any] = {"launches": measure.launches(partial(call, *problem))}
-    if way == "published":
+    if way in ("published", "plain"):  # both wait for the device
         return row
     many = max(3, min(5 * measure.CALLS, int(2e9 / nbytes)))
     others = max(1, -(-4 * measure.l2_bytes() // nbytes))
@@ -103,10 +105,12 @@ def measured(
         check(problem, implementations, mask_id)
     except AssertionError as error:
         row["error"] = str(error)
+    calls = {way: measure.Calls([partial(call, *problem)] * measure.CALLS) for way, call in implementations.items()}
+    seconds = measure.in_turn({way: repeated.replay for way, repeated in calls.items()}, 5, len(calls) * budget)
     for way, call in implementations.items():
         once = partial(call, *problem)
         result = {
-            "us": 1e6 * measure.median_seconds(once, calls=measure.CALLS, rounds=5, budget=budget),
+            "us": 1e6 * statistics.median(seconds[way]) / measure.CALLS,
             "peak_mb": measure.peak_bytes(once) / 1e6,
         }
         if graphs:
@@ -117,6 +121,8 @@ def measured(
         row[way] = result
     ours = row["fdpp"]
     row["speedup"] = row["published"]["us"] / ours.get("us_warm", ours["us"])
+    pairs = zip(seconds["plain"], seconds["fdpp"], strict=True)
+    row["speedup_plain"] = statistics.median(theirs / mine for theirs, mine in pairs)
     return row
 
 
@@ -129,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     sizes, V, mask_id, budget = (SMOKE_SIZES, 1000, 999, 0.05) if options.smoke else (SIZES, VOCABULARY, MASK_ID, 0.5)
     graphs = ON_GPU or options.smoke
     rows: list[dict[str, Any]] = []
-    results = {"vocabulary": V, "rule": str(RULE), "copy_gb_s": bandwidth / 1e9, "rows": rows}
+    results = {"smoke": options.smoke, "vocabulary": V, "rule": str(RULE), "copy_gb_s": bandwidth / 1e9, "rows": rows}
     for size in sizes:
         found = measure.attempt(lambda size=size: measured(size, bandwidth, V, mask_id, budget, graphs))
         about = {"sequences": size[0], "positions": size[1], "rows": size[0] * size[2]}

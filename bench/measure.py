@@ -56,6 +56,26 @@ def median_seconds(call: Callable[[], Any], *, calls: int = 1, rounds: int = 3, 
     return statistics.median(times) / calls
 
 
+def in_turn(ways: dict[str, Callable[[], Any]], rounds: int, budget: float) -> dict[str, list[float]]:
+    """Wall seconds of each way, round by round: all of them in turn, at least `rounds` times and for `budget` seconds.
+
+    What else the machine does for longer than a round reaches all ways, so their ratio within a round is what to trust.
+    """
+    for call in ways.values():
+        call()
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    started, done = time.perf_counter(), 0
+    while done < rounds or time.perf_counter() - started < budget:
+        for way, call in ways.items():
+            synchronize()
+            begin = time.perf_counter()
+            call()
+            synchronize()
+            seconds[way].append(time.perf_counter() - begin)
+        done += 1
+    return seconds
+
+
 class Replayed(Protocol):
     """What is captured once and replayed, like a `torch.cuda.CUDAGraph`."""
 
@@ -233,9 +253,14 @@ def write(folder: Path, kind: str, results: dict[str, Any]) -> Path:
     return part.replace(path)  # a run that is stopped while it writes keeps the earlier results
 
 
+SMOKE = "Toy shapes (--smoke): they show that it runs. No time or ratio here says anything about speed."
+
+
 def close(path: Path, results: dict[str, Any]) -> None:
     """Say where the results are, and exit with 1 if a setting failed for another reason than memory."""
     print(f"written to {path}")
+    if results.get("smoke"):
+        print(SMOKE)
     failed = [error for error in errors(results) if error != "out of memory"]
     if failed:
         raise SystemExit("\n".join(failed))

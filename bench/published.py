@@ -1,4 +1,4 @@
-"""The published way to take one step, written from the papers, as the yardstick.
+"""The yardsticks of one step: the published way, written from the papers, and a plain softmax in float32.
 
 Fast-dLLM++ (arXiv 2606.02955) and Fast-dLLM (arXiv 2505.22618) take a float64 softmax over the whole vocabulary at
 every position that was fed, masked or not, gather the confidence of the argmax and sort each sequence's confidences.
@@ -11,6 +11,20 @@ import torch
 from torch import Tensor
 
 from fdpp import Frechet, Quota, Rule, Threshold
+
+
+def plain(logits: Tensor, tokens: Tensor, mask_id: int, tau: float) -> Tensor:
+    """What a careful user would write for a threshold `tau`: new tokens `[B, T]`, a float32 softmax of masked rows.
+
+    It sorts, scans and counts nothing, may propose the mask id, and knows of a 1 - c only what a float32 c leaves.
+    """
+    masked = tokens == mask_id
+    # The rows themselves where all are masked: indexing would copy them.
+    rows = logits.flatten(0, 1) if masked.all() else logits[masked]
+    confidence, proposal = rows.float().softmax(-1).max(-1)
+    score = confidence.new_zeros(tokens.shape).masked_scatter(masked, confidence)
+    committed = masked & ((score >= tau) | (score == score.amax(1, keepdim=True)))
+    return torch.where(committed, tokens.masked_scatter(masked, proposal), tokens)
 
 
 def select(logits: Tensor, tokens: Tensor, masked: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:

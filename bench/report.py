@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import measure
+
 Result = dict[str, Any]
 
 SHAPES = {"tiny": "embedded", "100m": "96 M"}
@@ -45,6 +47,7 @@ def select_table(result: Result) -> str:
 
 def call_table(result: Result) -> str:
     header = [f"one step, V = {result['vocabulary']:,}, bf16", "published, ms", "fdpp, ms", "faster"]
+    header += ["float32 softmax, ms", "faster"]
     header += ["extra memory, published, MB", "fdpp, MB"]
     rows = []
     for row in result["rows"]:
@@ -55,12 +58,15 @@ def call_table(result: Result) -> str:
             continue
         both = (row["published"], row["fdpp"])
         times = [number(way["us"] / 1e3) for way in both]
-        rows.append([first, *times, f"{row['speedup']:.1f}x", *(number(way["peak_mb"]) for way in both)])
+        # Older results have no plain softmax.
+        plain = [number(row["plain"]["us"] / 1e3), f"{row['speedup_plain']:.2f}x"] if "plain" in row else ["-", "-"]
+        rows.append([first, *times, f"{row['speedup']:.1f}x", *plain, *(number(way["peak_mb"]) for way in both)])
     return markdown(header, rows) + differing(result)
 
 
 def graph_table(result: Result) -> str:
-    header = ["masked rows (of)", "published, us", "two launches warm / cold", "fdpp warm / cold", "faster"]
+    header = ["masked rows (of)", "published, us", "float32 softmax, us"]
+    header += ["two launches warm / cold", "fdpp warm / cold", "faster"]
     header += ["launches, published", "two", "fdpp", "fdpp, GB/s cold", "% of copy", "extra MB, published", "fdpp"]
     rows = []
     for row in result["rows"]:
@@ -73,6 +79,7 @@ def graph_table(result: Result) -> str:
             [
                 first,
                 number(published["us"]),
+                number(row.get("plain", {}).get("us")),
                 *(f"{number(way.get('us_warm'))} / {number(way.get('us_cold'))}" for way in (two, ours)),
                 f"{row['speedup']:.1f}x",
                 *(str(way.get("launches", "-")) for way in (published, two, ours)),
@@ -210,6 +217,8 @@ def report(folder: Path) -> str:
             about = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
             copy = f"; copy bandwidth {result['copy_gb_s']:.0f} GB/s" if "copy_gb_s" in result else ""
             parts += [about + copy, table(result)]
+            if result.get("smoke"):
+                parts.append(measure.SMOKE)
     rows = [[name, value, "met" if met else "NOT met"] for name, value, met in targets(select, decode)]
     if rows:
         parts.append(markdown(["target", "measured", ""], rows))

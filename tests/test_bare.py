@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[1]
 INSTALLED = ("torch", "triton", "transformers", "pytest")
 ABSENT = (
     "hypothesis",
-    "pytest_benchmark",
     "xdist",
     "pytest_cov",
     "coverage",

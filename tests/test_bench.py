@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
 import bench_decode
+import bench_gate
 import bench_kernels
 import bench_select
 import gate
@@ -89,12 +93,23 @@ def test_the_two_launch_selection_is_a_threshold(device: str, B: int, T: int, V:
     assert two_launch.select(logits, tokens, problem.mask_id, 0.4).equal(ours.tokens)
 
 
+@pytest.mark.parametrize("masked", [0.6, 1.0])
+def test_the_plain_softmax_is_a_threshold(masked: float) -> None:
+    problem = random_problem(3, 4, 9, 40, fdpp.Threshold(0.9), masked=masked, dtype=torch.bfloat16)
+    problem.logits[..., problem.mask_id] = -100.0  # which it would propose
+    problem.logits[0] = problem.logits[0] / 100.0  # no position of this one reaches the threshold
+    ours = fdpp.select(problem.logits, problem.tokens, rule=fdpp.Threshold(0.9), mask_id=problem.mask_id)
+    assert published.plain(problem.logits, problem.tokens, problem.mask_id, 0.9).equal(ours.tokens)
+    assert ours.committed[0].sum() == 1 and ours.committed.sum() > 8
+
+
 def test_a_step_is_checked_before_it_is_timed() -> None:
     problem = bench_select.make_problem(1, 4, 4, 50, 49)
     ways = bench_select.ways(49)
     bench_select.check(problem, ways, 49)
-    with pytest.raises(AssertionError, match="commit differently"):
-        bench_select.check(problem, ways | {"published": lambda logits, tokens: tokens}, 49)
+    for way in ("published", "plain"):
+        with pytest.raises(AssertionError, match="commit differently"):
+            bench_select.check(problem, ways | {way: lambda logits, tokens: tokens}, 49)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +159,7 @@ def test_tables_and_plot(results: Path, capsys: pytest.CaptureFixture[str]) -> N
     sizes = ("| 8 (2 x 32) |", "smoke, dual, 2, 8", "256 masked rows of 8 x 32", "over 1056 columns")
     for size in (*sizes, "4 branches, 8 x 32"):
         assert size in text
+    assert text.count("float32 softmax, us") == 1
     device = report.load(results, "decode")[0]["environment"]["device"]
     name = "cpu" if device.startswith("CPU") else measure.slug(device)
     assert "<svg" in (results / f"roofline-{name}.svg").read_text()
@@ -244,6 +260,29 @@ def test_the_legend_has_the_shades_of_the_first_and_the_last_forward(forwards: i
 def test_the_picture_is_the_decode() -> None:
     problem = tiny.generate("held-out", 1, seed=1, steps=5)[0]
     assert picture.draw(problem.prompt, picture.decodes_of(problem)) == picture.PICTURE.read_text(encoding="utf-8")
+
+
+def test_toy_shapes_are_said_to_show_no_speed(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under every table of theirs and where the benchmark ends; under no other table."""
+    report.main([str(results)])
+    assert capsys.readouterr().out.count(measure.SMOKE) == 3
+    for kind in ("select", "kernels", "decode"):
+        [result] = report.load(results, kind)
+        measure.close(tmp_path, result)
+        assert measure.SMOKE in capsys.readouterr().out
+        measure.close(tmp_path, result | {"smoke": False})
+        assert measure.SMOKE not in capsys.readouterr().out
+    report.main([str(measure.RESULTS)])
+    assert measure.SMOKE not in capsys.readouterr().out
+
+
+def test_ways_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    ways = {"a": lambda: called.append("a"), "b": lambda: called.append("b")}
+    seconds = measure.in_turn(ways, 3, 0.0)
+    assert "".join(called) == "abababab" and [len(times) for times in seconds.values()] == [3, 3]
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
@@ -420,23 +459,100 @@ def test_plot_of_gpu_results(tmp_path: Path) -> None:
     assert (tmp_path / "roofline-nvidia-h200.png").stat().st_size > 1000
 
 
-def benchmark_file(path: Path, ours: float, theirs: float = 0.4) -> Path:
-    entries = [
-        {"group": "decode", "extra_info": {"way": way}, "stats": {"min": seconds, "median": 9.0}}
-        for way, seconds in (("fdpp", ours), ("published", theirs))
-    ]
-    path.write_text(json.dumps({"benchmarks": entries}))
-    return path
+class Machine:
+    """A machine with a clock of its own, which only its calls move: `slowness` says how long the next one takes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, slowness: Callable[[], float]) -> None:
+        self.now, self.slowness = 0.0, slowness
+        monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def call(self, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            self.now += seconds * self.slowness()
+
+        return run
 
 
-def test_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    baselines = ["--baselines", str(tmp_path / "baselines")]
-    assert gate.main([str(benchmark_file(tmp_path / "a.json", 0.1)), *baselines]) == 0
+def others(seed: int, at_most: float) -> Callable[[], float]:
+    """Slowness of a machine with other work: each call takes up to `at_most` times as long, by chance."""
+    chance = random.Random(seed)
+    return lambda: at_most ** chance.random()
+
+
+def busier_and_busier() -> Callable[[], float]:
+    """Slowness that triples within the run, slowly: both calls of a pair see about the same."""
+    calls = itertools.count()
+    return lambda: 1.0 + next(calls) / 20
+
+
+QUIET: Callable[[], float] = lambda: 1.0  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("ours", "slowness", "status", "said"),
+    [
+        (0.1, QUIET, 0, "gate: passed"),
+        (0.1 * gate.ALLOWED * 0.99, QUIET, 0, "gate: passed"),
+        (0.1 * gate.ALLOWED * 1.02, QUIET, 1, f"{gate.ALLOWED * 1.02:.2f} times as slow as the baseline"),
+        (0.2, others(1, 1.1), 1, "times as slow as the baseline"),
+        (0.1, others(2, 1.1), 0, "gate: passed"),
+        (0.1, busier_and_busier(), 0, "gate: passed"),
+        (0.2, busier_and_busier(), 1, "times as slow as the baseline"),
+        (0.1, others(3, 100.0), 75, "too noisy to say: ratios from"),
+        (0.2, others(4, 100.0), 75, "too noisy to say: ratios from"),
+        (5.8, others(5, 100.0), 75, "too noisy to say: ratios from"),
+        (0.001, others(6, 20.0), 0, "gate: passed"),
+    ],
+    ids=["the same", "allowed", "slower", "slower, some noise", "the same, some noise", "the same, ever busier",
+         "slower, ever busier", "the same, noise", "slower, noise", "58 times as slow, noise", "faster, noise"],
+)  # fmt: skip
+def test_the_gate_tells_a_regression_from_a_noisy_machine(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ours: float,
+    slowness: Callable[[], float],
+    status: int,
+    said: str,
+) -> None:
+    """Made-up seconds of both ways, on machines whose calls take up to 100 times as long as they should."""
+    options = ["--out", str(tmp_path), "--baselines", str(tmp_path / "baselines")]
+
+    def timed(seconds: float, slowness: Callable[[], float], *more: str) -> int:
+        machine = Machine(monkeypatch, slowness)
+        group = (machine.call(seconds), machine.call(0.4))
+        monkeypatch.setattr(gate.bench_gate, "groups", lambda: {"decode": lambda: group})
+        return gate.main([*options, *more])
+
+    assert timed(0.1, QUIET, "--store") == 0
+    assert timed(ours, slowness) == status
+    assert said in capsys.readouterr().out
+
+
+def test_a_baseline_is_of_one_device_and_never_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--out", str(tmp_path), "--baselines", str(tmp_path / "baselines")]
+    measured = {"decode": [0.25] * 9}
+    monkeypatch.setattr(gate, "pairs", lambda only: measured)
+    assert gate.main(options) == 0
     assert "no baseline for" in capsys.readouterr().out and list(tmp_path.glob("baseline-*.json"))
-    assert gate.main([str(tmp_path / "a.json"), *baselines, "--store"]) == 0
-    allowed = 0.1 * gate.ALLOWED
-    for ours, theirs, status in ((allowed * 0.99, 0.4, 0), (allowed * 1.01, 0.4, 1), (allowed * 1.01, 0.5, 0)):
-        assert gate.main([str(benchmark_file(tmp_path / "b.json", ours, theirs)), *baselines]) == status
-    (tmp_path / "c.json").write_text(json.dumps({"benchmarks": []}))
-    assert gate.main([str(tmp_path / "c.json"), *baselines]) == 1
-    assert "not measured" in capsys.readouterr().out
+    measured["select"] = [0.1, 9.0] * 9
+    assert gate.main([*options, "--store"]) == 75 and not (tmp_path / "baselines").exists()
+    measured["select"] = [0.1] * 9
+    assert gate.main([*options, "--store"]) == 0
+    [path] = (tmp_path / "baselines").iterdir()
+    assert path.stem == measure.slug(measure.environment()["device"])
+    assert json.loads(path.read_text())["ratios"] == {"decode": 0.25, "select": 0.1}
+    del measured["select"]
+    assert gate.main([*options, "--only", "decode"]) == 0
+    assert gate.main(options) == 1
+    assert "select: not measured" in capsys.readouterr().out
+
+
+def test_the_gates_pairs_are_of_the_same_problem() -> None:
+    """Its decodes give the same tokens up to EOS, and its groups are the baseline's."""
+    ours, published = bench_gate.groups()["decode, tiny, dual cache"]()
+    responses = [sequences[:, -128:] for sequences in (published()[0], ours().sequences)]
+    assert bench_decode.agreement(*responses, eos=torch.tensor(ours.func.__self__.config.eos_token_id)) == 1.0
+    assert list(bench_gate.groups()) == list(json.loads(next(gate.BASELINES.glob("cpu-*")).read_text())["ratios"])

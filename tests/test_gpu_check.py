@@ -308,9 +308,8 @@ def test_the_rehearsal(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:]
-    left_out = {"gate timing", "gate"} if gpu_check.missing_module("pytest_benchmark") else set()
     for stage in gpu_check.stages(tmp_path):
-        expected = "left out" if stage.name in {"memcheck", "racecheck", *left_out} else "passed"
+        expected = "left out" if stage.name in {"memcheck", "racecheck"} else "passed"
         assert summary(tmp_path)[stage.name].startswith(expected), done.stdout[-6000:]
     checks = [json.loads(line) for line in (tmp_path / "smoke.jsonl").read_text().splitlines()[1:]]
     assert len(checks) > 40 and all(check["ok"] for check in checks)
