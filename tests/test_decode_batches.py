@@ -13,6 +13,8 @@ from torch import Tensor
 
 import fdpp
 from fdpp import Frechet, LLaDAModelLM, Quota
+from fdpp.attention.cache import attend, left_padding
+from fdpp.models.linear import linear
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +193,66 @@ def test_prompts_that_do_not_fit(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         llada.generate(input_ids, attention_mask, max_new_tokens=4)
+
+
+# Rounding
+
+
+def assert_products_are_of_rows(dtype: torch.dtype) -> None:
+    """Skips where a row of a matrix product depends on how many rows there are, as some libraries have it."""
+    x, weight = torch.randn(96, 32, generator=torch.Generator().manual_seed(0)).to(dtype), torch.eye(48, 32).to(dtype)
+    weight += torch.randn(48, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    if any(not linear(x[:n], weight).equal(linear(x, weight)[:n]) for n in (1, 5, 16, 29, 64)):
+        pytest.skip(f"products in {dtype} depend on the number of rows here")
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("lengths", [[17] * 12, [3, 38, 21, 8, 30, 12, 25, 5, 17, 34, 28, 9]], ids=["equal", "padded"])
+def test_rows_in_bfloat16_are_those_alone_without_drafts(cache: str, lengths: list[int]) -> None:
+    """To the bit, so whatever rounding decides: logits of two forwards of the batch, and all tokens of its decode."""
+    assert_products_are_of_rows(torch.bfloat16)
+    model = small_model(seed=1, n_kv_heads=2, d_model=64, mlp_hidden_size=128).to(torch.bfloat16)
+    rows = [prompts(1, P, seed=i)[0] for i, P in enumerate(lengths)]
+    settings = {"max_new_tokens": 16, "block_length": 8, "rule": Frechet(0.1), "cache": cache}
+
+    def decode(ids: Tensor, mask: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        logits: list[Tensor] = []
+        project, kept = model.project, logits.append
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "project", lambda hidden: (kept(project(hidden)), logits[-1])[1])
+            sequences = model.generate(ids, mask, **settings).sequences
+        return logits, sequences[:, -16:]
+
+    logits, tokens = decode(*left_pad(rows))
+    for b, row in enumerate(rows):
+        alone, response = decode(row[None], None)
+        assert logits[0].unflatten(0, (12, -1))[b].equal(alone[0])
+        assert tokens[b].equal(response[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("queries", [5, 90])
+def test_padding_changes_no_rows_attention(dtype: torch.dtype, queries: int) -> None:
+    """`queries` of all 90 columns, or of a block: bit for bit those of the row without its padding."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, 90, 16, generator=g).to(dtype) for heads in (4, 2, 2))
+    left = torch.tensor([0, 13, 41])
+    mask = (torch.arange(90) >= left[:, None])[:, None, None]
+    together = attend(q[:, :, -queries:], k, v, mask)
+    for b, first in enumerate(left.tolist()):
+        n = min(queries, 90 - first)
+        row = slice(b, b + 1)
+        assert together[row, :, -n:].equal(attend(q[row, :, -n:], k[row, :, first:], v[row, :, first:], None))
+    assert together.isfinite().all()
+
+
+def test_a_mask_of_other_columns_is_a_mask() -> None:
+    """Holes, hidden ends and rows without a key are no padding on the left."""
+    q = torch.randn(2, 1, 4, 8, generator=torch.Generator().manual_seed(0))
+    for hidden in ([1], [3], [0, 2]):
+        mask = torch.ones(2, 1, 1, 4, dtype=torch.bool)
+        mask[1, ..., hidden] = False
+        scores = (q @ q.transpose(2, 3) / 8**0.5).masked_fill(~mask, -torch.inf)
+        torch.testing.assert_close(attend(q, q, q, mask), scores.softmax(-1) @ q)
+        torch.testing.assert_close(attend(q, q, q, mask[1:]), scores.masked_fill(~mask[1:], -torch.inf).softmax(-1) @ q)
+    assert left_padding(torch.zeros(1, 1, 1, 4, dtype=torch.bool), 1) is None

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdpp
 from fdpp import LLaDAModelLM
+from fdpp.attention import cache as attention_cache
 from fdpp.decoding import static
 from fdpp.decoding.arena import uncaptured
 from fdpp.decoding.forwards import Forwards
@@ -142,6 +143,8 @@ def test_a_step_holds_nothing_that_a_capture_refuses(settings: dict[str, Any], m
     mode, run, taken = Capturable(), static.Step.run, []
     monkeypatch.setattr(cpu, "select", mode.unseen(cpu.select))
     monkeypatch.setattr(project, "project_cpu", mode.unseen(project.project_cpu))
+    # Only a CPU's attention reads it, row by row.
+    monkeypatch.setattr(attention_cache, "left_padding", mode.unseen(attention_cache.left_padding))
     monkeypatch.setattr(Forwards, "only_masked", property(lambda self: False, lambda self, value: None), raising=False)
 
     def watched(step: static.Step, *arguments: Any) -> None:
@@ -264,6 +267,8 @@ def test_full_forwards_of_prompts_of_one_length_need_no_mask(
 
 
 def test_prompts_of_different_lengths_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a CPU attends row by row instead."""
+    monkeypatch.setattr(attention_cache, "left_padding", lambda mask, rows: None)
     llada = small_model()
     seen = masks_of(llada, monkeypatch)
     ids, mask = left_pad([prompts(1, 16)[0], prompts(1, 15)[0]])

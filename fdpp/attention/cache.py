@@ -18,8 +18,36 @@ H200 does 230 in the time it reads a byte (990 TFLOP/s at 4.3 TB/s). Derived, no
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of `q` `[b, H, n, hd]` over `k`, `v` `[b, kv_heads, S, hd]`; `mask` is True at keys to see."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    """Softmax attention of `q` `[b, H, n, hd]` over `k`, `v` `[b, kv_heads, S, hd]`; `mask` is True at keys to see.
+
+    On a CPU, rows that differ only in their left padding each attend over their own columns. A mask gives sums of other
+    groups, and so another rounding than the row has alone.
+    """
+    left = left_padding(mask, q.shape[0]) if mask is not None and q.device.type == "cpu" else None
+    gqa = q.shape[1] != k.shape[1]
+    if left is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    out = []
+    for first, queries, keys, values in zip(left, q.split(1), k.split(1), v.split(1), strict=True):
+        keys, values = keys[:, :, first:], values[:, :, first:]
+        # Queries of all columns include those of the padding, and how many there are decides how each is summed.
+        parts = (queries,)
+        if first and q.shape[2] == k.shape[2]:
+            parts = queries.tensor_split((first,), dim=2)
+        attended = [F.scaled_dot_product_attention(part, keys, values, enable_gqa=gqa) for part in parts]
+        out.append(torch.cat(attended, dim=2))
+    return torch.cat(out)
+
+
+def left_padding(mask: Tensor, rows: int) -> list[int] | None:
+    """How many columns the bool `mask` `[rows, 1, 1, S]` hides on each row's left; None if it is another mask."""
+    compiling = torch.compiler.is_compiling()  # a number per row would be a graph break
+    if compiling or not rows or mask.dtype != torch.bool or mask.shape != (rows, 1, 1, mask.shape[-1]):
+        return None
+    sees, S = mask[:, 0, 0], mask.shape[-1]
+    left = S - sees.sum(1)
+    is_left = sees.equal(visible(left, S)) and int(left.max()) < S
+    return left.tolist() if is_left else None
 
 
 def splits_keys(q: Tensor, k: Tensor, branches: int = 1) -> bool:
