@@ -123,7 +123,7 @@ def test_a_block_is_read_while_the_next_is_decoded(page: SimpleNamespace, monkey
 
     async def reader() -> int:
         count = 0
-        async for _ in page.blocks("Mia has 12 apples .", **LONG):
+        async for _ in page.blocks("Mia has 12 apples", **LONG):
             count += 1
             assert llada.forwards <= 9 or llada.let_go.is_set()
             llada.let_go.set()
@@ -181,7 +181,7 @@ def test_a_stream_that_nobody_reads_ends_its_decode(
     seen = []
 
     async def reader() -> None:
-        async with aclosing(page.blocks("Mia has 12 apples .", engine=engine, **LONG)) as stream:
+        async with aclosing(page.blocks("Mia has 12 apples", engine=engine, **LONG)) as stream:
             async for part in stream:
                 seen.append(part)
                 if way == "closed":

@@ -58,7 +58,8 @@ def assert_fused_is_the_same(llada: LLaDAModelLM, monkeypatch: pytest.MonkeyPatc
         fused = llada.generate(ids, mask, head="fused", **SIZES, **settings)
     assert library.keys() == fused.keys()
     for name in library:
-        torch.testing.assert_close(fused[name], library[name], rtol=0, atol=0, equal_nan=True, msg=name)
+        rounding = {"rtol": 1e-5, "atol": 1e-6} if name in ("confidence", "log_prob") else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(fused[name], library[name], **rounding, equal_nan=True, msg=name)
 
 
 @on_gpu(lambda rule: rule == RULES[2])

@@ -876,7 +876,7 @@ STEP = "DenoisingStep(rule=Frechet(margin=0.25, calibration=0.0), mask_id=62, te
             "module 'generate': get_transfer_index -> fdpp's fused step, get_transfer_index_dynamic -> fdpp's fused "
             "step, get_transfer_index_frechet_profile -> fdpp's fused step",
         ),
-        (1, f"a LLaDAModelLM: generate -> fdpp's block loop, denoising_step -> {STEP}"),
+        (1, f"a LLaDAModelLM: generate -> fdpp's block loop, infill -> fdpp's block loop, denoising_step -> {STEP}"),
         (2, "a Decoder: step -> DenoisingStep(rule=Quota(k=2), mask_id=19, temperature=0.0)"),
     ],
     ids=["script", "model", "module"],

@@ -101,7 +101,7 @@ class Words:
         ends = sorted({word[-1] for word in words})
         self.prefixes = torch.tensor([word[:-1] for word in words], dtype=torch.int64, device=device)
         self.ends = torch.tensor(ends, dtype=torch.int64, device=device)
-        last = torch.tensor([word[-1] for word in words], device=device)
+        last = torch.tensor([word[-1] for word in words], dtype=torch.int64, device=device)
         self.ends_of = (last[:, None] == self.ends).float()
 
     def refuse(self, logits: Tensor, contexts: Contexts) -> None:
