@@ -65,7 +65,7 @@ def test_with_the_default_the_figures_come_along(drafts: int) -> None:
     model, tokenizer = tiny.load()
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     [record] = generator(PROBLEMS[0], max_new_tokens=40, drafts=drafts)
-    assert record["nfe"] >= 1 and len(record["log_prob"]) == 40
+    assert record["generated_text"].startswith(PROBLEMS[0]) and {"nfe", "log_prob"} <= record.keys()
 
 
 def test_an_empty_prompt_and_a_total_length(generator: Pipeline) -> None:

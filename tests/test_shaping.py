@@ -153,7 +153,7 @@ AUTOREGRESSIVE: dict[str, list[LogitsProcessor]] = {
     "suppressed": [SuppressTokensLogitsProcessor(list(range(30)), device="cpu")],
     "length": [MinLengthLogitsProcessor(17, EOS)],
     "new tokens": [MinNewTokensLengthLogitsProcessor(6, 13, EOS)],
-    "bias": [SequenceBiasLogitsProcessor([[[t, (t * 7) % V], 4.0] for t in range(V)] + [[[3], -2.0]])],
+    "bias": [SequenceBiasLogitsProcessor([[[t, (t * 7) % V], 4.0] for t in range(1, V) if t * 7 % V] + [[[3], -2.0]])],
     "top k": [TopKLogitsWarper(4)],
     "top p": [TopPLogitsWarper(0.7)],
     "min p": [MinPLogitsWarper(0.3)],
