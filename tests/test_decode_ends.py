@@ -9,7 +9,7 @@ import torch
 from decoding import CACHES, RULES, SIZES, Recorder, Scripted, check, no_prompt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small import MASK, V, prompts, small_model
+from small import MASK, PAD, V, prompts, small_model
 
 import fdpp
 from fdpp import EntropyBound, Factor, Frechet, LLaDAModelLM, Quota, Threshold
@@ -158,7 +158,9 @@ def test_any_decode_ends(data: st.DataObject) -> None:
     ids = st.lists(st.integers(0, V - 1), min_size=P, max_size=P)
     prompt = torch.tensor([draw(ids) for _ in range(B)], dtype=torch.int64).reshape(B, P)
     padding = torch.tensor([draw(st.integers(0, P)) for _ in range(B)])
-    attention_mask = (torch.arange(P)[None] >= padding[:, None]).long() if draw(st.booleans()) else None
+    attention_mask = (torch.arange(P)[None] >= padding[:, None]).long()
+    if not bool((prompt[:, -1:] == PAD).any()) and draw(st.booleans()):
+        attention_mask = None  # a prompt that ends with padding is refused then
     new, block = draw(st.integers(1, 20)), draw(st.integers(1, 24))
     steps = draw(st.none() | st.integers(1, 30))
     rules = [
