@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -78,3 +78,11 @@ def check_temperature(temperature: float) -> None:
     """Raise `ValueError` unless `temperature` is a finite number of at least 0."""
     if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature!r}")
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

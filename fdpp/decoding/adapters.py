@@ -15,7 +15,6 @@ BY_ROW = {
 }
 """What peft hands to every layer by a hook while `generate` runs, and why it does not fit."""
 
-
 PROMPT_LEARNING = "a block decode takes ids, expected an adapter in the layers such as LoRA, got prompt learning"
 
 
@@ -52,5 +51,6 @@ def check_adapters(model: Any) -> None:
                 module._forward_pre_hooks.pop(key)
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
                 names |= found
-    for name in sorted(names):
+    if names:
+        name = min(names)
         raise ValueError(f"generate: {name} is not implemented: {BY_ROW[name]}")

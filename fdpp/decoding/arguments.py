@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from fdpp.decoding.saved import METADATA
-from fdpp.decoding.settings import DiffusionGenerationConfig, is_int
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.rules import Rule
+from fdpp.selection import is_int
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
     """Raise `ValueError` on an id that the vocabulary lacks."""
     if not ids.numel():
         return
-    low, high = (int(bound) for bound in ids.aminmax())
+    low, high = torch.stack(ids.aminmax()).tolist()
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         raise ValueError(f"input_ids: expected ids from 0 to {vocab_size - 1}, the model's vocabulary, got {wrong}")

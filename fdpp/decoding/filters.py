@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fdpp.decoding.contexts import Contexts
+from fdpp.selection import is_int, is_number
 
 if TYPE_CHECKING:
     from fdpp.decoding.settings import DiffusionGenerationConfig
@@ -25,7 +26,7 @@ some milliseconds, and a nucleus seldom holds more."""
 
 
 def is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_int(value) and value >= 0
 
 
 def check_filters(config: DiffusionGenerationConfig) -> None:
@@ -60,10 +61,6 @@ def check_filtered_ids(config: DiffusionGenerationConfig, vocab_size: int) -> No
         raise ValueError(
             f"suppress_tokens, bad_words_ids: expected to leave one of {vocab_size} tokens, got all of them"
         )
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_list(value: object) -> bool:

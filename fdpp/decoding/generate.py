@@ -30,9 +30,10 @@ from fdpp.decoding.head import slice_held
 from fdpp.decoding.infill import blanks, groups, output_of
 from fdpp.decoding.loop import BlockLoop
 from fdpp.decoding.model import DiffusionModel
-from fdpp.decoding.settings import DiffusionGenerationConfig, is_int
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.static import steps_for
 from fdpp.decoding.stops import StopStrings, end_at_strings, stops_of
+from fdpp.selection import is_int
 
 TOKEN_IDS = ("mask_token_id", "eos_token_id", "pad_token_id", "eot_token_id")
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")

@@ -220,14 +220,14 @@ class BlockLoop:
         """Pad `rows` after their first EOS at or after column `start` and take them out of the decode."""
         sequences = self.whole.sequences
         tail = sequences[rows, start:]
-        after = self.text_ends(tail, self.whole.take(rows), start).cumsum(1).cumsum(1) > 1
+        after = self.text_ends(start)[rows].cumsum(1).cumsum(1) > 1
         sequences[rows, start:] = tail.masked_fill(after, self.pad_id)
         self.live = self.live[~torch.isin(self.live, rows)]
 
-    def text_ends(self, tail: Tensor, state: BlockState, start: int) -> Tensor:
-        """Where the tokens `tail` `[b, n]` from column `start` on are an EOS that ends its sequence."""
-        at_end = torch.isin(tail, self.eos)
-        allowed = state.ends_allowed(slice(start, start + tail.shape[1]))
+    def text_ends(self, start: int) -> Tensor:
+        """Where an EOS from column `start` on ends its sequence, bool `[B, length - start]`."""
+        at_end = torch.isin(self.whole.sequences[:, start:], self.eos)
+        allowed = self.whole.ends_allowed(slice(start, self.length))
         return at_end if allowed is None else at_end & allowed
 
     def stop(self, criteria: StoppingCriteriaList, block: int) -> None:
@@ -245,11 +245,10 @@ class BlockLoop:
         self.live = self.live[~done]
 
     def output(self) -> DiffusionGenerationOutput:
-        response = self.whole.sequences[:, self.prompt_length :]
         commit_step, confidence = (
             held[:, self.prompt_length :] for held in (self.whole.commit_step, self.whole.confidence)
         )
-        before_eos = self.text_ends(response, self.whole, self.prompt_length).cumsum(1) == 0
+        before_eos = self.text_ends(self.prompt_length).cumsum(1) == 0
         written = (before_eos & (commit_step >= 0)).sum(1)
         acceptance = None
         if self.whole.offered is not None and self.whole.accepted is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeGuard
 
 from fdpp.decoding.filters import active_filters, check_filters
 from fdpp.decoding.saved import SavedSettings
 from fdpp.decoding.stops import check_stop_strings
 from fdpp.rules import Frechet, Rule
-from fdpp.selection import MAX_POSITIONS, check_temperature
+from fdpp.selection import MAX_POSITIONS, check_temperature, is_int
 
 CACHES = ("none", "prefix", "dual")
 REMASKINGS = ("low_confidence", "random")
@@ -226,7 +225,3 @@ class DiffusionGenerationConfig(SavedSettings):
         """For every block the rules of its successive steps; the last one repeats until the block is finished."""
         N = self.max_new_tokens
         return [self.rule.successive(start, stop, N, self.steps) for start, stop in self.blocks()]
-
-
-def is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
