@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import select
+import signal
 import socket
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -82,13 +83,15 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     timeout = SECONDS
 
-    def do_POST(self) -> None:
+    def handle(self) -> None:
         try:
-            status, content = self.answered()
-            self.reply(status, content)
+            super().handle()
         except (ConnectionError, UnwantedError):
-            self.close_connection = True
             self.log_message("%s", "not answered: stopped, or the client has gone")
+
+    def do_POST(self) -> None:
+        status, content = self.answered()
+        self.reply(status, content)
 
     def answered(self) -> tuple[int, dict[str, Any]]:
         if self.path != "/generate":
@@ -132,10 +135,16 @@ class Server(ThreadingHTTPServer):
     # A thread that is in an operator of PyTorch when the interpreter ends aborts the process: closing waits for all.
     daemon_threads = False
     request_queue_size = 128
+    timeout = 0.5
+    """How many seconds it waits for a request before it looks whether it is stopped."""
 
     def __init__(self, address: tuple[str, int], model: fdpp.LLaDAModelLM, tokenizer: Any, settings: Any) -> None:
         super().__init__(address, Handler)
         self.model, self.tokenizer, self.settings, self.stopping = model, tokenizer, settings, False
+
+    def stop(self, *_: Any) -> None:
+        """Handles a signal: an exception instead might cut off a request between its connection and its thread."""
+        self.stopping = True
 
     def answer(self, connection: socket.socket, prompt: str, **settings: Any) -> dict[str, Any]:
         ids = encode(self.tokenizer, prompt).to(self.model.device)
@@ -153,12 +162,12 @@ def main() -> None:
     model, tokenizer = load(options.model) if options.model else tiny.load()
     settings = {"max_new_tokens": 128, "rule": fdpp.Frechet(0.25), "cache": "dual"}
     with Server((options.host, options.port), model, tokenizer, settings) as server:
-        try:
-            print(f"listening on http://{options.host}:{server.server_port}", flush=True)
-            server.serve_forever()
-        except KeyboardInterrupt:
-            server.stopping = True
-            print("stopped")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, server.stop)
+        print(f"listening on http://{options.host}:{server.server_port}", flush=True)
+        while not server.stopping:
+            server.handle_request()
+        print("stopped")
 
 
 if __name__ == "__main__":

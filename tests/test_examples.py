@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -82,11 +84,13 @@ def address() -> Iterator[str]:
         line = process.stdout.readline()
         assert line.startswith("listening on http://127.0.0.1:"), line + process.stderr.read()
         yield line.split()[-1]
-        # Decodes that run when it is stopped end, and with them their threads.
-        waiting = [begin(line.split()[-1], {"prompt": LONGEST}) for _ in range(8)]
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-        for connection in waiting:
+        # Decodes that run when it is stopped end, and with them their threads, and those that are just accepted.
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(flood, line.split()[-1]) for _ in range(2)]
+            time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        for connection in itertools.chain.from_iterable(asked.result() for asked in waiting):
             connection.close()
         assert (process.returncode, out) == (0, "stopped\n") and "Traceback" not in err, err
     finally:
@@ -103,6 +107,27 @@ def begin(address: str, body: Any) -> socket.socket:
     return connection
 
 
+def flood(address: str) -> list[socket.socket]:
+    """Begin requests until nobody takes them, but not more than the server may have threads for."""
+    begun: list[socket.socket] = []
+    with contextlib.suppress(ConnectionError):
+        while len(begun) < 100:
+            begun.append(begin(address, {"prompt": LONGEST}))
+    return begun
+
+
+def hang_up(address: str, amid: bool) -> None:
+    """Close after a request, or reset the connection amid its first line."""
+    if amid:
+        host, port = address.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)), timeout=60)
+        connection.sendall(b"POST /gen")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    else:
+        connection = begin(address, {"prompt": LONGEST})
+    connection.close()
+
+
 def post(address: str, body: Any, path: str = "/generate", **headers: str) -> tuple[int, Any]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(address + path, data=data, headers=headers)
@@ -111,6 +136,21 @@ def post(address: str, body: Any, path: str = "/generate", **headers: str) -> tu
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
+
+
+def test_a_service_manager_stops_it_as_the_keyboard_does() -> None:
+    process = start("serve", "--port", "0")
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[-1]
+        waiting = begin(address, {"prompt": LONGEST})
+        process.terminate()
+        out, err = process.communicate(timeout=60)
+        waiting.close()
+        assert (process.returncode, out) == (0, "stopped\n") and "Traceback" not in err, err
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_requests_at_the_same_time_get_the_answers_of_calls_alone(address: str) -> None:
@@ -184,7 +224,7 @@ def test_bad_requests_and_clients_that_hang_up_between_good_ones(address: str) -
         if number % 3 == 1:
             return post(address, [b"{", {"prompt": "pens " * 300}, {"prompt": ""}][number // 3 % 3])[0]
         if number % 3 == 2:
-            return begin(address, {"prompt": LONGEST}).close()
+            return hang_up(address, amid=number % 2 == 1)
         return post(address, {"prompt": problems[number // 3 % 4].prompt})
 
     with ThreadPoolExecutor(12) as pool:
