@@ -76,33 +76,48 @@ def test_the_patched_script_gives_the_same_tokens(outputs: dict[str, str]) -> No
 # The server
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+@contextlib.contextmanager
+def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The server in a process of its own, and its address."""
     process = start("serve", "--port", "0")
     try:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
         assert line.startswith("listening on http://127.0.0.1:"), line + process.stderr.read()
-        yield line.split()[-1]
-        # Decodes that run when it is stopped end, and with them their threads, and those that are just accepted.
-        with ThreadPoolExecutor(2) as pool:
-            waiting = [pool.submit(flood, line.split()[-1]) for _ in range(2)]
-            time.sleep(0.02)
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
-        for connection in itertools.chain.from_iterable(asked.result() for asked in waiting):
-            connection.close()
-        assert (process.returncode, out) == (0, "stopped\n") and "Traceback" not in err, err
+        yield process, line.split()[-1]
     finally:
         process.kill()
         process.communicate()
 
 
+def stop(process: subprocess.Popen[str], by: signal.Signals) -> None:
+    process.send_signal(by)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "stopped\n") and "Traceback" not in err, err
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with server() as (process, address):
+        yield address
+        # Decodes that run when it is stopped end, and with them their threads, and those that are just accepted.
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(flood, address) for _ in range(2)]
+            time.sleep(0.02)
+            stop(process, signal.SIGINT)
+        for connection in itertools.chain.from_iterable(asked.result() for asked in waiting):
+            connection.close()
+
+
+def connect(address: str) -> socket.socket:
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
 def begin(address: str, body: Any) -> socket.socket:
     """Send a request; the caller reads no answer."""
-    host, port = address.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
-    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection = connect(address)
     connection.sendall(b"POST /generate HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data))
     return connection
 
@@ -119,8 +134,7 @@ def flood(address: str) -> list[socket.socket]:
 def hang_up(address: str, amid: bool) -> None:
     """Close after a request, or reset the connection amid its first line."""
     if amid:
-        host, port = address.removeprefix("http://").split(":")
-        connection = socket.create_connection((host, int(port)), timeout=60)
+        connection = connect(address)
         connection.sendall(b"POST /gen")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     else:
@@ -139,18 +153,8 @@ def post(address: str, body: Any, path: str = "/generate", **headers: str) -> tu
 
 
 def test_a_service_manager_stops_it_as_the_keyboard_does() -> None:
-    process = start("serve", "--port", "0")
-    try:
-        assert process.stdout is not None
-        address = process.stdout.readline().split()[-1]
-        waiting = begin(address, {"prompt": LONGEST})
-        process.terminate()
-        out, err = process.communicate(timeout=60)
-        waiting.close()
-        assert (process.returncode, out) == (0, "stopped\n") and "Traceback" not in err, err
-    finally:
-        process.kill()
-        process.communicate()
+    with server() as (process, address), begin(address, {"prompt": LONGEST}):
+        stop(process, signal.SIGTERM)
 
 
 def test_requests_at_the_same_time_get_the_answers_of_calls_alone(address: str) -> None:
