@@ -6,7 +6,7 @@ from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.models.configuration import LLaDAConfig
 from fdpp.models.llada import LLaDAModelLM
 from fdpp.patching import patch, unpatch
-from fdpp.rules import Dawn, EntropyBound, Factor, Frechet, Klass, LocalLeap, Quota, Rule, Threshold
+from fdpp.rules import Budget, Dawn, EntropyBound, Factor, Frechet, Klass, LocalLeap, Quota, Rule, Threshold
 from fdpp.selection import Selection
 from fdpp.step import DenoisingStep, select
 from fdpp.version import __version__
@@ -14,6 +14,7 @@ from fdpp.version import __version__
 moved.install()
 
 __all__ = [
+    "Budget",
     "Dawn",
     "DenoisingStep",
     "DiffusionGenerationConfig",

@@ -1,4 +1,4 @@
-"""Rules that look beyond the sorted profile: LocalLeap at neighbours, Klass at the steps before."""
+"""Rules that look beyond the sorted profile: LocalLeap at neighbours, Klass and Budget at the steps before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from small import EOS, MASK, exact_model, prompts
 from torch import Tensor
 
 import fdpp
-from fdpp.rules import klass
+from fdpp.rules import Proposed, budget, klass
 from fdpp.step import reference
 
 LEAP = "get_transfer_index_localleap"
@@ -148,7 +148,83 @@ def test_klass_is_its_definition(rule: fdpp.Klass) -> None:
         assert out.nfe.item() == forwards
 
 
-@pytest.mark.parametrize("rule", [fdpp.Klass(0.2, 2.0, 2), fdpp.LocalLeap(0.5, 0.3, 2), fdpp.Dawn()], ids=str)
+def budget_by_hand(target: Any, ids: Tensor, rule: fdpp.Budget, length: int) -> tuple[Tensor, int, int, int]:
+    """One block, no cache: the definition, one forward after the other; how often one more was taken, and waited."""
+    tokens = torch.cat((ids, torch.full((1, length), MASK)), dim=1)
+    before: list[float] | None = None
+    forwards = more = waited = 0
+    while (tokens == MASK).any():
+        with torch.no_grad():
+            p = target.project(target.model(tokens)[0, ids.shape[1] :]).double().softmax(-1)
+        forwards += 1
+        p[:, MASK] = 0.0
+        c, proposal = p.max(-1)
+        masked = [t for t in range(length) if tokens[0, ids.shape[1] + t] == MASK]
+        profile = sorted(masked, key=lambda t: (-c[t].item(), t))
+        n = 0
+        while n < len(profile) and c[profile[n]] >= rule.sure and sum(1 - c[t] for t in profile[:n]) <= rule.budget:
+            n += 1
+        taken, rest = profile[: max(n, 1)], profile[max(n, 1) :]
+        if before is not None and rest and sum(1 - c[t] for t in taken) <= rule.budget and c[rest[0]] >= rule.floor:
+            rising = c[rest[0]] - before[rest[0]] > rule.rise
+            waited += rising
+            more += not rising
+            taken = taken if rising else [*taken, rest[0]]
+        for t in taken:
+            tokens[0, ids.shape[1] + t] = proposal[t]
+        before = c.tolist()
+    return tokens, forwards, more, waited
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [fdpp.Budget(0.9, 0.5, 0.1, 0.02), fdpp.Budget(0.6, 0.5, 0.2, 1.0), fdpp.Budget(9.0, 1.0, 0.0, 0.0)],
+    ids=str,
+)
+def test_budget_is_its_definition(rule: fdpp.Budget) -> None:
+    more = waited = 0
+    for seed in range(4):
+        target, ids = exact_model(seed), prompts(1, 6, seed)
+        expected, forwards, taken, rose = budget_by_hand(target, ids, rule, 14)
+        out = target.generate(ids, rule=rule, max_new_tokens=14, block_length=14, cache="none", stop_at_eos=False)
+        assert out.sequences.equal(expected)
+        assert out.nfe.item() == forwards
+        more, waited = more + taken, waited + rose
+    assert more > 2 and (waited > 0 or rule.rise == 1.0)
+
+
+def test_budget_takes_the_lower_of_equals_and_none_that_is_unusable() -> None:
+    rule, tokens = fdpp.Budget(1.0, 0.9, 0.2, 0.1), torch.full((1, 5), 9)
+    logits = torch.zeros(1, 5, 10)
+    logits[0, 0, 3], logits[0, 1:3, 4] = 20.0, 2.0
+    logits[0, 3:] = torch.nan
+    step = fdpp.select(logits, tokens, rule=rule, mask_id=9)
+    assert step.committed.tolist() == [[True, False, False, False, False]]
+    calm = budget.Trend(torch.zeros(1, 5), torch.zeros(1, 5, dtype=torch.bool))
+    decided = rule.decide(Proposed(step, tokens, tokens == 9, 9, calm))
+    assert decided.committed.tolist() == [[True, True, False, False, False]]
+    rising = calm._replace(rising=torch.tensor([[False, True, False, False, False]]))
+    waits = rule.decide(Proposed(step, tokens, tokens == 9, 9, rising))
+    assert waits.committed.equal(step.committed), "the next of the profile is worth the wait, not the one after it"
+    logits[0, 1:3] = torch.nan
+    step = fdpp.select(logits, tokens, rule=fdpp.Budget(1.0, 0.9, 0.0, 1.0), mask_id=9)
+    none = fdpp.Budget(1.0, 0.9, 0.0, 1.0).decide(Proposed(step, tokens, tokens == 9, 9, calm))
+    assert none.committed.equal(step.committed)
+
+
+def test_alone_budget_is_its_sure_prefix() -> None:
+    logits, tokens = 3 * torch.randn(2, 8, 30), torch.full((2, 8), 29)
+    logits[0, :4, 5] = 12.0
+    out = fdpp.select(logits, tokens, rule=fdpp.Budget(9.0, 0.9, 0.0, 1.0), mask_id=29)
+    assert out.committed.equal(fdpp.select(logits, tokens, rule=fdpp.Threshold(0.9), mask_id=29).committed)
+    assert fdpp.select(logits, tokens, rule=fdpp.Budget(0.0), mask_id=29).committed.sum(1).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [fdpp.Klass(0.2, 2.0, 2), fdpp.LocalLeap(0.5, 0.3, 2), fdpp.Budget(0.6, 0.5, 0.2, 0.3), fdpp.Dawn()],
+    ids=str,
+)
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("branches", ["batch", "tree"])
 def test_drafts_are_lossless(rule: fdpp.Rule, cache: str, branches: str) -> None:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from inputs import IMPLEMENTATIONS, Problem, assert_as_specified, on_gpu, random_problem, run
 
 import fdpp
-from fdpp import EntropyBound, Factor, Frechet, Quota, Rule, Threshold
-from fdpp.rules import Needs
+from fdpp import Budget, EntropyBound, Factor, Frechet, Quota, Rule, Threshold
+from fdpp.rules import PRESETS, Needs
 from fdpp.step.reference import accepted
 
 NAN, INF = math.nan, math.inf
@@ -51,6 +51,8 @@ BAD = [
     *((Frechet, {"margin": x}) for x in [*NO_NUMBERS, -1e-9, -1]),
     *((Frechet, {"calibration": x}) for x in [*NO_NUMBERS, -1e-9, 1, 1.0, 2]),
     *((EntropyBound, {"gamma": x}) for x in [*NO_NUMBERS, -1e-9, -1]),
+    *((Budget, {"budget": x}) for x in [*NO_NUMBERS, -1e-9, -1]),
+    *((Budget, {name: x}) for name in ("sure", "floor", "rise") for x in [*NO_NUMBERS, -1e-9, 1.0000001]),
 ]
 
 
@@ -67,6 +69,7 @@ def test_bad_numbers_are_refused_by_name(kind: type[Rule], arguments: dict[str, 
     [
         Quota(1), Quota(10**9), Threshold(0), Threshold(1), Threshold(0.0), Factor(1e-300), Factor(1e300), Factor(1),
         Frechet(0), Frechet(7), Frechet(0.25, 0), Frechet(0.25, calibration=0.999), EntropyBound(0), EntropyBound(1e9),
+        Budget(0, 0, 0, 0), Budget(1e9, 1, 1, 1),
     ],
     ids=str,
 )  # fmt: skip
@@ -79,10 +82,27 @@ def test_rules_are_values() -> None:
     assert {Threshold(0.9), Threshold(), Threshold(0.5)} == {Threshold(0.9), Threshold(0.5)}
     assert repr(Factor(0.75)) == "Factor(f=0.75)"
     assert dataclasses.replace(Quota(2), k=3) == Quota(3)
-    for rule in (Quota(2), Threshold(), Factor(), Frechet(), EntropyBound()):
+    for rule in (Quota(2), Threshold(), Factor(), Frechet(), EntropyBound(), Budget()):
         name = dataclasses.fields(rule)[0].name
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(rule, name, 0.5)
+
+
+def test_presets_are_rules_by_what_one_wants() -> None:
+    assert list(PRESETS) == ["careful", "balanced", "fast"] and PRESETS.items() <= Rule.presets.items()
+    for name, rule in PRESETS.items():
+        assert Rule.of(name) is rule is fdpp.DiffusionGenerationConfig(rule=name).rule
+        assert Rule.of(rule.saved()) == rule, "a file holds the rule, not the preset's name"
+        assert name not in Rule.named()
+    assert [rule.label() for rule in PRESETS.values()] == [
+        "budget 0.02",
+        "budget 0.05",
+        "budget 0.05, sure 0.8, rise 1",
+    ]
+    with pytest.raises(ValueError, match=r"with a name of careful, balanced, fast, .*; got 'bold'"):
+        Rule.of("bold")
+    with pytest.raises(ValueError, match=r"got \{'name': 'fast', 'budget': 0.3\}"):
+        Rule.of({"name": "fast", "budget": 0.3})
 
 
 def test_an_open_quota_has_no_numbers() -> None:
@@ -196,7 +216,8 @@ def test_the_worked_example_of_the_paper() -> None:
     [
         (Quota(3), 3), (Quota(9), 5), (Threshold(0.8), 3), (Threshold(0.8199), 3), (Threshold(0.999), 1),
         (Factor(0.75), 3), (Factor(3.0), 5), (Frechet(0.0), 5), (Frechet(0.1), 4), (Frechet(0.6), 2),
-        (Frechet(0.3, calibration=0.05), 3), (Frechet(0.99), 1),
+        (Frechet(0.3, calibration=0.05), 3), (Frechet(0.99), 1), (Budget(0.0, 0.0), 1), (Budget(0.02, 0.0), 2),
+        (Budget(0.1, 0.8), 3), (Budget(0.3, 0.8), 3), (Budget(0.3, 0.75), 4), (Budget(0.5, 0.0), 5),
     ],
     ids=str,
 )  # fmt: skip
@@ -208,6 +229,18 @@ def test_counts_by_hand(rule: Rule, count: int) -> None:
 def test_entropy_bound_leaves_the_last_position_out_of_the_sum() -> None:
     for gamma, count in ((0.0, 1), (0.2, 2), (0.69, 2), (0.71, 3), (1.7, 4), (99.0, 4)):
         assert accepted(EntropyBound(gamma), [1.0] * 4, [0.2, 0.5, 0.9, 2.0]) == count
+
+
+@few
+@given(confidences, st.floats(0.0, 2.0), st.floats(0.0, 1.0))
+def test_budget_leaves_the_last_position_out_of_the_sum(c: list[float], budget: float, sure: float) -> None:
+    spent = [sum(1.0 - x for x in c[:n]) for n in range(len(c))]
+    assume(all(abs(x - budget) > 1e-9 for x in spent) and all(abs(x - sure) > 1e-9 for x in c))
+    expected = sum(s <= budget and x >= sure for s, x in zip(spent, c, strict=True))
+    assert accepted(Budget(budget, sure), [(1 - x) / x for x in c], []) == expected
+    # What a margin certifies, a budget of the rest and a number below its last confidence accept too.
+    certified = commits(Frechet(0.25), c)
+    assert commits(Budget(0.75, min(c[:certified]) - 1e-9), c) >= certified
 
 
 @few
@@ -297,6 +330,35 @@ def test_certified_modes_are_the_joint_mode(sizes: tuple[int, ...], total: int) 
             full = accepted(Frechet(0.0), [(1 - x) / x for x in c], []) == len(sizes)
             assert full == (lower > upper)
     assert certified > 10
+
+
+@pytest.mark.parametrize(("sizes", "total"), [((2, 2), 12), ((2, 3), 8), ((4, 2), 6), ((2, 2, 2), 8)])
+def test_a_budget_bounds_what_waiting_could_change(sizes: tuple[int, ...], total: int) -> None:
+    """`Budget`'s claim on every such table, in integers: had the others come first, the last proposal would be the
+    same."""
+    held, tight = 0, 0
+    for table in tables(sizes, total):
+        marginals = [
+            [sum(p for cell, p in table.items() if cell[i] == v) for v in range(size)] for i, size in enumerate(sizes)
+        ]
+        order = sorted(range(len(sizes)), key=lambda i: (-max(marginals[i]), i))
+        modes = [marginal.index(max(marginal)) for marginal in marginals]
+        *others, last = order
+        spent = sum(total - max(marginals[i]) for i in others)
+        given_others = {cell: p for cell, p in table.items() if all(cell[i] == modes[i] for i in others)}
+        right = sum(given_others.values())
+        assert right >= total - spent
+        c, now = (
+            max(marginals[last]),
+            [sum(p for cell, p in given_others.items() if cell[last] == v) for v in range(sizes[last])],
+        )
+        assert now[modes[last]] >= c - spent
+        # c > spent + (1 - c) / (1 - spent), in units of 1 / total.
+        if spent < total and (c - spent) * (total - spent) > (total - c) * total:
+            held += 1
+            assert all(p < now[modes[last]] for v, p in enumerate(now) if v != modes[last]), table
+        tight += right > 0 and any(p >= now[modes[last]] for v, p in enumerate(now) if v != modes[last])
+    assert held > 10 and tight > 10
 
 
 def test_certified_modes_of_random_joints() -> None:

@@ -26,6 +26,7 @@ RULES = [
     fdpp.EntropyBound(0.3),
     fdpp.LocalLeap(0.8, 0.6, 2),
     fdpp.Klass(0.5, 0.02, 3),
+    fdpp.Budget(0.1, 0.8, 0.4, 0.2),
     fdpp.Dawn(tau_low=0.7, layers=2),
 ]
 

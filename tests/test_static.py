@@ -34,6 +34,7 @@ RULES = [
     fdpp.EntropyBound(1.0),
     fdpp.LocalLeap(0.6, 0.3),
     fdpp.Klass(0.3, 0.5, 1),
+    fdpp.Budget(0.6, 0.5, 0.2, 0.3),
 ]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -28,8 +28,9 @@ class DiffusionGenerationConfig(SavedSettings):
     Attributes:
         max_new_tokens: length of the response; 0 fills the masks of the prompt (`infill`).
         block_length: positions decoded together, 1 to 1024; the last block may be shorter.
-        rule: which proposals of a step are committed; also by its name, "frechet", or by its name and numbers,
-            {"name": "Frechet", "margin": 0.25}.
+        rule: which proposals of a step are committed; also a preset ("careful", "balanced", "fast"), a name, "frechet",
+            or a name and numbers, {"name": "Frechet", "margin": 0.25}. The default, `Frechet(0.25)`, is bold: it loses
+            answers on every task that was measured here (docs/rules.md).
         steps: for `Quota()` alone, the steps of the whole response (LLaDA's schedule): they are shared out evenly over
             its blocks, and a block's masks over its steps. None commits one position a step.
         cache: "none" (every forward is a full one), "prefix" or "dual" (Fast-dLLM, arXiv 2505.22618).

@@ -231,6 +231,7 @@ class Rule:
     calibration: float = 0.0
 
     registry: ClassVar[dict[str, type[Rule]]] = {}
+    presets: ClassVar[dict[str, Rule]] = {}
     numbers: ClassVar[dict[str, Number]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -283,20 +284,23 @@ class Rule:
 
     @staticmethod
     def of(given: Any) -> Rule:
-        """A rule as people give it: itself, its name in files or commands ("frechet"), or `saved()` with some numbers.
+        """A rule as people give it: itself, a preset ("balanced"), its name in files or commands ("frechet"), or
+        `saved()` with some numbers.
 
         Raises:
             ValueError: anything else; a name or a number that does not exist, or a number that does not fit.
         """
         if isinstance(given, Rule):
             return given
+        if isinstance(given, str) and given in Rule.presets:
+            return Rule.presets[given]
         numbers = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, dict) else {}
         kinds = Rule.named() | {kind.saved_name(): kind for kind in Rule.registry.values()}
         kind = kinds.get(numbers.pop("name", ""))
         if kind is None:
             raise ValueError(
                 f'rule: expected a Rule, a name or {{"name": ..., <its numbers>}}, with a name of '
-                f"{', '.join(sorted(kinds))}; got {given!r}"
+                f"{', '.join([*Rule.presets, *sorted(kinds)])}; got {given!r}"
             )
         try:
             return kind(**numbers)

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fdpp import EntropyBound, Factor, Frechet, Quota, Rule, Selection, Threshold
+from fdpp import Budget, EntropyBound, Factor, Frechet, Quota, Rule, Selection, Threshold
 from fdpp.selection import check
 from fdpp.step import cpu, gpu, reference
 from fdpp.step.terms import Terms, pack
@@ -44,6 +44,7 @@ RULES = (
     Frechet(0.25),
     Frechet(0.0, calibration=0.05),
     EntropyBound(0.5),
+    Budget(0.6, 0.3),
 )
 CLOSE = 1e-6
 """Relative distance of two residuals below which float32 may order or judge them otherwise than float64."""

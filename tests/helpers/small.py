@@ -19,6 +19,7 @@ RULES = (
     fdpp.Frechet(0.1),
     fdpp.EntropyBound(0.5),
     fdpp.LocalLeap(0.6, 0.3),
+    fdpp.Budget(0.6, 0.5, 0.2, 0.3),
     fdpp.Klass(0.3, 0.5, 1),
     fdpp.Dawn(tau_sink=0.1, tau_edge=0.05, tau_low=0.3, tau_high=0.6, tau_induce=0.4),
 )
