@@ -32,7 +32,7 @@ setup(
     package_data={
         "fdpp": ["py.typed"],
         "fdpp.integrations": ["tasks/*.yaml"],
-        "fdpp.tiny": ["checkpoint/*"],
+        "fdpp.tiny": ["checkpoints/*/*"],
         "fdpp.trace": ["page.*"],
     },
     entry_points={

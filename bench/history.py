@@ -51,10 +51,10 @@ def decode_speed(shape: str, **wanted: Any) -> Callable[[Result], str]:
 
 
 def quality(result: Result) -> str:
-    row = row_of(result["runs"], rule="frechet 0.25", cache="dual", drafts=1)
-    if row is None or "exact" not in row:
+    row = row_of(result["runs"], task="sums", rule="Frechet(0.25)", how="plain", cache="dual", drafts=1)
+    if row is None or "share" not in row:
         return missing(row)
-    return f"{100 * row['exact']:.1f}%, {row['nfe']:.1f} forwards"
+    return f"{100 * row['share']:.1f}%, {row['nfe']:.1f} forwards"
 
 
 FIGURES: dict[str, tuple[str, Callable[[Result], str]]] = {

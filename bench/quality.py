@@ -1,282 +1,164 @@
-"""Every rule, cache and draft depth on held-out problems of the embedded model: `make quality`.
+"""Every rule on held-out problems of the embedded models' three tasks: `make quality`.
 
-For each setting: exact answers with a 95% interval, NFE, tokens per forward (response tokens before EOS), and how many
-responses equal those of one position per step with the same cache. With drafts also how many responses equal, token for
-token, those of the same rule without drafts; this is counted in bfloat16 as well. A stopped run resumes where it was.
+For each task and cache: every rule with its numbers swept, and with drafts; why wrong decodes failed; the weights in
+int8; blocks that begin without feeding everything; puzzles as holes; how well confidences are calibrated, and `Frechet`
+with that.
+
+A run is known by its task's weights, its number of problems and its settings. What `--out` or a stopped run has of them
+is not measured again; runs of other weights, numbers or settings are dropped.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
+import importlib.util
 import json
-import math
-import re
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import calibration
 import quality_plot
-import torch
-import transformers
+import quality_report
 from measure import environment
+from quality_runs import CACHES, DEFAULTS, ONE, Setting, digest, key_of, run, settings_of
 from tqdm import tqdm
 
-import fdpp
 from fdpp import tiny
-from fdpp.tiny.problems import OPENINGS
 
-BATCH = 25
-CACHES = ("none", "prefix", "dual")
-ONE = "one per step"
-
-
-def called(rule: fdpp.Rule) -> str:
-    """The rule's name, with its first number if the predicate alone decides."""
-    by_number = type(rule).decide is fdpp.Rule.decide
-    return f"{rule.name} {rule.params()[0]:g}" if by_number else str(rule.name)
+PARTS = ("rules", "undivided", "drafts", "recent", "int8", "holes", "calibration")
+CALIBRATED = 150
+"""Problems of each split, for 500 decoded ones."""
 
 
-# fdpp's own rules alone: one registered elsewhere may refuse a cache or drafts.
-OWN = [kind for kind in fdpp.Rule.named().values() if kind.__module__.startswith("fdpp.")]
-MAIN: dict[str, fdpp.Rule] = {ONE: fdpp.Quota(1)} | {called(kind()): kind() for kind in OWN if kind is not fdpp.Quota}
-SWEEP: dict[str, fdpp.Rule] = {
-    **{f"threshold {tau}": fdpp.Threshold(tau) for tau in (0.5, 0.6, 0.7, 0.8, 0.95, 0.99)},
-    **{f"factor {f}": fdpp.Factor(f) for f in (0.25, 0.5, 1.0, 1.25, 1.5)},
-    **{f"frechet {margin}": fdpp.Frechet(margin) for margin in (0.0, 0.1, 0.5, 0.75, 0.9)},
-}
-RULES = MAIN | SWEEP
-FOUR = tuple((rule, 4) for rule in MAIN if rule != ONE)
-DRAFTED: dict[str, tuple[tuple[str, int | str], ...]] = {
-    "dual": ((ONE, 8), (ONE, "auto"), *FOUR, ("frechet 0.25", 8)),
-    "prefix": ((ONE, 8), *FOUR),
-    "none": ((ONE, 8), *FOUR),
-}
-SETTINGS: list[tuple[str, str, int | str]] = [
-    *((rule, cache, 1) for rule in MAIN for cache in CACHES),
-    *((rule, cache, drafts) for cache, drafted in DRAFTED.items() for rule, drafts in drafted),
-    *((rule, "dual", 1) for rule in SWEEP),
-]
-"""Rule, cache and drafts of every run."""
-
-IN_BFLOAT16: list[tuple[str, str, int | str]] = [
-    (ONE, "dual", 8),
-    ("threshold 0.9", "dual", 8),
-    ("frechet 0.25", "dual", 8),
-]
-"""Runs whose drafts are also compared in bfloat16, where equal confidences are common."""
+def marks(responses: list[list[int]]) -> str:
+    """Three characters a response: different ones agree once in 262,144."""
+    digests = [hashlib.sha256(json.dumps(ids).encode()).digest() for ids in responses]
+    return "".join(base64.b64encode(each)[:3].decode() for each in digests)
 
 
-def share_of(rule: str, cache: str, drafts: int | str, count: int) -> int:
-    """How many of `count` problems a run takes: fewer where drafts are slow, without the dual cache or with "auto"."""
-    if drafts == 1 or (cache == "dual" and drafts != "auto"):
-        return count
-    return max(count // (10 if rule == ONE and cache != "dual" else 5), 1)
+def marked(setting: Setting) -> dict[str, Any]:
+    """A run with marks in place of its responses."""
+    row = run(setting)
+    return row | {"marks": marks(row.pop("responses"))}
 
 
-def interval(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share."""
-    z = 1.959964
-    share, denominator = successes / trials, 1 + z * z / trials
-    middle = (share + z * z / (2 * trials)) / denominator
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / denominator
-    return middle - half, middle + half
+def agreement(row: dict[str, Any], other: dict[str, Any]) -> int:
+    """How many responses of a run are those of another, which may have more problems."""
+    return sum(row["marks"][at : at + 3] == other["marks"][at : at + 3] for at in range(0, len(row["marks"]), 3))
 
 
-def batches(problems: list[tiny.Problem]) -> list[list[int]]:
-    """Indices of problems whose prompts are equally long, at most 25 at a time."""
-    groups: dict[int, list[int]] = {}
-    for index, problem in enumerate(problems):
-        groups.setdefault(len(problem.changes), []).append(index)
-    return [group[first : first + BATCH] for group in groups.values() for first in range(0, len(group), BATCH)]
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their agreement, and with marks only where other rows need them.
 
-
-def run(rule: str, cache: str, drafts: int | str, count: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Decode `count` problems; responses are kept for comparisons, as the ids before EOS."""
-    torch.set_num_threads(1)
-    transformers.logging.disable_progress_bar()
-    model, tokenizer = tiny.load()
-    model = model.to(dtype)
-    problems = tiny.generate("held-out", count)
-    responses: list[list[int]] = [[]] * count
-    exact = tokens = nfe = queries = 0
-    started = time.perf_counter()
-    for batch in batches(problems):
-        prompt = tokenizer([problems[index].prompt for index in batch], return_tensors="pt")["input_ids"]
-        out: Any = model.generate(prompt, rule=RULES[rule], cache=cache, drafts=drafts, max_new_tokens=128)
-        for index, ids in zip(batch, out.sequences[:, prompt.shape[1] :].tolist(), strict=True):
-            responses[index] = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
-            exact += tiny.is_exact(tokenizer.decode(ids), problems[index])
-        tokens += round(float((out.tokens_per_forward * out.nfe).sum()))
-        nfe, queries = nfe + int(out.nfe.sum()), queries + int(out.query_tokens.sum())
-    low, high = interval(exact, count)
-    return {
-        "rule": rule,
-        "cache": cache,
-        "drafts": drafts,
-        "problems": count,
-        "exact": exact / count,
-        "low": low,
-        "high": high,
-        "nfe": nfe / count,
-        "tokens_per_forward": tokens / nfe,
-        "query_tokens": queries / count,
-        "seconds": time.perf_counter() - started,
-        "responses": responses,
-    }
-
-
-def in_bfloat16(rule: str, cache: str, drafts: int | str, count: int) -> dict[str, Any]:
-    """How many of `count` responses drafts leave unchanged, all in bfloat16."""
-    drafted, alone = (run(rule, cache, d, count, torch.bfloat16)["responses"] for d in (drafts, 1))
-    same = sum(map(list.__eq__, drafted, alone))
-    return {"rule": rule, "cache": cache, "drafts": drafts, "problems": count, "same_as_undrafted": same}
-
-
-def worded(problem: tiny.Problem) -> list[str]:
-    """The right responses, which differ in how their lines open; the problem's own first."""
-    openings = [" ".join(words).format(name=problem.prompt.split()[0]) for words in OPENINGS]
-    texts = [re.sub(r"so \w+ \w+ (\d+)", rf"so {opening} \1", problem.response) for opening in openings]
-    return sorted(texts, key=lambda text: text != problem.response)
-
-
-@torch.no_grad()
-def calibration(count: int) -> list[dict[str, float]]:
-    """Confidence against correctness, over all steps of a decode without a cache that commits one position per step.
-
-    A proposal is correct if it is the token of the right response at its position. Three responses are right, which
-    open their lines differently. The one that counts is the one whose opening has a committed word, before that the
-    problem's own. Positions after the response are not counted.
+    "same_as_one": responses that are those of one per step with the same cache. "same_as_undrafted": those of the same
+    rule without drafts. What a row of an earlier run says of this stays.
     """
-    torch.set_num_threads(1)
-    model, tokenizer = tiny.load()
-    mask_id = model.config.mask_token_id
-    confidences, corrects = [], []
-    for problem in tiny.generate("held-out", count, seed=1):
-        prompt = torch.tensor([tokenizer(problem.prompt)["input_ids"]])
-        ways = torch.tensor([tokenizer(text)["input_ids"] for text in worded(problem)])
-        openings = (ways != ways[0]).any(0)
-        P, N = prompt.shape[1], ways.shape[1]
-        tokens = torch.cat((prompt, torch.full((1, 128), mask_id)), dim=1)
-        for first in range(P, P + N, 32):
-            block = slice(first, first + 32)
-            while tokens[:, block].eq(mask_id).any():
-                logits = model.project(model.model(tokens)[:, block])
-                step = fdpp.select(logits, tokens[:, block], rule=fdpp.Quota(1), mask_id=mask_id)
-                said = ((ways == tokens[:, P : P + N]) & openings).any(1)
-                wanted = ways[int(said.int().argmax())][first - P : first - P + 32]
-                counted = tokens[0, block].eq(mask_id)[: len(wanted)].nonzero().flatten()
-                confidences += step.confidence[0, counted].tolist()
-                corrects += (step.proposal[0, counted] == wanted[counted]).tolist()
-                tokens[:, block] = step.tokens
-    confidence, correct = torch.tensor(confidences), torch.tensor(corrects).double()
-    return binned(confidence, correct)
+    for row in (row for row in rows if "marks" in row):
+        same = {"task": row["task"], "cache": row["cache"], "drafts": 1}
+        one = quality_report.found(rows, **same, how="plain", numbers=ONE.saved())
+        undrafted = quality_report.found(rows, **same, how=row["how"], numbers=row["numbers"])
+        if one is not None and "marks" in one:
+            row["same_as_one"] = agreement(row, one)
+        if row["drafts"] != 1 and undrafted is not None and "marks" in undrafted:
+            row["same_as_undrafted"] = agreement(row, undrafted)
+    defaults = [rule.saved() for rule in DEFAULTS]
+    done = [row for row in rows if row["drafts"] != 1 or row["numbers"] not in defaults]
+    for row in done:
+        row.pop("marks", None)
+    return rows
 
 
-def binned(confidence: torch.Tensor, correct: torch.Tensor) -> list[dict[str, float]]:
-    """Mean confidence, share of correct ones and count of `[n]` proposals, in bins of 0.05; the last one holds 1."""
-    bins, place = [], (confidence.double() * 20).long().clamp(max=19)
-    for i_bin in range(20):
-        chosen = place == i_bin
-        if chosen.any():
-            bins.append(
-                {
-                    "confidence": float(confidence[chosen].mean()),
-                    "correct": float(correct[chosen].mean()),
-                    "count": int(chosen.sum()),
-                }
-            )
-    return bins
-
-
-def table(runs: list[dict[str, Any]]) -> str:
-    lines = [
-        "| rule | cache | drafts | exact answers, % (95% interval) | NFE | tokens per forward | same as one per step "
-        "| as without drafts |",
-        "|---|---|---|---|---:|---:|---:|---:|",
-    ]
-    for row in runs:
-        lines.append(
-            f"| {row['rule']} | {row['cache']} | {row['drafts']} | {100 * row['exact']:.1f} ({100 * row['low']:.1f} "
-            f"to {100 * row['high']:.1f}) | {row['nfe']:.1f} | {row['tokens_per_forward']:.2f} | "
-            f"{row['agreement']} of {row['problems']} | "
-            + (f"{row['same_as_undrafted']} of {row['problems']} |" if row["drafts"] != 1 else "|")
-        )
-    return "\n".join(lines)
+def written(results: dict[str, Any]) -> str:
+    """As JSON, a run on a line."""
+    lists = {name: value for name, value in results.items() if isinstance(value, list)}
+    rest = json.dumps({name: value for name, value in results.items() if name not in lists})[1:-1]
+    parts = [f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in lists.items()]
+    return "{" + ",\n".join([rest, *parts]) + "}\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--problems", type=int, default=500)
+    parser.add_argument("--tasks", nargs="+", choices=tiny.TASKS, default=tuple(tiny.TASKS))
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--no-sweep", action="store_true", help="leave out the sweeps of the rules' numbers")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/quality.json"))
     arguments = parser.parse_args()
+    started, count = time.monotonic(), arguments.problems
+    parts = [part for part in arguments.only if part != "int8" or importlib.util.find_spec("torchao")]
+    if len(parts) < len(arguments.only):
+        print("int8 is left out: torchao is not installed")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256((tiny.CHECKPOINT / "model.safetensors").read_bytes()).hexdigest()[:12]
-    fresh: dict[str, Any] = {
-        "environment": environment(),
-        "checkpoint": digest,
-        "problems": arguments.problems,
-        "runs": [],
-        "bfloat16": [],
-        "calibration": [],
-    }
     partial = arguments.out.with_suffix(".partial.json")
-    results = json.loads(partial.read_text()) if partial.exists() else fresh
-    # Results of another version, another model or another number of problems are not resumed.
-    same = [(r["environment"]["commit"], r["checkpoint"], r["problems"]) for r in (results, fresh)]
-    results = results if same[0] == same[1] else fresh
-    wanted = [s for s in SETTINGS if s[1] in arguments.caches and not (arguments.no_sweep and s[0] in SWEEP)]
-    compared = [s for s in IN_BFLOAT16 if s[1] in arguments.caches]
+    results = {"environment": environment(), "runs": [], "calibration": []}
+    for path in (arguments.out, partial):
+        if path.exists():
+            stored = json.loads(path.read_text())
+            results |= {name: stored.get(name, []) for name in ("runs", "calibration")}
 
-    def key(row: dict[str, Any]) -> tuple[str, str, int | str]:
-        return row["rule"], row["cache"], row["drafts"]
+    def keep(kind: str, row: dict[str, Any]) -> None:
+        results[kind].append(row)
+        # Written whole or not at all, so that a run killed here can resume too.
+        unfinished = partial.with_suffix(".tmp")
+        unfinished.write_text(written(results))
+        unfinished.replace(partial)
 
-    def left(
-        settings: list[tuple[str, str, int | str]], rows: list[dict[str, Any]]
-    ) -> list[tuple[str, str, int | str]]:
-        return [setting for setting in settings if setting not in map(key, rows)]
-
-    started = time.monotonic()
+    few = max(count * CALIBRATED // 500, 1)
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        count = arguments.problems
-        futures = {
-            pool.submit(run, *setting, share_of(*setting, count)): "runs" for setting in left(wanted, results["runs"])
-        }
-        for setting in left(compared, results["bfloat16"]):
-            futures[pool.submit(in_bfloat16, *setting, max(count // 5, 1))] = "bfloat16"
-        if not results["calibration"]:
-            futures[pool.submit(calibration, 25)] = "calibration"
-        for future in tqdm(as_completed(futures), total=len(futures), unit="setting"):
-            kind = futures[future]
-            results[kind] = future.result() if kind == "calibration" else [*results[kind], future.result()]
-            # Written whole or not at all, so that a run killed here can resume too.
-            unfinished = partial.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(results))
-            unfinished.replace(partial)
+        now = {task: digest(task) for task in tiny.TASKS if task in arguments.tasks or known(results, task)}
+        results["calibration"] = [
+            row
+            for row in results["calibration"]
+            if (row.get("checkpoint"), row.get("problems")) == (now.get(row.get("task")), few)
+        ]
+        done = [(row["task"], row["split"]) for row in results["calibration"]]
+        wanted = [(t, s) for t in arguments.tasks for s in ("train", "held-out") if "calibration" in parts]
+        futures = [pool.submit(calibration.scored, *each, few) for each in wanted if each not in done]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="split", disable=not futures):
+            keep("calibration", future.result())
+        allowances = {row["task"]: row["allowance"] for row in results["calibration"] if row["split"] == "train"}
 
-    results["runs"] = sorted(
-        (row for row in results["runs"] if key(row) in wanted), key=lambda row: wanted.index(key(row))
-    )
-    one = {row["cache"]: row["responses"] for row in results["runs"] if (row["rule"], row["drafts"]) == (ONE, 1)}
-    undrafted = {(row["rule"], row["cache"]): row["responses"] for row in results["runs"] if row["drafts"] == 1}
-    for row in results["runs"]:
-        # A run of fewer problems takes the first of them.
-        row["agreement"] = sum(map(list.__eq__, row["responses"], one[row["cache"]]))
-        row["same_as_undrafted"] = sum(map(list.__eq__, row["responses"], undrafted[row["rule"], row["cache"]]))
-    for row in results["runs"]:
-        del row["responses"]
+        every = [s for task in now for s in settings_of(task, PARTS, CACHES, count, True, allowances.get(task))]
+        order = list(dict.fromkeys(key_of(setting.facts()) for setting in every))
+        rows = {key_of(row): row for row in results["runs"]}
+        results["runs"] = [rows[key] for key in order if key in rows]
+        asked = [
+            setting
+            for task in arguments.tasks
+            for setting in settings_of(
+                task, parts, arguments.caches, count, not arguments.no_sweep, allowances.get(task)
+            )
+            if key_of(setting.facts()) not in rows
+        ]
+        futures = [pool.submit(marked, setting) for setting in asked]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="run", disable=not futures):
+            keep("runs", future.result())
+
+    results["runs"] = compared(sorted(results["runs"], key=lambda row: order.index(key_of(row))))
+    results["calibration"].sort(key=lambda row: (list(tiny.TASKS).index(row["task"]), row["split"]))
+    arguments.out.write_text(written(results))
+    partial.unlink(missing_ok=True)
     quality_plot.draw(results, arguments.out.parent)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    partial.unlink()
-    print(table(results["runs"]))
-    for row in results["bfloat16"]:
-        same = f"{row['same_as_undrafted']} of {row['problems']}"
-        print(f"in bfloat16, {row['rule']}, {row['cache']}, {row['drafts']} drafts: {same} as without drafts")
+    report = quality_report.report(results)
+    head = "# Quality\n\nWritten by `make quality`, see [bench/README.md](../README.md#quality); do not edit it.\n\n"
+    arguments.out.with_suffix(".md").write_text(f"{head}{report}\n")
+    print(report)
     print(f"{time.monotonic() - started:.0f} s")
+    never = sum(row["failures"]["never"] for row in results["runs"] if "failures" in row)
+    if never:
+        raise SystemExit(
+            f"{never} wrong decodes left a right response after every step: is_right and completable differ"
+        )
+
+
+def known(results: dict[str, Any], task: str) -> bool:
+    return any(row.get("task") == task for kind in ("runs", "calibration") for row in results[kind])
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main() -> None:
     for rule in (fdpp.Threshold(0.9), fdpp.Frechet(0.25), ErrorBudget(0.25), ErrorBudget(1.0)):
         out = model.generate(**prompts, max_new_tokens=128, rule=rule, cache="none")
         texts = tokenizer.batch_decode(out.sequences[:, prompts["input_ids"].shape[1] :])
-        exact = sum(map(tiny.is_exact, texts, problems))
+        exact = sum(map(tiny.is_right, texts, problems))
         nfe = out.nfe.double()
         tokens = (out.tokens_per_forward * nfe).sum() / nfe.sum()
         name = str(rule).split("(")[0] + f"({next(iter(vars(rule).values()))})"

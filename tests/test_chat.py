@@ -19,6 +19,7 @@ import torch
 
 import fdpp
 from fdpp import cli, tiny
+from fdpp.cli.chat import greet
 from fdpp.cli.conversation import Chat
 from fdpp.decoding.settings import DiffusionGenerationConfig
 
@@ -125,7 +126,7 @@ def test_piped_lines_are_answered_in_turn(model, tokenizer, monkeypatch, capsys)
     figures = r"\(\d+ tokens, \d+ forwards \(NFE\), \d+\.\d\d tokens per forward, \d+ tok/s\)"
     assert re.fullmatch(figures, notes[0]) and re.fullmatch(figures, notes[-1]) and len(notes) == 6
     assert notes[1:3] == ["(a new conversation)", "(/frob is no command; there are /new and /quit)"]
-    assert notes[3].startswith("(the small model in this package answers nothing but problems like this one: ")
+    assert notes[3].startswith("(the small model sums answers nothing but problems like this one: ")
     assert re.fullmatch(r"\(1 of \d+ words are unknown to the model\)", notes[4])
 
 
@@ -138,6 +139,20 @@ def test_the_embedded_model_says_once_what_it_can_answer(model, tokenizer, monke
     hints = [number for number, note in enumerate(err.splitlines()) if "answers nothing but problems" in note]
     assert hints == [0] and PROBLEMS[0] not in err and tiny.generate("held-out", 1)[0].prompt in err
     assert [line.split() for line in out.splitlines()] == [decode(model, tokenizer, text).split() for text in lines]
+
+
+def test_another_embedded_model(monkeypatch, capsys):
+    """Its own lengths, hint and answers."""
+    model, tokenizer = tiny.load("sudoku")
+    puzzles = [puzzle.prompt for puzzle in tiny.TASKS["sudoku"].generate("held-out", 2)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(["1 + 1 = ?", *puzzles])))
+    assert cli.main(["chat", "--model", "tiny:sudoku", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    lengths = {"max_new_tokens": 42, "block_length": 14}
+    answers = [decode(model, tokenizer, puzzle, **lengths) for puzzle in puzzles]
+    assert [line.split() for line in out.splitlines()[1:]] == [text.split() for text in answers]
+    assert err.startswith(f"(the small model sudoku answers nothing but problems like this one: {puzzles[0]} ")
+    assert err.count("answers nothing but") == 1
 
 
 def test_a_question_that_fails_does_not_end_the_chat(monkeypatch, capsys):
@@ -208,6 +223,12 @@ class Terminal:
 
 
 PROMPT = r"(?:\n|\x1b\[\?2004h)> "
+
+
+def test_the_greeting_shows_a_problem_of_the_models_task(capsys):
+    greet(None, "tiny:stories")
+    err = capsys.readouterr().err
+    assert "The small model stories solves" in err and tiny.TASKS["stories"].generate("held-out", 1)[0].prompt in err
 
 
 def test_a_session_in_a_terminal(model, tokenizer):

@@ -13,8 +13,10 @@ import torch
 
 import fdpp
 from fdpp import cli, tiny
-from fdpp.cli.options import config_of
+from fdpp.cli import eval as eval_command
+from fdpp.cli.options import config_of, hint_for
 from fdpp.decoding.settings import DiffusionGenerationConfig
+from fdpp.tiny import stories, sudoku
 
 PROMPT = (
     "Mia has 12 apples . In May she finds 5 . In June she loses 3 . In July she buys 4 . In August she sells 6 . "
@@ -97,6 +99,8 @@ def test_generate_prints_what_drafts_cost_and_bring(capsys):
         ("--rule factor --factor 1.5 --block-length 16", {"rule": fdpp.Factor(1.5), "block_length": 16}),
         ("--margin 0.1 --calibration 0.01", {"rule": fdpp.Frechet(0.1, 0.01)}),
         ("--rule entropy --gamma 2 --no-stop-at-eos", {"rule": fdpp.EntropyBound(2.0), "stop_at_eos": False}),
+        ("--rule budget --budget 0.3 --sure 0.6 --floor 0.5 --rise 0.2", {"rule": fdpp.Budget(0.3, 0.6, 0.5, 0.2)}),
+        ("--rule balanced", {"rule": "balanced"}),
         ("--rule localleap --tau 0.8 --relaxed 0.5 --radius 2", {"rule": fdpp.LocalLeap(0.8, 0.5, 2)}),
         ("--rule klass --confidence 0.5 --kl 0.1 --window 1", {"rule": fdpp.Klass(0.5, 0.1, 1)}),
         ("--rule dawn --tau-sink 0.02 --layers 2", {"rule": fdpp.Dawn(tau_sink=0.02, layers=2)}),
@@ -169,9 +173,116 @@ def test_a_prompt_that_the_embedded_model_cannot_answer_gets_a_hint(prompt, hint
     """On standard error, with a problem that it can answer; the answer is as without."""
     assert cli.main(["generate", "--prompt", prompt, *SHORT]) == 0
     out, err = capsys.readouterr()
-    assert out == answer(prompt)[0] + "\n" and ("fdpp: note: the small model" in err) is hinted
+    assert out == answer(prompt)[0] + "\n" and ("fdpp: note: the small model sums answers" in err) is hinted
     found = re.search(r"problems like this one: (.*\?) For other prompts name a model with --model\.", err)
     assert bool(found) is hinted and (found is None or tiny.is_problem(found[1]))
+
+
+def prompt_of(name):
+    return tiny.TASKS[name].generate("held-out", 1)[0].prompt
+
+
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_every_embedded_model_has_a_name_and_decodes_with_its_own_settings(name, capsys):
+    prompt = prompt_of(name)
+    assert cli.main(["generate", "--model", f"tiny:{name}", "--prompt", prompt, "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    model, tokenizer = tiny.load(name)
+    decoded = model.generate(torch.tensor([tokenizer(prompt)["input_ids"]]))
+    response = decoded.sequences[0, len(tokenizer(prompt)["input_ids"]) :]
+    assert out.strip() == tokenizer.decode(response, skip_special_tokens=True).strip()
+    assert f" {int(decoded.nfe)} forwards (NFE)" in err and "fdpp: note" not in err
+
+
+@pytest.mark.parametrize("command", ["generate --prompt x", "chat", "trace", "eval --tasks tiny_sums"])
+@pytest.mark.parametrize(
+    ("model", "lengths"),
+    [
+        ("tiny", (128, 32)),
+        ("tiny:sums", (128, 32)),
+        ("tiny:sudoku", (42, 14)),
+        ("tiny:stories", (48, 24)),
+        ("other/model", (128, 32)),
+    ],
+)
+def test_default_lengths_are_those_of_the_embedded_model(command, model, lengths):
+    parser, argv = cli.build_parser(), [*command.split(), "--model", model]
+    args = parser.parse_args(argv)
+    if command.startswith("eval"):
+        eval_command.resolve(args)
+    assert (config_of(args).max_new_tokens, config_of(args).block_length) == lengths
+    args = parser.parse_args([*argv, "--gen-length", "9", "--block-length", "5"])
+    if command.startswith("eval"):
+        eval_command.resolve(args)
+    assert (config_of(args).max_new_tokens, config_of(args).block_length) == (9, 5)
+
+
+def test_what_a_models_name_means():
+    assert tiny.task_of("tiny") is tiny.task_of("tiny:sums") is tiny.TASKS["sums"]
+    assert tiny.task_of("tiny:sudoku") is tiny.TASKS["sudoku"]
+    assert [tiny.task_of(name) for name in ("GSAI-ML/LLaDA-8B-Base", "sudoku", "./tiny:sudoku", "tiny/sums")] == [
+        None
+    ] * 4
+    for name in ("tiny:", "tiny:chess", "tiny:sums:sums"):
+        with pytest.raises(ValueError, match=f"expected one of tiny:sums, tiny:sudoku, tiny:stories, got '{name}'"):
+            tiny.task_of(name)
+
+
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_hints_are_of_the_task(name, capsys):
+    """Prompts of its form get none; a prompt of another task gets one, with an example of the model's own."""
+    for other in tiny.TASKS:
+        hint = hint_for(f"tiny:{name}", prompt_of(other))
+        if other == name:
+            assert hint is None
+        else:
+            assert hint.startswith(
+                f"the small model {name} answers nothing but problems like this one: {prompt_of(name)} "
+            )
+
+
+def test_only_sudokus_that_the_model_was_trained_on_are_problems():
+    is_problem = tiny.TASKS["sudoku"].is_problem
+    written = [puzzle.prompt for split in ("train", "held-out") for puzzle in sudoku.generate(split, 100)]
+    assert all(map(is_problem, written)) and all(is_problem(text.replace(" /", "/")) for text in written)
+    few, many = (sudoku.generate("train", 1, givens=givens)[0] for givens in (4, 20))
+    given = next(cell for cell, digit in enumerate(few.givens) if digit)
+    empty = many.givens.index(0)
+    for puzzle, cell, digit in ((few, given, 0), (many, empty, many.solution[empty])):
+        cells = [*puzzle.givens]
+        cells[cell] = digit
+        assert not is_problem(sudoku.Sudoku(tuple(cells), puzzle.solution).prompt), "3 givens, and 21"
+    prompt = few.prompt
+    assert is_problem(prompt) and not is_problem(prompt.removesuffix(" =")) and not is_problem(f"{prompt} 1")
+    assert not is_problem(prompt.replace(".", "7", 1)) and not is_problem(prompt.replace(" /", "", 1))
+    assert not is_problem(prompt.replace(". ", "", 1)) and not is_problem("") and not is_problem(few.response)
+    assert not is_problem("1 1 . . . . / 2 2 . . . . / " + ". . . . . . / " * 4 + "="), "no grid keeps these"
+
+
+def test_only_prompts_of_stories_that_the_model_was_trained_on_are_problems():
+    is_problem = tiny.TASKS["stories"].is_problem
+    written = [story.prompt for split in ("train", "held-out") for story in stories.generate(split, 200)]
+    assert all(map(is_problem, written)) and all(is_problem(text.replace(" ,", ",")) for text in written)
+    assert is_problem("tell of the market , yesterday , 3 + 2 + 6 :")
+    for text in (
+        "tell of the moon , yesterday , 3 + 2 + 6 :",
+        "tell of the market , never , 3 + 2 + 6 :",
+        "tell of the market , yesterday , 3 + 2 + 7 :",
+        "tell of the market , yesterday , 3 + 2 + 0 :",
+        "tell of the market , yesterday , 1 + 2 + 2 :",
+        "tell of the market , yesterday , 3 + 2 :",
+        "tell of the market , yesterday , 3 + 2 + 6 : now",
+        "",
+    ):
+        assert not is_problem(text), text
+
+
+def test_generate_fills_the_empty_cells_of_a_sudoku(capsys):
+    text = tiny.TASKS["sudoku"].generate("held-out", 1)[0].holes
+    assert cli.main(["generate", "--model", "tiny:sudoku", "--fill", text, "--device", "cpu"]) == 0
+    model, tokenizer = tiny.load("sudoku")
+    out = model.infill(torch.tensor([tokenizer(text)["input_ids"]]))
+    assert capsys.readouterr().out == tokenizer.decode(out.sequences[0], skip_special_tokens=True) + "\n"
 
 
 def test_another_model_gets_no_hint(checkpoint, capsys):
@@ -224,6 +335,15 @@ def test_bfloat16(capsys):
         ("generate --prompt x --gen-length 1000", "exceed the model's window of"),
         ("generate --prompt x --model no/such/folder", "no/such/folder: no such folder"),
         ("generate --prompt x --model unknown", "unknown: no such folder"),
+        *(
+            (
+                f"{command} --model tiny:chess",
+                "--model: expected one of tiny:sums, tiny:sudoku, tiny:stories, got 'tiny:ch",
+            )
+            for command in ("generate --prompt x", "chat", "trace", "eval --tasks tiny_sums")
+        ),
+        ("generate --prompt x --gen-length 0", "--gen-length: expected a whole number of at least 1, got '0'"),
+        ("demo --task chess", "--task: invalid choice: 'chess'"),
         ("demo --problems 0", "--problems: expected a whole number of at least 1"),
         ("demo --cache all", "--cache: invalid choice: 'all'"),
     ],
@@ -361,6 +481,6 @@ def test_blanks_that_cannot_be_filled(arguments, message, capsys):
 def test_masks_that_are_words_of_the_text_are_refused(capsys, monkeypatch):
     model, tokenizer = tiny.load()
     model.config.mask_token_id = tokenizer("apples")["input_ids"][0]
-    monkeypatch.setattr(tiny, "load", lambda: (model, tokenizer))
+    monkeypatch.setattr(tiny, "load", lambda task: (model, tokenizer))
     assert cli.main(["generate", "--fill", FILL]) == 2
     assert "--fill: expected 2 masks, the tokenizer makes 4 of them" in capsys.readouterr().err

@@ -10,8 +10,10 @@ import torch
 
 from fdpp import cli, tiny
 from fdpp.cli import held_out, live
+from fdpp.rules import Frechet, Quota
 
-RULES = ("one per step", "threshold 0.9", "factor 0.75", "Fréchet 0.25")
+RULES = ("one per step", "threshold 0.9", "factor 0.75", "Fréchet 0.5", "Fréchet 0.25", "entropy 0.1", "budget 0.05")
+SUMS, SUDOKU = tiny.TASKS["sums"], tiny.TASKS["sudoku"]
 
 
 class Terminal(io.StringIO):
@@ -64,9 +66,9 @@ def screen(text):
     return lines
 
 
-def play(tokenizer, out, drafts):
+def play(tokenizer, out, drafts, **settings):
     """Feed a view the texts of successive drafts of one block; returns what it wrote for each."""
-    view, frames = live.LiveView(tokenizer, tokenizer.mask_token_id, out), []
+    view, frames = live.LiveView(tokenizer, tokenizer.mask_token_id, out, **settings), []
     with view:
         view.put(torch.tensor([tokenizer("Mia has 12 apples .")["input_ids"]]))
         for draft in drafts:
@@ -76,51 +78,87 @@ def play(tokenizer, out, drafts):
     return view, frames
 
 
-def test_plain_lines_without_a_terminal(capsys):
-    assert cli.main(["demo", "--problems", "2"]) == 0
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_plain_lines_without_a_terminal(name, capsys):
+    assert cli.main(["demo", "--task", name, "--problems", "2"]) == 0
     out, err = capsys.readouterr()
     assert "\x1b" not in out + err and "problem/s" not in err
-    lines = out.splitlines()
-    problems = tiny.generate("held-out", 2)
-    for problem in problems:
-        _response, verdict = lines[lines.index(problem.prompt) + 1 :][:2]
-        assert re.match(rf"(correct|wrong, the answer is {problem.answer}): \d+ tokens, \d+ forwards, ", verdict)
+    lines, task = out.splitlines(), tiny.TASKS[name]
+    assert f"on held-out problems of {name}: budget 0.05, cache dual" in lines[0]
+    for problem in task.generate("held-out", 2):
+        response, verdict = lines[lines.index(problem.prompt) + 1 :][:2]
+        wrong = f"wrong, the answer is {problem.answer}" if name == "sums" else "wrong"
+        said = "correct" if task.is_right(response, problem) else wrong
+        assert re.match(rf"{said}: \d+ tokens, \d+ forwards, ", verdict)
     rows = [line for line in lines if line.startswith(RULES)]
     assert [row[:13].strip() for row in rows] == list(RULES)
     for row in rows:
         assert re.fullmatch(r"\d/2 +\d+% +\d+\.\d +\d+\.\d\d +\d+", row[13:].strip())
 
 
-def test_figures_count_forwards_and_response_tokens():
-    model, tokenizer = tiny.load()
-    problems = tiny.generate("held-out", 3)
-    decoded = held_out.decode(model, tokenizer, problems, held_out.RULES["Fréchet 0.25"], "dual")
+def test_the_demo_is_of_sudokus_unless_another_task_is_named(monkeypatch):
+    asked = []
+    monkeypatch.setattr(held_out, "run", lambda *given: asked.append(given) or 0)
+    assert cli.main(["demo"]) == 0 == cli.main(["demo", "--task", "sums", "--problems", "7", "--cache", "none"])
+    assert asked == [("sudoku", held_out.PROBLEMS, "dual"), ("sums", 7, "none")]
+
+
+@pytest.mark.parametrize("task", [SUMS, SUDOKU], ids=lambda task: task.name)
+def test_figures_count_forwards_and_response_tokens(task):
+    model, tokenizer = tiny.load(task.name)
+    problems = task.generate("held-out", 3)
+
+    def decode(some):
+        return held_out.decode(model, tokenizer, task, some, Frechet(0.25), "dual")
+
+    decoded = decode(problems)
     assert decoded.tokens == sum(len(tokenizer(text)["input_ids"]) for text in decoded.texts)
-    assert held_out.decode(model, tokenizer, problems, held_out.RULES["Fréchet 0.25"], "dual").texts == decoded.texts
-    one_by_one = [held_out.decode(model, tokenizer, [p], held_out.RULES["Fréchet 0.25"], "dual") for p in problems]
+    assert decode(problems).texts == decoded.texts
+    one_by_one = [decode([problem]) for problem in problems]
     assert decoded.nfe == sum(single.nfe for single in one_by_one)
     assert decoded.texts == [single.texts[0] for single in one_by_one]
 
 
-def test_a_correct_answer_is_called_correct(monkeypatch, capsys):
-    model, tokenizer = tiny.load()
-    [problem] = tiny.generate("held-out", 1)
-    for text, verdict in (
-        (problem.response, "correct: 9"),
-        ("Answer : 99", f"wrong, the answer is {problem.answer}: 9"),
-    ):
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_a_correct_answer_is_called_correct(name, monkeypatch, capsys):
+    task = tiny.TASKS[name]
+    [problem] = task.generate("held-out", 1)
+    wrong = f"wrong, the answer is {problem.answer}" if name == "sums" else "wrong"
+    for text, verdict in ((problem.response, "correct: 9"), ("Answer : 99", f"{wrong}: 9")):
         monkeypatch.setattr(held_out, "decode", lambda *args, text=text: held_out.Decoded([text], 9, 3, 1.0))
-        held_out.show(model, tokenizer, problem, "dual")
+        held_out.show(None, None, task, problem, "dual")
         assert capsys.readouterr().out.splitlines()[1:3] == [
             text,
             f"{verdict} tokens, 3 forwards, 3.00 tokens per forward",
         ]
 
 
+def test_a_sudoku_in_a_terminal_is_a_grid(monkeypatch):
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(held_out, "RULES", (Quota(),))
+    monkeypatch.setattr(held_out, "SHOWN", Quota())
+    assert cli.main(["demo", "--problems", "1"]) == 0
+    [problem] = SUDOKU.generate("held-out", 1)
+    model, tokenizer = tiny.load("sudoku")
+    [answer] = held_out.decode(model, tokenizer, SUDOKU, [problem], Quota(), "dual").texts
+    text = out.getvalue()
+    lines = screen(text)[2:]
+    assert lines[:7] == [*problem.prompt.split(" / ")[:6], "="]
+    assert " / ".join(lines[7 : lines.index("", 7) - 1]) == answer
+    assert lines[lines.index("", 7) - 1].startswith("correct: " if SUDOKU.is_right(answer, problem) else "wrong: ")
+    view = text[text.index("\x1b[?7l") : text.index("\x1b[?25h")]
+    frames = [screen(frame.rpartition("F")[2]) for frame in view.split("\x1b[J")[:42]]
+    grids = [frame[: frame.index("")] for frame in frames]
+    assert [len(grid) for grid in grids] == [2] * 14 + [4] * 14 + [6] * 14, "two rows a block, all their cells at once"
+    assert all(len(row.split()) == 6 and "/" not in row for grid in grids for row in grid)
+    assert "·" in grids[0][0] and "·" not in "".join(grids[-1])
+
+
 def test_demo_in_a_terminal_shows_the_masks_fill_in(monkeypatch):
     out = Terminal()
     monkeypatch.setattr(sys, "stdout", out)
-    assert cli.main(["demo", "--problems", "1"]) == 0
+    assert cli.main(["demo", "--task", "sums", "--problems", "1"]) == 0
     text = out.getvalue()
     [problem] = tiny.generate("held-out", 1)
     forwards = int(re.search(r"(\d+) forwards", text)[1])
@@ -151,6 +189,18 @@ def test_frames_of_the_live_view(tokenizer):
     assert screen(out.getvalue())[0] == "May : 12 5 apples . · 7"
     view.end()
     assert screen(out.getvalue()) == [""]
+
+
+def test_frames_of_a_grid():
+    """Rows are of equal length from the first frame on, whether the sign that ends them is committed or not."""
+    tokenizer, out = tiny.load("sudoku")[1], Terminal()
+    drafts = ["<mask> <mask> 3 <mask> 5 <mask> <mask> 6 <mask> <mask> 2", "1 <mask> 3 <mask> 5 4 / 6 <mask> 4 <mask>"]
+    view, frames = play(tokenizer, out, drafts, row=7)
+    shown = [screen(frame.rpartition("F")[2])[:2] for frame in frames]
+    assert shown == [["· · 3 · 5 ·", "6 · · 2"], ["1 · 3 · 5 4", "6 · 4 ·"]]
+    view.put(torch.tensor([tokenizer("1 2 3 6 5 4 / 6 5 4 1 2 3 /")["input_ids"]]))
+    view.put_draft(torch.tensor([tokenizer("<mask> 1 <mask>")["input_ids"]]))
+    assert screen(out.getvalue())[:3] == ["1 2 3 6 5 4", "6 5 4 1 2 3", "· 1 ·"]
 
 
 def test_a_response_of_nothing_but_eos(tokenizer):
@@ -247,13 +297,17 @@ def test_generate_streams_to_a_terminal(monkeypatch, capsys):
 def test_the_table_without_an_accent_where_the_output_has_none(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="replace")
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(held_out, "RULES", {name: held_out.RULES[name] for name in ("Fréchet 0.25",)})
+    monkeypatch.setattr(held_out, "RULES", (Frechet(0.25),))
+    monkeypatch.setattr(held_out, "SHOWN", Frechet(0.25))
     assert cli.main(["demo", "--problems", "1"]) == 0
     text = out.buffer.getvalue().decode("ascii")
-    assert text.count("Frechet 0.25") == 2 and "?" in text and os.linesep in text
+    assert text.count("Frechet 0.25") == 2 and "?" not in text and os.linesep in text
 
 
-def test_a_package_without_checkpoint(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(tiny.load, "__defaults__", (tmp_path,))
-    assert cli.main(["demo"]) == 2
-    assert capsys.readouterr().err.startswith("fdpp: error: expected a checkpoint (model.safetensors)")
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_a_package_without_checkpoint(name, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("fdpp.tiny.task.CHECKPOINTS", tmp_path)
+    assert cli.main(["demo", "--task", name]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fdpp: error: expected one of sums, sudoku, stories, or a folder with a checkpoint")
+    assert err.endswith(f"got {tmp_path / name}\n")

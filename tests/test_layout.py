@@ -13,6 +13,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+import release_check
+
+from fdpp import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
@@ -130,18 +133,27 @@ def test_hugging_face_kernels_is_found_from_the_root(checkout, tmp_path):
     assert seen["auto_model"].startswith("transformers.")
 
 
-def test_wheel_holds_kernels_types_checkpoint_and_license(wheel, checkout):
+def test_wheel_holds_kernels_types_and_license(wheel, checkout):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {name.split("/")[0] for name in names} == {"fdpp", f"{wheel.name.split('-py3')[0]}.dist-info"}
     assert {f"fdpp/kernels/{name}.py" for name in MODULES} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert "fdpp/py.typed" in names, "without it a type checker takes nothing from fdpp's annotations"
-    checkpoint = [path for path in (ROOT / "fdpp" / "tiny" / "checkpoint").iterdir() if path.is_file()]
-    assert any(path.suffix == ".safetensors" for path in checkpoint)
-    assert {f"fdpp/tiny/checkpoint/{path.name}" for path in checkpoint} <= names
     sources = {path.relative_to(checkout).as_posix() for path in (checkout / "fdpp").rglob("*.py")}
     assert sources <= names
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+def test_wheel_holds_every_model_in_a_small_file(task, wheel):
+    folder = f"fdpp/tiny/checkpoints/{task}"
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    files = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    assert {f"{folder}/{name}" for name in files} <= sizes.keys()
+    assert {f"{folder}/{path.name}" for path in tiny.TASKS[task].checkpoint.iterdir()} <= sizes.keys()
+    assert sizes[f"{folder}/model.safetensors"] <= 8 * 2**20
+    assert task in release_check.MODELS, "a release must look for it, too"
 
 
 def imported(*folders: str, besides: tuple[str, ...] = ()) -> set[str]:

@@ -329,15 +329,32 @@ def test_no_likelihood_forward_or_script_makes_one() -> None:
     assert not strays and all(same(a, b) for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True))
 
 
-def test_training_batches_are_those_of_float32() -> None:
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_training_batches_are_those_of_float32(name: str) -> None:
     from fdpp.tiny import train
+    from fdpp.tiny.tokenizer import build_tokenizer
 
-    tokenizer = tiny.load()[1]
-    for cached in (False, True):
-        want = train.make_batch(tokenizer, 3, 512, cached)
+    task = tiny.TASKS[name]
+    tokenizer = build_tokenizer(task.words)
+    for seed, cached in ((3, False), (3, True), (4, True), (5, True), (6, True)):
+        want = train.make_batch(task, tokenizer, seed, 512, cached)
         with Strays() as strays:
-            got = train.make_batch(tokenizer, 3, 512, cached)
+            got = train.make_batch(task, tokenizer, seed, 512, cached)
         assert not strays and all(map(same, got, want))
+
+
+def test_what_a_sudoku_can_become_does_not_hang_on_the_mode() -> None:
+    from fdpp.tiny import sudoku
+
+    problem = sudoku.generate("held-out", 1)[0]
+    words = [*problem.response.split(), "<eos>"]
+    kept = sudoku.grids(), sudoku.labels()
+    sudoku.grids.cache_clear()
+    sudoku.labels.cache_clear()
+    with Strays() as strays:
+        assert sudoku.completable(words, problem)
+        assert sudoku.grids().equal(kept[0]) and sudoku.labels().equal(kept[1])
+    assert not strays
 
 
 def test_a_checkpoint_keeps_its_dtype_and_a_new_model_has_the_default_one() -> None:

@@ -256,6 +256,19 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert data["settings"]["cache"] == "prefix" and len(data["blocks"]) == 4
 
 
+def test_command_with_another_embedded_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["trace", "--model", "tiny:sudoku", "--device", "cpu"]) == 0
+    data = json.loads(Page((tmp_path / "trace.html").read_text("utf-8")).scripts[0])
+    model, tokenizer = tiny.load("sudoku")
+    prompt = tiny.TASKS["sudoku"].generate("held-out", 1)[0].prompt
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    out = model.generate(ids)
+    assert data["prompt"] == prompt and data["settings"]["model"] == "tiny:sudoku" and len(data["blocks"]) == 3
+    assert [data["pieces"][piece][0] for piece in data["response"]] == out.sequences[0, ids.shape[1] :].tolist()
+    assert data["commit"] == out.commit_step[0].tolist() and data["nfe"] == int(out.nfe)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

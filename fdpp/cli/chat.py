@@ -28,6 +28,7 @@ ASK = "> "
 
 EXAMPLES = """examples:
   fdpp chat
+  fdpp chat --model tiny:stories
   fdpp chat --model GSAI-ML/LLaDA-8B-Instruct --gen-length 256
   printf 'Why is the sky blue?\\nAnd at dusk?\\n' | fdpp chat --model GSAI-ML/LLaDA-8B-Instruct
 """
@@ -51,9 +52,10 @@ def add(commands: Any) -> None:
 
 def greet(chat: Chat, model: str) -> None:
     print("/new starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer.", file=sys.stderr)
-    if model == "tiny":
-        problem = tiny.generate("held-out", 1)[0].prompt
-        text = f"The small model in this package solves problems like this one, each by itself:\n{problem}"
+    task = tiny.task_of(model)
+    if task is not None:
+        problem = task.generate("held-out", 1)[0].prompt
+        text = f"The small model {task.name} solves problems like this one, each by itself:\n{problem}"
         print(text, file=sys.stderr)
     elif not chat.remembers:
         print("This model has no chat template: every line is answered by itself.", file=sys.stderr)

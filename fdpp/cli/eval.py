@@ -111,13 +111,13 @@ def add(commands: Any) -> None:
     add_model_options(parser)
     add_rule_options(parser)
     before = vars(parser.parse_args([]))
-    add_decoding_options(parser)
+    add_decoding_options(parser, "what the task asks for, else 256")
     text = "end an answer at the end-of-text token or a stop string even where the preset decodes the whole length"
     of_evaluation("--stop-at-eos", dest="no_stop_at_eos", action="store_false", default=False, help=text)
     decoding = {name: value for name, value in vars(parser.parse_args([])).items() if name not in before}
     parser.set_defaults(**{name: Default(value, str(value)) for name, value in decoding.items()})
     parser.set_defaults(rule=Default(before["rule"], before["rule"]))
-    parser.set_defaults(gen_length=Default(None, "what the task asks for, else 256"), decoding=tuple(decoding), run=run)
+    parser.set_defaults(decoding=tuple(decoding), run=run)
 
 
 def gen_kwargs(text: str) -> dict[str, Any]:

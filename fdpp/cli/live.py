@@ -103,10 +103,14 @@ class LiveView(BaseStreamer):
         mask_id: the id that is drawn as a dot.
         out: the terminal; None: standard output.
         pause: seconds to wait after every drawing.
+        row: tokens of a row, where the text is a grid of words; the last of them, the sign that ends it, is drawn as
+            the line's end. None: lines are wrapped.
     """
 
-    def __init__(self, tokenizer: Any, mask_id: int, out: TextIO | None = None, pause: float = 0.0) -> None:
-        self.tokenizer, self.mask_id, self.pause = tokenizer, mask_id, pause
+    def __init__(
+        self, tokenizer: Any, mask_id: int, out: TextIO | None = None, pause: float = 0.0, row: int | None = None
+    ) -> None:
+        self.tokenizer, self.mask_id, self.pause, self.row = tokenizer, mask_id, pause, row
         self.out = sys.stdout if out is None else out
         self.hidden = set(tokenizer.all_special_ids) | {mask_id}
         self.dot = fit(self.out, " ·", " _")
@@ -158,7 +162,9 @@ class LiveView(BaseStreamer):
             elif token not in self.hidden:
                 pieces.append((longer[len(text) :], NEW if old == self.mask_id else ""))
             text = longer
-        return [(piece if index else piece.lstrip(" "), style) for index, (piece, style) in enumerate(pieces)]
+        row = self.row or len(pieces) + 1
+        pieces[row - 1 :: row] = [("\n", "")] * len(pieces[row - 1 :: row])
+        return [(piece if index % row else piece.lstrip(" "), style) for index, (piece, style) in enumerate(pieces)]
 
     def draw(self, before: list[int]) -> None:
         width, rows = shutil.get_terminal_size()

@@ -23,6 +23,9 @@ from fdpp.rules.rule import Number
 LOADING = (OSError, ValueError, RuntimeError, SafetensorError)
 """What loading a checkpoint raises where its files are not what they should be."""
 
+LENGTH, BLOCK = 128, 32
+"""Default lengths of a response and its blocks, where the model is no embedded one."""
+
 
 class CommandError(Exception):
     """Something the user can put right; shown as one line, exit code 2."""
@@ -54,6 +57,15 @@ def whole(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
     return parse
 
 
+def model_name(text: str) -> str:
+    """An argument type: what `--model` takes; refuses an embedded model that does not exist."""
+    try:
+        tiny.task_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def drafts(text: str) -> int | str:
     """An argument type: "auto" or an int of at least 1."""
     return text if text == "auto" else whole(1)(text)
@@ -74,8 +86,9 @@ def check_output(option: str, path: Path) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    text = "folder or Hugging Face id of a LLaDA checkpoint; tiny: the small one in this package (default: tiny)"
-    add("--model", default="tiny", metavar="PATH_OR_ID", help=text)
+    names = ", ".join(f"tiny:{task}" for task in tiny.TASKS)
+    text = f"folder or Hugging Face id of a LLaDA checkpoint; {names}: the small ones in this package (default: tiny, "
+    add("--model", type=model_name, default="tiny", metavar="PATH_OR_ID", help=text + "which is tiny:sums)")
     text = "folder or Hugging Face id of a peft adapter for it, such as a LoRA, merged into its weights (needs peft)"
     add("--adapter", metavar="PATH_OR_ID", help=text)
     text = "auto: a GPU if there is one (default: auto)"
@@ -101,8 +114,11 @@ def rule_options() -> dict[str, list[tuple[type[fdpp.Rule], str]]]:
 def add_rule_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("rule: which predictions of a forward are committed together").add_argument
     rules = fdpp.Rule.named()
+    presets = fdpp.Rule.presets
     text = "; ".join(f"{name}: {rule.about}" for name, rule in rules.items())
-    add("--rule", choices=tuple(rules), default="frechet", help=f"{text} (default: frechet)")
+    text += "; " + "; ".join(f"{name}: {rule.label()}" for name, rule in presets.items())
+    choices = (*presets, *rules)
+    add("--rule", choices=choices, default="frechet", help=f"{text} (default: frechet)".replace("é", "e"))
     for option, takers in rule_options().items():
         rule, field = takers[0]
         number, default = rule.numbers[field], getattr(rule, field)
@@ -114,11 +130,12 @@ def add_rule_options(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=whole(1), metavar="N", help=text)
 
 
-def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+def add_decoding_options(parser: argparse.ArgumentParser, length: str = f"{LENGTH}, or the embedded model's") -> None:
+    """`length`: what --help says of the default length."""
     add = parser.add_argument_group("decoding").add_argument
-    add("--gen-length", type=whole(1), default=128, metavar="N", help="longest answer in tokens (default: %(default)s)")
-    text = "tokens per block, 1 to 1024; blocks are decoded one after another (default: %(default)s)"
-    add("--block-length", type=whole(1), default=32, metavar="N", help=text)
+    add("--gen-length", type=whole(1), metavar="N", help=f"longest answer in tokens (default: {length})")
+    text = f"tokens per block, 1 to 1024; blocks are decoded in turn (default: {BLOCK}, or the embedded model's)"
+    add("--block-length", type=whole(1), metavar="N", help=text)
     text = (
         "what a block's forwards reuse: none: nothing; prefix: what is before the block; dual: also what is after it, "
         "the fastest (default: %(default)s)"
@@ -164,26 +181,28 @@ def add_stop_option(parser: argparse.ArgumentParser) -> None:
 
 def rule_of(args: argparse.Namespace) -> fdpp.Rule:
     """The rule that the options name."""
-    rule = fdpp.Rule.named()[args.rule]
-    options = {option_of(field, number): field for field, number in rule.numbers.items()}
-    own = {*options, "steps"} if rule().takes_steps() else {*options}
+    kind = fdpp.Rule.named().get(args.rule)
+    options = {} if kind is None else {option_of(field, number): field for field, number in kind.numbers.items()}
+    own = {*options, "steps"} if kind is not None and kind().takes_steps() else {*options}
     for option in ("steps", *rule_options()):
         if option not in own and getattr(args, option) is not None:
-            takes = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(own))
+            takes = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(own)) or "no number"
             raise CommandError(
                 f"--{option.replace('_', '-')} does not belong to --rule {args.rule}, which takes {takes}"
             )
     given = {field: getattr(args, option) for option, field in options.items() if getattr(args, option) is not None}
     with reported(ValueError):
-        return rule(**given)
+        return fdpp.Rule.presets[args.rule] if kind is None else kind(**given)
 
 
 def config_of(args: argparse.Namespace) -> DiffusionGenerationConfig:
-    rule = rule_of(args)
+    """The settings that the options give; lengths that none gives are the embedded model's own, else 128 and 32."""
+    rule, task = rule_of(args), tiny.task_of(args.model)
+    length, block = (LENGTH, BLOCK) if task is None else (task.max_new_tokens, task.block_length)
     with reported(ValueError):
         return DiffusionGenerationConfig(
-            max_new_tokens=args.gen_length,
-            block_length=args.block_length,
+            max_new_tokens=args.gen_length or length,
+            block_length=args.block_length or block,
             rule=rule,
             steps=args.steps,
             cache=args.cache,
@@ -214,7 +233,7 @@ def load_model(args: argparse.Namespace) -> tuple[fdpp.LLaDAModelLM, Any]:
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     name = ("bfloat16" if device == "cuda" else "float32") if args.dtype == "auto" else args.dtype
     transformers.logging.set_verbosity_error()
-    if args.model == "tiny" or not sys.stderr.isatty():
+    if tiny.task_of(args.model) is not None or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     if args.adapter is not None:
         check_place("--adapter", args.adapter, "an adapter")
@@ -231,8 +250,9 @@ def load_base(args: argparse.Namespace, dtype: torch.dtype) -> tuple[fdpp.LLaDAM
     """Model and tokenizer that `--model` names."""
     about = f"--model {args.model}: "
     with reported(*LOADING, about=about):
-        if args.model == "tiny":
-            model, tokenizer = tiny.load()
+        task = tiny.task_of(args.model)
+        if task is not None:
+            model, tokenizer = tiny.load(task.name)
             return model.to(dtype), tokenizer
         check_place("--model", args.model, "a model")
         kind = transformers.PretrainedConfig.get_config_dict(args.model)[0].get("model_type")
@@ -270,11 +290,12 @@ def ids_of(tokenizer: Any, text: str, **options: Any) -> torch.Tensor:
 
 def hint_for(model: str, prompt: str) -> str | None:
     """What the embedded model can answer, if it is asked something else; None otherwise."""
-    if model != "tiny" or tiny.is_problem(prompt):
+    task = tiny.task_of(model)
+    if task is None or task.is_problem(prompt):
         return None
-    example = tiny.generate("held-out", 1)[0].prompt
+    example = task.generate("held-out", 1)[0].prompt
     return (
-        f"the small model in this package answers nothing but problems like this one: {example} "
+        f"the small model {task.name} answers nothing but problems like this one: {example} "
         "For other prompts name a model with --model."
     )
 

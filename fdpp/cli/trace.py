@@ -32,6 +32,7 @@ PAGE = "trace.html"
 
 EXAMPLES = """examples:
   fdpp trace -o trace.html
+  fdpp trace -o sudoku.html --model tiny:sudoku --rule factor
   fdpp trace -o drafts.html --png drafts.png --rule quota --drafts 4
   fdpp trace -o llada.html --model GSAI-ML/LLaDA-8B-Instruct --prompt 'Why is the sky blue?'
 """
@@ -64,9 +65,10 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.prompt is None:
-        if args.model != "tiny":
+        task = tiny.task_of(args.model)
+        if task is None:
             raise CommandError(f"--model {args.model} needs a --prompt")
-        args.prompt = tiny.generate("held-out", 1)[0].prompt
+        args.prompt = task.generate("held-out", 1)[0].prompt
     if args.png and find_spec("matplotlib") is None:
         raise CommandError("--png needs matplotlib: pip install matplotlib, or fdpp with its extra png")
     config, prompt = config_of(args), read_text(args.prompt, "--prompt")

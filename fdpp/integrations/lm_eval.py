@@ -74,8 +74,8 @@ class FdppLM(LM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> FdppLM:
-        """From flat arguments: `pretrained` (folder, id or "tiny"), `peft` (folder or id of an adapter), `dtype`,
-        `device`, `rule` (its name), the fields of the rule and of `DiffusionGenerationConfig`, and the keyword
+        """From flat arguments: `pretrained` (folder, id, "tiny" or "tiny:TASK"), `peft` (folder or id of an adapter),
+        `dtype`, `device`, `rule` (its name), the fields of the rule and of `DiffusionGenerationConfig`, and the keyword
         arguments of `Evaluator`. Those fields stay, whatever a task asks for.
 
         Raises:
@@ -94,17 +94,24 @@ class FdppLM(LM):
         names = ("pretrained", "dtype", "device", "peft")
         pretrained, dtype, device, adapter = (given.pop(name, None) for name in names)
         name = given.pop("rule", "frechet")
-        rules = fdpp.Rule.named()
-        if name not in rules:
-            raise ValueError(f"rule: expected one of {', '.join(rules)}, got {name!r}")
-        numbers, settings = taken(given, rules[name]), taken(given, DiffusionGenerationConfig)
-        config = DiffusionGenerationConfig(rule=rules[name](**numbers), **settings)
+        rules, presets = fdpp.Rule.named(), fdpp.Rule.presets
+        if name not in {*rules, *presets}:
+            raise ValueError(f"rule: expected one of {', '.join([*presets, *rules])}, got {name!r}")
+        numbers = {} if name in presets else taken(given, rules[name])
+        settings = taken(given, DiffusionGenerationConfig)
         stays = {*settings, *(["rule"] if numbers or "rule" in arg_dict else [])}
+        pretrained = pretrained or "tiny"
+        task = tiny.task_of(pretrained)
+        if task is not None:
+            settings.setdefault("block_length", task.block_length)
+        config = DiffusionGenerationConfig(
+            rule=presets[name] if name in presets else rules[name](**numbers), **settings
+        )
         unknown = sorted(given.keys() - {"gen_length", "batch_size", "mc_num", "check_greedy", "resume"})
         if unknown:
             raise ValueError(f"model_args: unknown {unknown} with rule={name}")
         processes()
-        model, tokenizer = load(pretrained or "tiny", dtype or "auto", device)
+        model, tokenizer = load(pretrained, dtype or "auto", device)
         model = model if adapter is None else merge_adapter(model, adapter)
         return cls(model, tokenizer, config, given=stays, **given)
 
@@ -178,8 +185,9 @@ def load(pretrained: str, dtype: str, device: str | None) -> tuple[fdpp.LLaDAMod
     kind = getattr(torch, ("bfloat16" if at.type == "cuda" else "float32") if dtype == "auto" else dtype, None)
     if not isinstance(kind, torch.dtype):
         raise ValueError(f'dtype: expected "auto" or the name of a dtype of torch, got {dtype!r}')
-    if pretrained == "tiny":
-        model, tokenizer = tiny.load()
+    task = tiny.task_of(pretrained)
+    if task is not None:
+        model, tokenizer = tiny.load(task.name)
         return model.to(at, kind), tokenizer
     return (
         fdpp.LLaDAModelLM.from_pretrained(pretrained, dtype=kind).eval().to(at),

@@ -1,4 +1,4 @@
-"""The embedded model's problems as a task of lm-evaluation-harness; `tasks/tiny_sums.yaml` names these functions."""
+"""The embedded sums as a task of lm-evaluation-harness; `tasks/tiny_sums.yaml` names these functions."""
 
 from __future__ import annotations
 

@@ -1,20 +1,20 @@
-"""The word-level tokenizer of the embedded model: one token per word, number and sign."""
+"""The word-level tokenizer of the embedded models: one token per word, number and sign."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence as Words
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Punctuation, Sequence, WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from fdpp.tiny.problems import WORDS
-
 SPECIAL = ("<pad>", "<eos>", "<mask>", "<unk>")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of `fdpp.tiny.problems`; saved with a checkpoint, it loads with `AutoTokenizer`."""
-    vocabulary = {word: index for index, word in enumerate((*SPECIAL, *WORDS))}
+def build_tokenizer(words: Words[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of these words; saved with a checkpoint, it loads with `AutoTokenizer`."""
+    vocabulary = {word: index for index, word in enumerate((*SPECIAL, *words))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Punctuation("isolated")])
     return PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""Train the embedded model from scratch: `python -m fdpp.tiny.train`.
+"""Train an embedded model from scratch: `python -m fdpp.tiny.train --task NAME`.
 
 The objective is LLaDA's masked-diffusion fine-tuning loss (arXiv 2502.09992, algorithm 2): the prompt stays clean,
 each response token is masked with probability t ~ U(0, 1), the cross-entropy of the masked tokens is weighted 1/t. It
@@ -8,14 +8,18 @@ replacement, l uniform in 1..L, in place of t = l/L. Each third of the examples 
 - all of it, as LLaDA does;
 - one random block, as block-wise decoding meets it: the blocks before are clean, the later ones fully masked and
   without a loss;
-- its results, one token in twelve, which confident decoding leaves for last. This gives them more weight.
+- what confident decoding leaves for last (`Recipe.late`), such as a sum's results, one token in twelve. This gives them
+  more weight.
 
-LLaDA does not train for the last two. Their gain was not measured separately.
+LLaDA does not train for the last two. Their gain was not measured separately. With `Recipe.holes` one batch in four is
+a response without its prompt, masked as LLaDA does, so that the model also fills holes.
 
 A model trained so loses most of its answers under a key/value cache: positions outside of the block keep part of a
 running sum, which a cache freezes. So of the last `--cached-steps` steps two in three train as the dual cache decodes
-(Fast-dLLM, arXiv 2505.22618). Their sequence is the one at the block's start, followed by the block as it is now. The
-block's positions see each other and everything but the block's old content.
+(Fast-dLLM, arXiv 2505.22618). Their sequence is all that such a decode feeds, one forward after the other: everything
+at the block's start, then the block as it is now. Each forward sees of every column what was fed last. With
+`Recipe.recent` half of these batches begin blocks without feeding everything: the first block's start, then at each
+block's start that block and the one before it, then the block as it is now.
 
 Every batch is a function of the seed and the step, so a run stopped at any step and resumed from its state file ends
 with the same weights as one that was not stopped (on the same machine and number of threads).
@@ -27,35 +31,33 @@ import argparse
 import math
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from fdpp.decoding.settings import CACHES, DiffusionGenerationConfig
 from fdpp.models.llada import LLaDAConfig, LLaDAModelLM
 from fdpp.rules import Quota
-from fdpp.tiny.problems import MAX_STEPS, MIN_STEPS, Problem, generate, is_exact
+from fdpp.tiny import TASKS
+from fdpp.tiny.task import Task
 from fdpp.tiny.tokenizer import build_tokenizer
 
-BLOCK = 32
-MAX_RESPONSE = 128
 PARTS = 2
 SEED_STRIDE = 1_000_003
 CPU = torch.device("cpu")
 """Where batches are made, whatever the default device."""
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 
-
-def build_model(seed: int) -> LLaDAModelLM:
+def build_model(task: Task, seed: int) -> LLaDAModelLM:
     """The untrained model (1.2 M parameters), with the settings that decode it."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(task.words)
     torch.manual_seed(seed)
     model = LLaDAModelLM(
         LLaDAConfig(
@@ -71,22 +73,26 @@ def build_model(seed: int) -> LLaDAModelLM:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    model.generation_config = DiffusionGenerationConfig(max_new_tokens=MAX_RESPONSE, block_length=BLOCK)
+    model.generation_config = DiffusionGenerationConfig(
+        max_new_tokens=task.max_new_tokens, block_length=task.block_length
+    )
     return model
 
 
 class Batch(NamedTuple):
     """Attributes:
-    noisy: ids `[B, L]`; in a cached batch the block as it stands now follows, `[B, L + 32]`.
-    target: ids of the same shape, -100 where no loss is taken.
+    noisy: ids `[B, n]`.
+    target: of the same shape, -100 where no loss is taken.
     weight: of the same shape.
-    first: `[B]`, the first column that the copied block replaces, in a cached batch; else -1.
+    column: of the same shape, the column of the sequence that an id stands in.
+    feed: of the same shape, which forward of a cached decode feeds it, from 0 on; 0 throughout without a cache.
     """
 
     noisy: Tensor
     target: Tensor
     weight: Tensor
-    first: Tensor
+    column: Tensor
+    feed: Tensor
 
 
 def uniform(shape: int | tuple[int, ...], noise: torch.Generator) -> Tensor:
@@ -94,35 +100,47 @@ def uniform(shape: int | tuple[int, ...], noise: torch.Generator) -> Tensor:
     return torch.rand(shape, generator=noise, dtype=torch.float32, device=CPU)
 
 
-def make_batch(tokenizer: Any, seed: int, tokens: int, cached: bool = False) -> Batch:
+def whole_number(low: int, high: int, noise: torch.Generator, shape: tuple[int, ...] = (1,)) -> Tensor:
+    """Int64 numbers from `low` to below `high`."""
+    return torch.randint(low, high, shape, generator=noise, dtype=torch.int64, device=CPU)
+
+
+def make_batch(task: Task, tokenizer: Any, seed: int, tokens: int, cached: bool = False) -> Batch:
     """One batch of about `tokens` tokens.
 
-    All problems of a batch have the same number of steps and so the same lengths. The response is padded with EOS to
-    the end of its block, or to 128 tokens in a sixth of the batches.
+    All problems of a batch have prompts of equal length. The response is padded with EOS: to the task's
+    `max_new_tokens`, or to the end of its block in most batches of a task of several sizes.
     """
-    noise = torch.Generator().manual_seed(seed)
-    steps = int(torch.randint(MIN_STEPS, MAX_STEPS + 1, (1,), generator=noise, dtype=torch.int64, device=CPU))
-    sample = generate("train", 1, seed, steps)[0]
+    noise, block_length = torch.Generator().manual_seed(seed), task.block_length
+    size = [] if task.sizes is None else [int(whole_number(task.sizes.start, task.sizes.stop, noise))]
+    sample = task.generate("train", 1, seed, *size)[0]
     prompt = len(tokenizer(sample.prompt)["input_ids"])
-    response = math.ceil((len(tokenizer(sample.response)["input_ids"]) + 1) / BLOCK) * BLOCK
-    if uniform(1, noise) < 1 / 6:
-        response = MAX_RESPONSE
+    response = math.ceil((len(tokenizer(sample.response)["input_ids"]) + 1) / block_length) * block_length
+    if uniform(1, noise) < 1 / 6 or task.sizes is None:
+        response = task.max_new_tokens
+    holes = bool(task.recipe.holes and not cached and uniform(1, noise) < 1 / 4)
+    if holes:
+        prompt, response = 0, len(tokenizer(sample.response)["input_ids"])
     B = max(1, tokens // (prompt + response))
-    clean = encode(tokenizer, generate("train", B, seed, steps), prompt + response)
+    problems = task.generate("train", B, seed, *size)
+    texts = [problem.response if holes else f"{problem.prompt} {problem.response}" for problem in problems]
+    clean = encode(tokenizer, texts, prompt + response)
 
     position = torch.arange(response, device=CPU)
-    block = torch.randint(0, response // BLOCK, (B, 1), generator=noise, dtype=torch.int64, device=CPU)
-    kind = torch.randint(0, 3, (B, 1), generator=noise, dtype=torch.int64, device=CPU)
-    in_block, later = position // BLOCK == block, position // BLOCK > block
-    stated = results(tokenizer, clean[:, prompt:])
+    recent = bool(task.recipe.recent and cached and uniform(1, noise) < 1 / 2)
+    block = whole_number(0, max(response // block_length, 1), noise, (1 if recent else B, 1)).expand(B, 1)
+    kind = whole_number(0, 3 if task.recipe.late else 2, noise, (B, 1)) * (not holes)
+    in_block, later = position // block_length == block, position // block_length > block
+    late = after(task.recipe.late, tokenizer, clean[:, prompt:])
     if cached:
-        current = torch.where((kind == 0) & (in_block & stated).any(1, keepdim=True), in_block & stated, in_block)
+        only_late = (kind == 0) & (in_block & late).any(1, keepdim=True)
+        current = torch.where(only_late, in_block & late, in_block)
         later = later | in_block
     else:
-        current = (kind == 0) | ((kind == 1) & in_block) | ((kind == 2) & stated)
+        current = (kind == 0) | ((kind == 1) & in_block) | ((kind == 2) & late)
         later = (kind == 1) & later
-    size = current.sum(1, keepdim=True)
-    masked_count = (uniform((B, 1), noise) * size).floor() + 1
+    size_of = current.sum(1, keepdim=True)
+    masked_count = (uniform((B, 1), noise) * size_of).floor() + 1
     order = uniform((B, response), noise).masked_fill(~current, 2.0).argsort(1).argsort(1)
     chosen = current & (order < masked_count)
 
@@ -131,43 +149,49 @@ def make_batch(tokenizer: Any, seed: int, tokens: int, cached: bool = False) -> 
     target[:, prompt:][chosen] = clean[:, prompt:][chosen]
     weight = torch.zeros(clean.shape, dtype=torch.float32, device=CPU)
     weight[:, prompt:] = (1 / (B * masked_count)).expand(B, response)
+    column = torch.arange(prompt + response, device=CPU).expand(B, -1)
     if not cached:
-        return Batch(noisy, target, weight, clean.new_full((B,), -1))
-    first = prompt + BLOCK * block
-    columns = first + torch.arange(BLOCK, device=CPU)
-    now = clean.gather(1, columns).masked_fill(target.gather(1, columns) != -100, tokenizer.mask_token_id)
+        return Batch(noisy, target, weight, column, torch.zeros_like(column))
+
+    def at_start(of: int) -> Tensor:
+        """The sequences when block `of` begins."""
+        return clean.where(column < prompt + of * block_length, tokenizer.mask_token_id)
+
+    fed = [(noisy, column)]
+    if recent:
+        this = int(block[0])
+        fed = [(at_start(0), column)]
+        for of in range(1, this + 1):
+            two = slice(prompt + (of - 1) * block_length, prompt + (of + 1) * block_length)
+            fed.append((at_start(of)[:, two], column[:, two]))
+    here = prompt + block * block_length + torch.arange(block_length, device=CPU)
+    now, target, weight = clean.gather(1, here), target.gather(1, here), weight.gather(1, here)
+    fed.append((now.masked_fill(target != -100, tokenizer.mask_token_id), here))
+    before = sum(ids.shape[1] for ids, _ in fed[:-1])
     return Batch(
-        torch.cat((noisy, now), dim=1),
-        torch.cat((torch.full_like(clean, -100), target.gather(1, columns)), dim=1),
-        torch.cat((weight, weight.gather(1, columns)), dim=1),
-        first.flatten(),
+        torch.cat([ids for ids, _ in fed], dim=1),
+        pad(target, (before, 0), value=-100),
+        pad(weight, (before, 0)),
+        torch.cat([columns for _, columns in fed], dim=1),
+        torch.cat([torch.full_like(ids, index) for index, (ids, _) in enumerate(fed)], dim=1),
     )
 
 
-def dual_cache(first: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """What a cached batch's positions see, bool `[B, 1, length + 32, length + 32]`, and their position ids.
-
-    The first `length` columns see each other; the copied block sees itself and all columns but those it replaces.
-    """
-    B = first.shape[0]
-    column = torch.arange(length, device=first.device)
-    replaced = (column >= first[:, None]) & (column < first[:, None] + BLOCK)
-    copy = torch.ones(B, BLOCK, dtype=torch.bool, device=first.device)
-    old = torch.cat((torch.ones_like(replaced), ~copy), dim=1)[:, None].expand(-1, length, -1)
-    new = torch.cat((~replaced, copy), dim=1)[:, None].expand(-1, BLOCK, -1)
-    positions = torch.cat((column.expand(B, -1), first[:, None] + torch.arange(BLOCK, device=first.device)), dim=1)
-    return torch.cat((old, new), dim=1)[:, None], positions
+def seen(column: Tensor, feed: Tensor) -> Tensor:
+    """What each id of a cached batch sees, bool `[B, 1, n, n]`: of every column what was fed last, by then."""
+    later = (column[:, :, None] == column[:, None]) & (feed[:, :, None] < feed[:, None])
+    replaced = torch.where(later, feed[:, None], feed.shape[1]).amin(2)
+    return ((feed[:, None] <= feed[:, :, None]) & (replaced[:, None] > feed[:, :, None]))[:, None]
 
 
-def results(tokenizer: Any, response: Tensor) -> Tensor:
-    """Where `response` `[B, L]` states a result: bool `[B, L]`, the word after "has", "makes", "are" or ":"."""
-    words = response.new_tensor(tokenizer.convert_tokens_to_ids(["has", "makes", "are", ":"]))
-    return torch.isin(response.roll(1, dims=1), words)
+def after(words: tuple[str, ...], tokenizer: Any, response: Tensor) -> Tensor:
+    """Where `response` `[B, L]` follows one of `words`: bool `[B, L]`."""
+    return torch.isin(response.roll(1, dims=1), response.new_tensor(tokenizer.convert_tokens_to_ids(list(words))))
 
 
-def encode(tokenizer: Any, problems: list[Problem], length: int) -> Tensor:
-    """Prompt and response of problems with equal lengths, padded with EOS: ids `[B, length]`."""
-    rows = tokenizer([f"{problem.prompt} {problem.response}" for problem in problems])["input_ids"]
+def encode(tokenizer: Any, texts: list[str], length: int) -> Tensor:
+    """Texts padded with EOS: ids `[B, length]`."""
+    rows = tokenizer(texts)["input_ids"]
     padded = [row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows]
     return torch.tensor(padded, dtype=torch.int64, device=CPU)
 
@@ -191,9 +215,9 @@ class PlainAttention(TorchFunctionMode):
 
 def diffusion_loss(model: LLaDAModelLM, batch: Batch) -> Tensor:
     """Weighted cross-entropy of the masked tokens, a scalar; the head runs on the masked positions only."""
-    noisy, target, weight, first = batch
+    noisy, target, weight, column, feed = batch
     masked = target != -100
-    sees, positions = (None, None) if first[0] < 0 else dual_cache(first, noisy.shape[1] - BLOCK)
+    sees, positions = (seen(column, feed), column) if feed.any() else (None, None)
     with PlainAttention(), torch.autocast(noisy.device.type, dtype=torch.bfloat16):
         logits = model.project(model.model(noisy, sees, positions)[masked])
     return (cross_entropy(logits.float(), target[masked], reduction="none") * weight[masked]).sum()
@@ -223,32 +247,37 @@ def schedule(step: int, steps: int, cached_steps: int) -> float:
     return height * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def evaluate(model: LLaDAModelLM, tokenizer: Any, problems: list[Problem], cache: str = "none") -> float:
-    """Share of exact answers, decoded one token per forward, most confident first, in blocks of 32."""
+def evaluate(task: Task, model: LLaDAModelLM, tokenizer: Any, problems: Sequence[Any], cache: str = "none") -> float:
+    """Share of right responses, decoded one token per forward, most confident first."""
     batch = tokenizer([problem.prompt for problem in problems], padding=True, return_tensors="pt").to(model.device)
-    out = model.generate(**batch, rule=Quota(1), max_new_tokens=MAX_RESPONSE, block_length=BLOCK, cache=cache)
+    out: Any = model.generate(**batch, rule=Quota(1), cache=cache)
     texts = tokenizer.batch_decode(out.sequences[:, batch["input_ids"].shape[1] :])
-    return sum(is_exact(text, problem) for text, problem in zip(texts, problems, strict=True)) / len(problems)
+    return sum(task.is_right(text, problem) for text, problem in zip(texts, problems, strict=True)) / len(problems)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fdpp.tiny.train", description="Train the embedded model.")
     option = parser.add_argument
-    option("--out", type=Path, default=CHECKPOINT, help="folder of the checkpoint (default: the package's own)")
-    option("--state", type=Path, default=Path("tiny-train.pt"), help="state file, resumed from if it exists")
-    option("--steps", type=int, default=3500, help="optimizer steps without a cache (default: %(default)s)")
-    option("--cached-steps", type=int, default=1500, help="steps after them, most as the dual cache decodes")
+    option("--task", choices=TASKS, default="sums", help="what it learns (default: %(default)s)")
+    option("--out", type=Path, help="folder of the checkpoint (default: the package's own)")
+    option("--state", type=Path, help="state file, resumed from if it exists (default: tiny-TASK.pt)")
+    option("--steps", type=int, help="optimizer steps without a cache (default: the task's recipe)")
+    option("--cached-steps", type=int, help="steps after them, most as caches decode (default: the task's recipe)")
     option("--minutes", type=float, default=math.inf, help="stop after so many minutes; the same command resumes")
-    option("--tokens", type=int, default=8192, help="tokens per step (default: %(default)s)")
+    option("--tokens", type=int, help="tokens per step (default: the task's recipe)")
     option("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     option("--seed", type=int, default=0, help="seed of the weights and the data (default: %(default)s)")
     option("--save-every", type=int, default=500, help="steps between saves (default: %(default)s)")
     option("--eval-problems", type=int, default=500, help="held-out problems of the final evaluation")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args(argv)
+    task = TASKS[args.task]
+    args.out, args.state = args.out or task.checkpoint, args.state or Path(f"tiny-{task.name}.pt")
+    for name in ("steps", "cached_steps", "tokens"):
+        setattr(args, name, getattr(task.recipe, name) if getattr(args, name) is None else getattr(args, name))
 
-    tokenizer = build_tokenizer()
-    model = build_model(args.seed).to(args.device)
+    tokenizer = build_tokenizer(task.words)
+    model = build_model(task, args.seed).to(args.device)
     optimizers = build_optimizers(model)
     step = 0
     if args.state.exists():
@@ -275,14 +304,14 @@ def main(argv: list[str] | None = None) -> None:
     # Two threads with half a batch each wait for each other once per step, not in every operator.
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(PARTS, initializer=torch.set_num_threads, initargs=(1,))
-    sample = generate("held-out", 40, seed=1)
+    sample = task.generate("held-out", 40, 1)
     deadline = time.monotonic() + 60 * args.minutes
     average = 0.0
     total = args.steps + args.cached_steps
     bar = tqdm(initial=step, total=total, unit="step", mininterval=5)
     while step < total and time.monotonic() < deadline:
         cached = step >= args.steps and step % 3 > 0
-        batch = make_batch(tokenizer, args.seed * SEED_STRIDE + step, args.tokens, cached)
+        batch = make_batch(task, tokenizer, args.seed * SEED_STRIDE + step, args.tokens, cached)
         parts = list(pool.map(gradients, zip(*(tensor.chunk(PARTS) for tensor in batch), strict=True)))
         for parameter, *shares in zip(parameters, *(part[1] for part in parts), strict=True):
             parameter.grad = torch.stack(shares).sum(0)
@@ -299,18 +328,16 @@ def main(argv: list[str] | None = None) -> None:
         bar.update()
         if step % args.save_every == 0:
             save()
-            exact = ", ".join(f"{cache} {evaluate(model, tokenizer, sample, cache):.0%}" for cache in CACHES)
-            bar.write(f"step {step}: loss {average:.4f}, exact of 40: {exact}")
+            exact = ", ".join(f"{cache} {evaluate(task, model, tokenizer, sample, cache):.0%}" for cache in CACHES)
+            bar.write(f"step {step}: loss {average:.4f}, right of 40: {exact}")
     bar.close()
     pool.shutdown()
     save()
     if step == total and args.eval_problems:
-        problems = generate("held-out", args.eval_problems)
+        problems = task.generate("held-out", args.eval_problems)
         for cache in CACHES:
-            share = evaluate(model, tokenizer, problems, cache)
-            print(
-                f"{share:.1%} exact answers on {len(problems)} held-out problems, one token per forward, cache {cache}"
-            )
+            share = evaluate(task, model, tokenizer, problems, cache)
+            print(f"{share:.1%} of {len(problems)} held-out problems right, one token per forward, cache {cache}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BESIDE = ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "setup.py", "pyproject.toml")
 """What the source archive holds beside the package."""
 
+MODELS = ("sums", "sudoku", "stories")
+"""The embedded models."""
+
 LOOK = """
 import importlib.metadata, importlib.util, sys, sysconfig
 import fdpp
@@ -116,9 +119,10 @@ def check_wheel(wheel: Path, root: Path) -> None:
     wanted = {f"fdpp/kernels/{path.name}" for path in (root / "kernels").glob("*.py")}
     sources = (path for path in (root / "fdpp").rglob("*.py") if "__pycache__" not in path.parts)
     wanted |= {path.relative_to(root).as_posix() for path in sources}
-    checkpoint = root / "fdpp" / "tiny" / "checkpoint"
-    wanted |= {path.relative_to(root).as_posix() for path in checkpoint.iterdir() if path.is_file()}
-    wanted |= {"fdpp/py.typed", "fdpp/tiny/checkpoint/model.safetensors", f"{info}/licenses/LICENSE"}
+    checkpoints = root / "fdpp" / "tiny" / "checkpoints"
+    wanted |= {path.relative_to(root).as_posix() for path in checkpoints.rglob("*") if path.is_file()}
+    wanted |= {f"fdpp/tiny/checkpoints/{name}/model.safetensors" for name in MODELS}
+    wanted |= {"fdpp/py.typed", f"{info}/licenses/LICENSE"}
     missing = sorted(wanted - names)
     expect(not missing, f"{wheel.name}: missing {', '.join(missing)}")
 

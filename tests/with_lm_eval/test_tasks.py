@@ -43,11 +43,12 @@ def test_accuracy_and_costs_are_those_of_make_quality(tmp_path, monkeypatch, cap
     monkeypatch.syspath_prepend(ROOT / "bench")
     threads = torch.get_num_threads()
     try:
-        expected = import_module("quality").run("frechet 0.25", "none", 1, 24)
+        runs = import_module("quality_runs")
+        expected = runs.run(runs.Setting("sums", fdpp.Frechet(0.25), "none", problems=24))
     finally:
         torch.set_num_threads(threads)
     got = run_command(tmp_path, "--limit", "24", "--batch-size", "7")
-    assert got["results"]["tiny_sums"]["exact_match,none"] == expected["exact"]
+    assert got["results"]["tiny_sums"]["exact_match,none"] == expected["share"]
     cost = got["fdpp"]["costs"]["tiny_sums"]
     assert (cost["responses"], cost["nfe_per_response"]) == (24, expected["nfe"])
     assert cost["tokens_per_forward"] == expected["tokens_per_forward"]
@@ -66,7 +67,7 @@ def test_responses_belong_to_their_documents(tmp_path, loaded):
         ids = torch.tensor([tokenizer(problem.prompt)["input_ids"]])
         out = model.generate(ids, max_new_tokens=128, rule=fdpp.Threshold(0.8), cache="none")
         text = tokenizer.decode(out.sequences[0, ids.shape[1] :]).split("<eos>")[0].strip()
-        assert sample["resps"] == [[text]] and sample["exact_match"] == tiny.is_exact(text, problem)
+        assert sample["resps"] == [[text]] and sample["exact_match"] == tiny.is_right(text, problem)
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
@@ -153,9 +154,14 @@ def test_the_name_is_registered_and_takes_flat_arguments():
     )
     assert (evaluator.gen_length, evaluator.mc_num, evaluator.batch_size) == (64, 2, 3)
     assert FdppLM.create_from_arg_string("cache=none").evaluator.config.cache == "none"
+    for argument, block_length in (("", 14), (",block_length=7", 7)):
+        evaluator = FdppLM.create_from_arg_string(f"pretrained=tiny:sudoku,device=cpu{argument}").evaluator
+        assert evaluator.config.block_length == block_length
+        assert len(evaluator.tokenizer) == len(tiny.load("sudoku")[1])
     for arguments, message in (
         ("rule=best", "rule: expected one of "),
         ("margin=0.2,tau=0.8", r"unknown \['tau'\]"),
+        ("pretrained=tiny:chess", "expected one of tiny:sums, tiny:sudoku, tiny:stories, got 'tiny:chess'"),
         ("batch_size=auto", "batch_size: expected an int"),
         ("dtype=float99", "dtype: expected"),
     ):

@@ -19,6 +19,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fdpp.tiny.task import END, HELD_OUT_SHARE, Recipe, Task, agrees, check_split, spaced
+
 MIN_STEPS, MAX_STEPS = 4, 8
 MIN_VALUE, MAX_VALUE = 2, 20
 MAX_CHANGE = 9
@@ -38,9 +40,6 @@ OTHER_WORDS = (
 NUMBERS = tuple(str(value) for value in range(MAX_VALUE + 1))
 WORDS = (*MONTHS, *SHE, *HE, *OBJECTS, *GAINS, *LOSSES, *OTHER_WORDS, *NUMBERS)
 """Every word that a problem can hold."""
-
-SPLITS = ("train", "held-out")
-HELD_OUT_SHARE = 8
 
 
 def _any(words: Sequence[str]) -> str:
@@ -81,8 +80,7 @@ def generate(split: str, count: int, seed: int = 0, steps: int | None = None) ->
 
     `steps` (4 to 8) fixes the length of the chains; None draws it uniformly for each problem.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    check_split(split)
     if steps is not None and not MIN_STEPS <= steps <= MAX_STEPS:
         raise ValueError(f"steps: expected {MIN_STEPS} to {MAX_STEPS}, got {steps}")
     rng = random.Random(seed)
@@ -91,7 +89,7 @@ def generate(split: str, count: int, seed: int = 0, steps: int | None = None) ->
 
 def answer_of(text: str) -> int | None:
     """The final answer that a response states, or None; the text ends at the first `<eos>`."""
-    found = re.search(r"\bAnswer : (\d+)\b", text.split("<eos>")[0])
+    found = re.search(r"\bAnswer : (\d+)\b", text.split(END)[0])
     return int(found[1]) if found else None
 
 
@@ -100,7 +98,7 @@ def is_problem(text: str) -> bool:
 
     Signs may follow a word without a space, as the tokenizer splits them off.
     """
-    text = " ".join(re.findall(r"\w+|[^\w\s]", text))
+    text = spaced(text)
     begins = START.match(text)
     if begins is None:
         return False
@@ -113,9 +111,21 @@ def is_problem(text: str) -> bool:
     return fits and MIN_STEPS <= len(values) <= MAX_STEPS and text[at:] == f"How many {begins[2]} now ?"
 
 
-def is_exact(text: str, problem: Problem) -> bool:
+def is_right(text: str, problem: Problem) -> bool:
     """Whether the final answer that a response states is the problem's."""
     return answer_of(text) == problem.answer
+
+
+def worded(problem: Problem) -> list[str]:
+    """The right responses, which differ in how their lines open; the problem's own first."""
+    openings = [" ".join(words).format(name=problem.prompt.split()[0]) for words in OPENINGS]
+    texts = [re.sub(r"so \w+ \w+ (\d+)", rf"so {opening} \1", problem.response) for opening in openings]
+    return sorted(texts, key=lambda text: text != problem.response)
+
+
+def completable(words: Sequence[str], problem: Problem) -> bool:
+    """Whether some right response, filled up with `<eos>`, has all of these words; `<mask>` is open."""
+    return any(agrees(words, text.split()) for text in worded(problem))
 
 
 def _draw(rng: random.Random, split: str, steps: int | None) -> Problem:
@@ -153,3 +163,17 @@ def _write(rng: random.Random, start: int, changes: tuple[int, ...]) -> Problem:
     prompt.append(f"How many {thing} now ?")
     response.append(f"Answer : {value} {thing} .")
     return Problem(start, changes, " ".join(prompt), " ".join(response), value)
+
+
+TASK = Task(
+    name="sums",
+    words=WORDS,
+    generate=generate,
+    is_right=is_right,
+    is_problem=is_problem,
+    completable=completable,
+    max_new_tokens=128,
+    block_length=32,
+    recipe=Recipe(steps=3500, cached_steps=1500, tokens=8192, late=("has", "makes", "are", ":")),
+    sizes=range(MIN_STEPS, MAX_STEPS + 1),
+)
