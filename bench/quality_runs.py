@@ -144,6 +144,9 @@ def settings_of(
     """The runs of a task for these parts of `quality.PARTS`, each once; `allowance` is `Frechet`'s calibration."""
     found: list[Setting] = []
 
+    def rules_of(swept: bool) -> list[fdpp.Rule]:
+        return [rule for family in FAMILIES.values() for rule in family if swept or rule in DEFAULTS]
+
     def add(rules: Iterable[fdpp.Rule], at: str, drafts: int | str = 1, how: str = "plain") -> None:
         for rule in rules:
             problems = max(count * tenths(task, rule, at, drafts, how) // 10, 1)
@@ -152,8 +155,7 @@ def settings_of(
     for at in caches:
         if "rules" in parts:
             # Without a cache sums and stories take longest, and the dual cache's sweep shows what theirs would.
-            swept = sweep and (at == "dual" or (at == "none" and task == "sudoku"))
-            add([rule for family in FAMILIES.values() for rule in family if swept or rule in DEFAULTS], at)
+            add(rules_of(sweep and (at == "dual" or (at == "none" and task == "sudoku"))), at)
         if "drafts" in parts and at != "prefix":
             add(DEFAULTS, at)
             for rule, drafts in DRAFTED[at]:
@@ -170,12 +172,7 @@ def settings_of(
             add(THREE, "dual", 1, "bfloat16")
             add(THREE, "dual", 8, "bfloat16")
     if "undivided" in parts and task == "sudoku" and "none" in caches:
-        add(
-            [rule for family in FAMILIES.values() for rule in family if sweep or rule in DEFAULTS],
-            "none",
-            1,
-            "undivided",
-        )
+        add(rules_of(sweep), "none", how="undivided")
     if "holes" in parts and task == "sudoku" and "none" in caches:
         add(DEFAULTS, "none")
         add(DEFAULTS, "none", how="holes")

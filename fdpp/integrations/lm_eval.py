@@ -104,9 +104,8 @@ class FdppLM(LM):
         task = tiny.task_of(pretrained)
         if task is not None:
             settings.setdefault("block_length", task.block_length)
-        config = DiffusionGenerationConfig(
-            rule=presets[name] if name in presets else rules[name](**numbers), **settings
-        )
+        rule = fdpp.Rule.of({"name": name, **numbers} if numbers else name)
+        config = DiffusionGenerationConfig(rule=rule, **settings)
         unknown = sorted(given.keys() - {"gen_length", "batch_size", "mc_num", "check_greedy", "resume"})
         if unknown:
             raise ValueError(f"model_args: unknown {unknown} with rule={name}")

@@ -104,7 +104,7 @@ class Budget(Rule):
             open_ones = [t for t in proposed.candidate[b].nonzero().flatten().tolist() if t not in taken and row[t] > 0]
             if not open_ones or sum(1.0 - row[t] for t in taken) > self.budget:
                 continue
-            best = max((row[t], -t) for t in open_ones)[1] * -1
+            best = -max((row[t], -t) for t in open_ones)[1]
             if row[best] >= self.floor and not memory.rising[b, best]:
                 committed[b, best] = True
         return proposed.commit(committed)

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import random
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
-from fdpp.tiny.task import END, HELD_OUT_SHARE, OPEN, Recipe, Task, check_split, spaced
+from fdpp.tiny.task import END, OPEN, Recipe, Task, check_split, spaced, split_by
 
 PEOPLE = {
     "she": ("the girl", "my aunt", "my sister", "the queen"),
@@ -126,8 +125,7 @@ class Story:
 
 def split_of(place: str, time: str, parts: tuple[int, ...]) -> str:
     """The split of a prompt, the same in whatever order its numbers stand: one in eight is held out."""
-    checksum = zlib.crc32(" ".join([place, time, *map(str, sorted(parts))]).encode())
-    return "held-out" if checksum % HELD_OUT_SHARE == 0 else "train"
+    return split_by(" ".join([place, time, *map(str, sorted(parts))]))
 
 
 def generate(split: str, count: int, seed: int = 0) -> list[Story]:
