@@ -5,7 +5,7 @@
 - head, by masked rows: the library's product and `select` against `project_select`;
 - attention of a padded block over a cache: `scaled_dot_product_attention` with a mask against `block_attention`;
   without a mask, and so without padding, it is the bound;
-- branches, drafts of one block over one cache: the cache's own operators (`BlockCache.attend_shared`) against
+- branches, drafts of one block over one cache: a copy of the cache for each (`BlockCache.attend_copies`) against
   `block_attention`.
 
 On a GPU everything runs in CUDA graphs. On a CPU both ways are PyTorch's own operators, and the head saves memory. A
@@ -102,7 +102,7 @@ def branch_ways(B: int, drafts: int, n: int, S: int, heads: int, head_size: int)
     left, columns = torch.arange(B, device=DEVICE) % 32, torch.arange(S - n, S, device=DEVICE)
     mask = (torch.arange(S, device=DEVICE) >= left[:, None])[:, None, None].repeat_interleave(drafts, dim=0)
     return {
-        "attend_shared": partial(cache.attend_shared, 0, q, own_k, own_v, mask, columns),
+        "copies": partial(cache.attend_copies, 0, q, own_k, own_v, mask, columns),
         "block_attention": partial(block_attention, q, keys, values, left, own=(own_k, own_v), column=columns),
     }
 

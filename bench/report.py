@@ -143,7 +143,7 @@ def kernels_table(result: Result) -> str:
     for kind, ways in (
         ("head", ("library", "fused")),
         ("attention", ("sdpa, mask", "sdpa, no mask", "block_attention")),
-        ("branches", ("attend_shared", "block_attention")),
+        ("branches", ("copies", "block_attention")),
     ):
         # Older results have no branches.
         for row in result.get(kind, []):

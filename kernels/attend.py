@@ -1,9 +1,10 @@
 """Attention of a short block of queries over a long cache, split along the keys so that every multiprocessor has work.
 
 Rows of a tile are the queries of all heads that share one head of keys and values. A program takes one tile over one
-split of the keys and keeps the running maximum m, the sum l of 2^(s - m) and the weighted values; `combine_kernel`
-joins the splits. The first `left` keys of a sequence are padding. Scores are in units of
-log 2, which turns the exponential into the hardware's own.
+split of the keys and keeps the running maximum m, the sum l of 2^(s - m) and the weighted values. Where there are
+several splits, each leaves its part and takes its tile's ticket, and the one that draws the last joins them: as many
+bytes as a launch of its own would move, and one launch less. The first `left` keys of a sequence are padding. Scores
+are in units of log 2, which turns the exponential into the hardware's own.
 
 Branches of a sequence read one cache, but each has a block of its own in the place of the same columns: every column
 has one source, so there is one loop with one softmax, and the splits are those of the columns. Branches do not share a
@@ -19,11 +20,15 @@ from triton.language.target_info import is_hip
 
 
 class Part(NamedTuple):
-    """What the splits leave for `combine_kernel`: each one's weighted values, maximum and sum."""
+    """What the splits of a tile leave for the last of them: each one's weighted values, maximum and sum.
+
+    `ticket` counts the splits that have; it is zero before a launch and after it.
+    """
 
     acc: tl.tensor
     max: tl.tensor
     sum: tl.tensor
+    ticket: tl.tensor
 
 
 class Strides(NamedTuple):
@@ -156,19 +161,45 @@ def attend_kernel(
         tl.store(part.acc + o_part[:, None] * HEAD_SIZE + o_d[None, :], b_acc, mask=m_md)
         tl.store(part.max + o_part, b_max, mask=m_m)
         tl.store(part.sum + o_part, b_sum, mask=m_m)
+        # Without this barrier nothing orders the other warps' stores before the ticket of the warp that takes it.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(part.ticket + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLITS - 1:
+            tl.store(part.ticket + tl.program_id(0), 0)
+            b_joined = joined(part, o_row, o_d, m_m, m_md, HEAD_SIZE, SPLITS, BLOCK_M, BLOCK_D)
+            tl.store(out + o_row[:, None] * HEAD_SIZE + o_d[None, :], b_joined, mask=m_md)
 
 
 @triton.jit
-def combine_kernel(part, out, HEAD_SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Grid (B * n * heads): the splits of one query, weighted by their share of the softmax."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o_s, o_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    m_d = o_d < HEAD_SIZE
-    b_max = tl.load(part.max + i_row * SPLITS + o_s)
-    b_sum = tl.load(part.sum + i_row * SPLITS + o_s)
+def joined(
+    part,
+    o_row,
+    o_d,
+    m_m,
+    m_md,
+    HEAD_SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The attention `[BLOCK_M, BLOCK_D]` of a tile: its parts, weighted by their share of the softmax."""
+    o_s = tl.arange(0, SPLITS)
+    o_ms = o_row[:, None] * SPLITS + o_s[None, :]
+    m_ms = m_m[:, None] & (o_s >= 0)[None, :]
+    # .cg skips this multiprocessor's L1, which may be stale: other programs wrote these.
+    b_max = tl.load(part.max + o_ms, mask=m_ms, other=float("-inf"), cache_modifier=".cg")
+    b_sum = tl.load(part.sum + o_ms, mask=m_ms, other=0.0, cache_modifier=".cg")
     # A split without keys has no maximum, and a query without keys none in any split.
-    b_weight = tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - tl.max(b_max, 0)))
-    o_part = (i_row * SPLITS + o_s)[:, None] * HEAD_SIZE + o_d[None, :]
-    b_part = tl.load(part.acc + o_part, mask=m_d[None, :], other=0.0)
-    b_out = normalized(tl.sum(b_weight[:, None] * b_part, 0), tl.sum(b_weight * b_sum, 0))
-    tl.store(out + i_row * HEAD_SIZE + o_d, b_out, mask=m_d)
+    top = tl.max(b_max, 1)
+    total = tl.sum(tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - top[:, None])) * b_sum, 1)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    # Some parts are asked for at once, as many as registers hold beside the sum.
+    for i_s in tl.range(0, SPLITS, loop_unroll_factor=128 // BLOCK_M):
+        o_part = o_row * SPLITS + i_s
+        high = tl.load(part.max + o_part, mask=m_m, other=float("-inf"), cache_modifier=".cg")
+        b_part = tl.load(
+            part.acc + o_part[:, None] * HEAD_SIZE + o_d[None, :], mask=m_md, other=0.0, cache_modifier=".cg"
+        )
+        b_weight = tl.where(high == float("-inf"), 0.0, tl.exp2(high - top))
+        b_acc += b_weight[:, None] * b_part
+    return normalized(b_acc, total[:, None])

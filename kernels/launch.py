@@ -106,15 +106,17 @@ def project_launch(B: int, T: int, V: int, exact: bool, sampled: bool) -> Projec
     )
 
 
-ATTEND_PROGRAMS = 264
-"""Two for each of an H200's 132 multiprocessors: while one waits for keys the other multiplies. Not measured."""
+ATTEND_PROGRAMS = 132
+"""One for each of an H200's 132 multiprocessors: with three stages of 16 kB each, 128 programs have some 4 MB of keys
+and values on their way, and 4.3 TB/s at 700 ns of latency want 3. Twice as many would write and read twice the parts.
+Derived, not measured. Launches with as many tiles or more are not split, so it is also the most tickets of one."""
 
 ATTEND_KEYS = 128
 """Fewest keys of a split: its keys and values are then 64 kB a head at 128 channels in bfloat16, and its part of the
 result, written and read once more in float32, is half of that for the 32 queries of a block. Derived, not measured."""
 
 ATTEND_SPLITS = 64
-"""Most splits: `combine_kernel` holds all of a query's parts at once, 64 float32 a thread with 4 warps."""
+"""Most splits: the last program of a tile holds the maxima and sums of all parts at once."""
 
 ATTEND_ROWS, ATTEND_BLOCK_S = 64, 32
 """Most queries of a tile, what one matrix instruction of sm_90 takes, and keys of a tile: with 128 channels, three
@@ -151,3 +153,20 @@ def attend_launch(heads: int, rows: int, S: int, exact: bool) -> AttendLaunch:
         split_len=triton.cdiv(triton.cdiv(S, splits), block_s) * block_s,
         num_warps=8 if exact else 4,
     )
+
+
+NORM_ELEMENTS = 16
+"""Channels of a row that a thread of the norm holds: two 16-byte loads in bfloat16. 4,096 channels take 8 warps."""
+
+SWIGLU_BLOCK = 1024
+"""Channels of a tile of SwiGLU: 8 a thread with 4 warps, one 16-byte load of each input in bfloat16. The 32 positions
+of a block with 12,288 hidden units are 384 programs, three for each of an H200's multiprocessors."""
+
+ROTATE_PAIRS = 1024
+"""Pairs of channels of a tile of the rotation: 8 a thread with 4 warps, one 16-byte load of each half in bfloat16. The
+32 positions of a block of LLaDA, 96 heads of 64 pairs, are 192 programs."""
+
+
+def norm_warps(block_d: int) -> int:
+    """Warps of the norm of rows of at most `block_d` channels."""
+    return min(max(block_d // (32 * NORM_ELEMENTS), 1), 16)

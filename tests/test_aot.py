@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,12 @@ def tiled() -> dict[str, dict[str, Any]]:
     return reported("aot_project.py")
 
 
+@pytest.fixture(scope="module")
+def around() -> dict[str, dict[str, Any]]:
+    """The builds of what a block of a model launches around its products and its attention."""
+    return reported("aot_layers.py")
+
+
 def before_ticket(build: dict[str, Any]) -> list[str]:
     ticket = next(i for i, operation in enumerate(build["memory"]) if "atom" in operation)
     return build["memory"][:ticket]
@@ -73,8 +80,10 @@ def test_every_target_and_kind_is_built(builds: dict[str, dict[str, Any]]) -> No
         assert kinds == {(False, False), (True, False), (True, True), (False, True)}, target
 
 
-def test_no_spills(builds: dict[str, dict[str, Any]], tiled: dict[str, dict[str, Any]]) -> None:
-    everything = builds | tiled
+def test_no_spills(
+    builds: dict[str, dict[str, Any]], tiled: dict[str, dict[str, Any]], around: dict[str, dict[str, Any]]
+) -> None:
+    everything = builds | tiled | around
     spills = {name: b["stack"] + b["local"] for name, b in everything.items() if b["stack"] + b["local"]}
     assert all(size <= SPILLS_ALLOWED.get(name, 0) for name, size in spills.items()), spills
 
@@ -130,6 +139,30 @@ def test_other_programs_summaries_are_not_read_from_l1(builds: dict[str, dict[st
 
 def test_floating_point_fusion_is_pinned(builds: dict[str, dict[str, Any]]) -> None:
     assert all(build["fp_fusion"] for build in builds.values())
+
+
+def test_parts_are_stored_before_a_tiles_ticket_is_taken(tiled: dict[str, dict[str, Any]]) -> None:
+    """Then a barrier, one releasing and acquiring atomic, and loads that skip L1."""
+    split = {name: b for name, b in tiled.items() if any("atom" in operation for operation in b["memory"])}
+    assert {b["target"] for b in split.values()} == set(SHARED) and all("attend" in name for name in split)
+    for name, build in split.items():
+        before = before_ticket(build)
+        assert "bar" in before[-1] and "st" in before[-2], name
+        tickets = [operation for operation in build["memory"] if "atom" in operation]
+        wanted = "global_atomic_add" if build["target"] == "gfx942" else "atom.global.gpu.acq_rel.add.u32"
+        assert tickets == [wanted], name
+        after = [operation for operation in build["memory"][len(before) :] if operation.startswith("ld.")]
+        assert all(operation.startswith("ld.global.cg") for operation in after), name
+
+
+def test_operators_around_products_are_bound_by_memory(around: dict[str, dict[str, Any]]) -> None:
+    """Sixteen bytes a load (SwiGLU's eight on gfx942), and so few registers that multiprocessors fill up."""
+    assert {b["target"] for b in around.values()} == set(SHARED)
+    for name, build in around.items():
+        assert build["registers"] <= 64, name
+        narrow = build["target"] == "gfx942" and build["kernel"] == "swiglu_kernel"
+        assert build["widest"] == (8 if narrow else 16), name
+        assert not [load for load in build["memory"] if re.fullmatch(r"ld\.global\.b16|\S+_load_ushort", load)], name
 
 
 def test_tiles_fit_into_shared_memory(tiled: dict[str, dict[str, Any]]) -> None:

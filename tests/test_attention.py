@@ -430,7 +430,7 @@ def test_launch_configurations_cover_the_keys(heads: int, rows: int, S: int, exa
 
 def test_launch_configurations_fill_the_device() -> None:
     """A block of LLaDA over 1056 columns; a big batch needs no splits."""
-    assert 32 * attend_launch(32, 32, 1056, False).splits == 256
+    assert 32 * attend_launch(32, 32, 1056, False).splits == 128
     assert attend_launch(32 * 16, 32, 1056, False).splits == 1
 
 
@@ -527,16 +527,13 @@ def split(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
         pytest.skip("needs TRITON_INTERPRET=1")
     seen: list[tuple[int, int, bool]] = []
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, left: Tensor | None, scale: float, *own: Tensor) -> Tensor:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, left: Tensor | None, scale: float, *own: Tensor | None) -> Tensor:
         assert left is None or k.shape[0] == left.shape[0]
         seen.append((k.shape[0], q.shape[0] // k.shape[0], left is not None))
         return split_keys.attention_gpu(q, k, v, left, scale, *own)
 
-    def short(q: Tensor, k: Tensor, branches: int = 1) -> bool:
-        return q.shape[1] // k.shape[1] * q.shape[2] // branches <= cache.SHORT
-
     monkeypatch.setattr(split_keys, "attention_cpu", kernel)
-    monkeypatch.setattr(cache, "splits_keys", short)
+    monkeypatch.setattr(cache, "goes_to_kernel", lambda q: True)
     return seen
 
 
@@ -564,7 +561,7 @@ def test_a_decode_is_the_same(split: list[tuple[int, int, bool]], settings: dict
     input_ids, attention_mask = left_pad(rows)
     settings = {"max_new_tokens": 12, "block_length": 6, "rule": Frechet(0.2), "stop_at_eos": False, **settings}
     with pytest.MonkeyPatch.context() as unsplit:
-        unsplit.setattr(cache, "splits_keys", lambda q, k, branches=1: False)
+        unsplit.setattr(cache, "goes_to_kernel", lambda q: False)
         want = model.generate(input_ids, attention_mask, **settings)
     assert not split
     out = model.generate(input_ids, attention_mask, **settings)
@@ -584,12 +581,12 @@ def test_what_goes_to_the_kernel() -> None:
         def __init__(self, dtype: torch.dtype, *shape: int) -> None:
             self.dtype, self.shape = dtype, shape
 
-    def goes(q: Any, branches: int = 1) -> bool:
-        return cache.splits_keys(q, torch.empty(1, 8, 1056, q.shape[3], device="meta"), branches)
+    def goes(q: Any) -> bool:
+        return cache.splits_keys(q, torch.empty(1, 8, 1056, q.shape[3], device="meta"))
 
     assert goes(OnGPU(torch.bfloat16, 1, 8, 32, 128)) and goes(OnGPU(torch.float16, 1, 32, 64, 64))
     assert not goes(OnGPU(torch.bfloat16, 1, 32, 65, 128)), "260 queries for each head of keys"
-    assert goes(OnGPU(torch.bfloat16, 1, 32, 256, 128), branches=4)
+    assert cache.goes_to_kernel(OnGPU(torch.bfloat16, 1, 32, 65, 128)), "branches, of any length"
     assert goes(OnGPU(torch.float32, 1, 8, 32, 128)) and not goes(OnGPU(torch.float64, 1, 8, 32, 128))
     assert not goes(OnGPU(torch.bfloat16, 1, 8, 32, 256))
     assert not goes(torch.empty(1, 8, 32, 128, dtype=torch.bfloat16, device="cpu"))

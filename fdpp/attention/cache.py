@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdpp.attention.split_keys import block_attention, visible
+from fdpp.attention.rotary import Place
+from fdpp.attention.split_keys import block_attention, new_tickets, visible, with_own
 from fdpp.selection import DTYPES
 
 SHORT = 256
@@ -50,10 +51,14 @@ def left_padding(mask: Tensor, rows: int) -> list[int] | None:
     return left.tolist() if is_left else None
 
 
-def splits_keys(q: Tensor, k: Tensor, branches: int = 1) -> bool:
-    """Whether `q` `[b, H, branches * n, hd]` over cached keys `k` goes to `block_attention`: a short block on a GPU."""
-    queries = q.shape[1] // k.shape[1] * q.shape[2] // branches
-    return q.is_cuda and q.dtype in DTYPES and q.shape[3] <= 128 and queries <= SHORT
+def goes_to_kernel(q: Tensor) -> bool:
+    """Whether `block_attention` has a kernel for queries like `q` `[b, H, n, hd]`."""
+    return q.is_cuda and q.dtype in DTYPES and q.shape[3] <= 128
+
+
+def splits_keys(q: Tensor, k: Tensor) -> bool:
+    """Whether `q` `[b, H, n, hd]` over cached keys `k` goes to `block_attention`: a short block on a GPU."""
+    return goes_to_kernel(q) and q.shape[1] // k.shape[1] * q.shape[2] <= SHORT
 
 
 class BlockCache:
@@ -68,12 +73,13 @@ class BlockCache:
     A forward may evaluate several branches: alternative contents of the same columns, which share all other columns.
     None overwrites another. The layout is
 
-    - `"batch"`: the branches of sequence i are rows `i * branches ..` of the queries. Scores against the shared keys
-      and against a branch's own are computed separately and normalised together, so no key is copied.
+    - `"batch"`: the branches of sequence i are rows `i * branches ..` of the queries. On a CPU each gets a copy of the
+      sequence's keys and values, with its own in the place of those fed.
     - `"tree"`: the branches follow each other in one row, `n` columns each. The first is written to the cache's columns
       and the others to spare ones after L; a mask keeps them apart (`tree_mask`).
 
-    A short block on a GPU goes to `block_attention` instead, in either layout, padded or not.
+    On a GPU a short block goes to `block_attention` instead, in either layout, padded or not, as do branches of any
+    length. That copies no key.
 
     The first full forward allocates, later ones write in place. Every forward, the first included, attends over what is
     stored. A block starts with `seat`.
@@ -81,6 +87,7 @@ class BlockCache:
     Attributes:
         keys, values: one tensor per layer, the rows in use; `spare` columns follow the L of the sequence.
         allocated: per layer the tensors of which `keys` and `values` are the first rows.
+        tickets: of `block_attention`, on a GPU: launches over one cache follow each other.
         order: numbers of the sequences, in the order of their rows.
         branches: branches of the next forward, 1 unless set.
         layout: "batch" or "tree".
@@ -94,6 +101,7 @@ class BlockCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.allocated: list[tuple[Tensor, Tensor]] = []
+        self.tickets: Tensor | None = None
         self.order: list[int] = []
         self.branches, self.layout, self.spare, self.passes = 1, layout, spare, passes
         self.padding: Tensor | int = 0
@@ -121,26 +129,63 @@ class BlockCache:
         self.fillers = None if fillers is None else fillers.repeat_interleave(self.passes)
         self.made = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | Tensor) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        start: int | Tensor,
+        stored: bool = False,
+    ) -> Tensor:
         """Attention of queries `q` `[rows, H, m, hd]`, at some or all of the fed positions that `k` and `v` belong to.
 
         `start` is the first fed column, or an int64 tensor `[n]` of all of them. `mask` is True at keys to see; None:
-        at all but padding and other branches.
+        at all but padding and other branches. Where `k` and `v` are `stored` already, it was at their `place`.
         """
-        if self.branches > 1:
-            by_rows = self.layout == "batch"
-            if mask is None and splits_keys(q, self.keys[layer], 1 if by_rows else self.branches):
-                return self.attend_own(layer, q, k, v, start)
-            if by_rows:
-                return self.attend_shared(layer, q, k, v, mask, start)
-        keys, values = self.write(layer, k, v, start)
-        if mask is None and self.branches == 1 and splits_keys(q, keys):
-            return block_attention(q, keys, values, self.left(q.device))
         n = k.shape[2] // self.branches
+        if self.branches > 1:
+            if mask is None and goes_to_kernel(q):
+                return self.attend_own(layer, q, k, v, start)
+            if self.layout == "batch":
+                return self.attend_copies(layer, q, k, v, mask, start)
+        keys, values = self.held(layer, n) if stored else self.write(layer, k, v, start)
+        if mask is None and self.branches == 1 and splits_keys(q, keys):
+            return block_attention(q, keys, values, self.left(q.device), tickets=self.tickets)
         return attend(q, keys, values, self.mask(start, n, q.device) if mask is None else mask)
 
+    def place(self, layer: int, start: int | Tensor, k: Tensor) -> Place | None:
+        """Where a kernel may store keys `k` `[b, kv_heads, n, hd]` and as many values before `attend`, with `start`.
+
+        None where there are branches: `attend` knows which of them are stored.
+        """
+        if self.branches > 1:
+            return None
+        self.make_room(layer, k, start)
+        return Place(self.keys[layer], self.values[layer], start, self.fillers)
+
     def write(self, layer: int, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Store `k` and `v` `[b, kv_heads, n * branches, hd]` at `start`; returns the keys and values to attend over.
+        """Store `k` and `v` `[b, kv_heads, n * branches, hd]` at `start`; returns what to attend over."""
+        self.make_room(layer, k, start)
+        n = k.shape[2] // self.branches
+        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
+            self.put(stored, columns_from(start, n), new[:, :, :n])
+            if self.branches > 1:
+                self.put(stored, slice(self.length, self.seen(n)), new[:, :, n:])
+        return self.held(layer, n)
+
+    def seen(self, n: int) -> int:
+        """How many columns a forward over `n` attends to, padding and other branches included."""
+        return self.length + (self.branches - 1) * n
+
+    def held(self, layer: int, n: int) -> tuple[Tensor, Tensor]:
+        """The keys and values that a forward over `n` columns attends over."""
+        columns = slice(self.padding if isinstance(self.padding, int) else 0, self.seen(n))
+        return self.keys[layer][:, :, columns], self.values[layer][:, :, columns]
+
+    def make_room(self, layer: int, k: Tensor, start: int | Tensor) -> None:
+        """Check that keys and values like `k` fit in at `start`, and allocate where the layer has none.
 
         The first forward of a decode sets L, so it must be a full one.
         """
@@ -154,23 +199,20 @@ class BlockCache:
             rows = k.shape[0]
             self.keys.append(self.allocated[layer][0][:rows])
             self.values.append(self.allocated[layer][1][:rows])
-        columns, seen = columns_from(start, n), self.length + (self.branches - 1) * n
-        if (isinstance(columns, slice) and columns.stop > self.length) or seen > self.keys[layer].shape[2]:
+        beyond = isinstance(start, int) and start + n > self.length
+        if beyond or self.seen(n) > self.keys[layer].shape[2]:
             raise ValueError(
                 f"the cache holds {self.length} columns and {self.spare} spare ones, "
                 f"got columns {start} to {start + n} in {self.branches} branches"
             )
-        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
-            self.put(stored, columns, new[:, :, :n])
-            if self.branches > 1:
-                self.put(stored, slice(self.length, seen), new[:, :, n:])
-        return self.keys[layer][:, :, cut:seen], self.values[layer][:, :, cut:seen]
 
     def allocate(self, like: Tensor, length: int) -> None:
         """Allocate one more layer. Zeros: a masked column has weight 0, and 0 times a NaN is NaN."""
         rows, kv_heads, _, hd = like.shape
         k, v = (like.new_zeros(rows, kv_heads, length + self.spare, hd) for _ in range(2))
         self.allocated.append((k, v))
+        if self.tickets is None and like.is_cuda:
+            self.tickets = new_tickets(like.device)
 
     def put(self, stored: Tensor, columns: slice | Tensor, new: Tensor) -> None:
         if self.fillers is not None:
@@ -190,7 +232,7 @@ class BlockCache:
         return self.made[key]
 
     def attend_own(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int | Tensor) -> Tensor:
-        """Attention of a short block's branches, whose own keys and values replace the cache's."""
+        """Attention of branches by a kernel that takes their own keys and values in place of the cache's."""
         keys, values = (stored[:, :, : self.length] for stored in (self.keys[layer], self.values[layer]))
         tree, D = self.layout == "tree", self.branches
         if tree:
@@ -200,32 +242,19 @@ class BlockCache:
             if isinstance(start, int):
                 start = torch.full((1,), start, dtype=torch.int64, device=q.device)
             self.made[key] = start.to(q.device)
-        out = block_attention(q, keys, values, self.left(q.device), own=(k, v), column=self.made[key])
+        left = self.left(q.device)
+        out = block_attention(q, keys, values, left, own=(k, v), column=self.made[key], tickets=self.tickets)
         return out.unflatten(0, (-1, D)).transpose(1, 2).flatten(2, 3) if tree else out
 
-    def attend_shared(
+    def attend_copies(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | Tensor
     ) -> Tensor:
-        """Attention of branches in batch layout: `q`, `k`, `v` have `b * branches` rows, the cache b."""
-        keys, values = self.keys[layer], self.values[layer]
-        b, kv_heads, L, hd = keys.shape
-        rows, heads, wanted, _ = q.shape
-        n, queries = k.shape[2], heads // kv_heads * wanted
-        grouped = (q * hd**-0.5).reshape(b, self.branches, kv_heads, queries, hd).transpose(1, 2)
-        own_k = k.view(b, self.branches, kv_heads, n, hd).transpose(1, 2)
-        own_v = v.view(b, self.branches, kv_heads, n, hd).transpose(1, 2)
-
-        shared = (grouped.flatten(2, 3) @ keys.transpose(2, 3)).view(b, kv_heads, self.branches, queries, L)
-        hidden = marked(torch.zeros(1, 1, 1, 1, L, dtype=torch.bool, device=q.device), columns_from(start, n))
-        if mask is not None:
-            hidden = hidden | ~mask.view(b, self.branches, 1, 1, L).transpose(1, 2)
-        elif (left := self.left(q.device)) is not None:
-            hidden = hidden | ~visible(left, L)[:, None, None, None]
-        scores = torch.cat((shared.masked_fill(hidden, -torch.inf), grouped @ own_k.transpose(3, 4)), dim=-1)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-        out = (weights[..., :L].flatten(2, 3) @ values).view(b, kv_heads, self.branches, queries, hd)
-        out = out + weights[..., L:] @ own_v
-        return out.transpose(1, 2).reshape(rows, heads, wanted, hd)
+        """Attention of branches in batch layout, each over a copy of its sequence's keys and values."""
+        columns = columns_from(start, k.shape[2])
+        keys, values = with_own(self.keys[layer], columns, k), with_own(self.values[layer], columns, v)
+        if mask is None and (hidden := self.mask(start, k.shape[2], q.device)) is not None:
+            mask = hidden.repeat_interleave(self.branches, dim=0)
+        return attend(q, keys, values, mask)
 
     def resize(self, b: int) -> None:
         """Use the rows of the first `b` sequences of `order`; none is moved or cleared."""
@@ -259,7 +288,7 @@ class BlockCache:
     def front(self, b: int) -> BlockCache:
         """Another cache in the same memory, of the first `b` sequences."""
         other = BlockCache(self.layout, self.spare, self.passes)
-        other.allocated = self.allocated
+        other.allocated, other.tickets = self.allocated, self.tickets
         other.resize(b)
         return other
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fdpp.attention.cache import BlockCache
 from fdpp.attention.cache import attend as attend_uncached
+from fdpp.attention.rotary import Place
 
 
 class Probe(BlockCache):
@@ -28,8 +29,23 @@ class Probe(BlockCache):
         self.own: list[Tensor] = []
         self.shared: list[Tensor] = []
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | Tensor) -> Tensor:
-        out = attend_uncached(q, k, v, mask) if self.cache is None else self.cache.attend(layer, q, k, v, mask, start)
+    def place(self, layer: int, start: int | Tensor, k: Tensor) -> Place | None:
+        return None if self.cache is None else self.cache.place(layer, start, k)
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        start: int | Tensor,
+        stored: bool = False,
+    ) -> Tensor:
+        if self.cache is None:
+            out = attend_uncached(q, k, v, mask)
+        else:
+            out = self.cache.attend(layer, q, k, v, mask, start, stored)
         if layer in self.layers:
             if self.layout == "tree" and self.branches > 1:
                 q, k = (x.unflatten(2, (self.branches, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k))

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from fdpp.kernels.attend import Part, Strides, attend_kernel, combine_kernel
-from fdpp.kernels.launch import attend_launch
+from fdpp.kernels.attend import Part, Strides, attend_kernel
+from fdpp.kernels.launch import ATTEND_PROGRAMS, attend_launch
 from fdpp.selection import DTYPES
 
 Own = tuple[Tensor, Tensor]
@@ -79,6 +79,15 @@ def visible(left: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=left.device) >= left[:, None]
 
 
+def with_own(cached: Tensor, columns: Tensor | slice, own: Tensor) -> Tensor:
+    """A copy of `cached` `[b, kv_heads, S, d]` for every branch, with its `own` `[b * branches, ...]` at `columns`."""
+    copy = cached.repeat_interleave(len(own) // len(cached), dim=0)
+    if isinstance(columns, Tensor):
+        return copy.index_copy_(2, columns, own)  # which refuses a negative column
+    copy[:, :, columns] = own
+    return copy
+
+
 def attention_cpu(
     q: Tensor,
     k: Tensor,
@@ -94,12 +103,10 @@ def attention_cpu(
     if left is not None:
         mask = visible(left, k.shape[2])[:, None, None]
     if own_k is not None and own_v is not None and column is not None and len(q):
-        branches = len(q) // len(k)
         columns = column.flatten()[0] + torch.arange(own_k.shape[2], device=k.device)
-        k = k.repeat_interleave(branches, dim=0).index_copy_(2, columns, own_k)
-        v = v.repeat_interleave(branches, dim=0).index_copy_(2, columns, own_v)
+        k, v = with_own(k, columns, own_k), with_own(v, columns, own_v)
         if mask is not None:
-            mask = mask.repeat_interleave(branches, dim=0).index_fill_(3, columns, True)
+            mask = mask.repeat_interleave(len(q) // len(mask), dim=0).index_fill_(3, columns, True)
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).contiguous()
 
@@ -113,8 +120,9 @@ def attention_gpu(
     own_k: Tensor | None = None,
     own_v: Tensor | None = None,
     column: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> Tensor:
-    """`fdpp::block_attention` in one launch, or two where the keys are split (see `fdpp.kernels.attend`)."""
+    """`fdpp::block_attention` in one launch (see `fdpp.kernels.attend`), and a fill if it has to make `tickets`."""
     (rows, H, n, d), (B, kv_heads, S, _) = q.shape, k.shape
     out = torch.empty(rows, n, H, d, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
@@ -129,18 +137,11 @@ def attention_gpu(
     group = H // kv_heads
     exact = q.dtype == torch.float32
     config = attend_launch(rows * kv_heads, group * n, S, exact)
-    part, part_max, part_sum = out, out, out
+    parts = Part(out, out, out, out)
     if config.splits > 1:
-        part = torch.empty(rows * n * H, config.splits, d, dtype=torch.float32, device=q.device)
-        part_max, part_sum = torch.empty(2, rows * n * H, config.splits, dtype=torch.float32, device=q.device)
-    parts = Part(part, part_max, part_sum)
-    shape = {
-        "HEAD_SIZE": d,
-        "SPLITS": config.splits,
-        "BLOCK_D": max(triton.next_power_of_2(d), 16),
-        "num_warps": config.num_warps,
-        "enable_fp_fusion": True,
-    }
+        acc = torch.empty(rows * n * H, config.splits, d, dtype=torch.float32, device=q.device)
+        high, total = torch.empty(2, rows * n * H, config.splits, dtype=torch.float32, device=q.device)
+        parts = Part(acc, high, total, new_tickets(q.device) if tickets is None else tickets)
     with torch.cuda.device_of(q):
         attend_kernel[(rows * kv_heads * triton.cdiv(group * n, config.block_m), config.splits)](
             q,
@@ -162,17 +163,24 @@ def attention_gpu(
             GROUP=group,
             HAS_LEFT=left is not None,
             HAS_OWN=own_k is not None,
+            HEAD_SIZE=d,
             BRANCHES=rows // B,
+            SPLITS=config.splits,
             BLOCK_M=config.block_m,
             BLOCK_S=config.block_s,
+            BLOCK_D=max(triton.next_power_of_2(d), 16),
             # Three products of TF32 are as good as one of float32, for which NVIDIA has no matrix instruction.
             PRECISION="tf32x3" if exact and torch.version.hip is None else "ieee",
+            num_warps=config.num_warps,
             num_stages=config.num_stages,
-            **shape,
+            enable_fp_fusion=True,
         )
-        if config.splits > 1:
-            combine_kernel[(rows * n * H,)](parts, out, **shape)
     return out
+
+
+def new_tickets(device: torch.device) -> Tensor:
+    """Zeroed tickets for launches that do not overlap; each leaves them at zero."""
+    return torch.zeros(ATTEND_PROGRAMS, dtype=torch.int32, device=device)
 
 
 @torch.library.custom_op("fdpp::block_attention", mutates_args=(), device_types="cpu")
@@ -210,6 +218,7 @@ def block_attention(
     *,
     own: Own | None = None,
     column: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of a block's queries over all keys of a cache but the padding: `[B * branches, H, m, d]`.
 
@@ -229,13 +238,15 @@ def block_attention(
         column: int64 of at least one element; the first element is the block's first column, from 0 to S - n. It is
             read on the device, so it may change between replays of a captured graph. On a GPU it is not checked:
             outside that range no other memory is read, but the result is meaningless.
+        tickets: `new_tickets`, on a GPU, of launches that follow each other on one stream; None: made for this one.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or one of `own` and `column` without the other.
         IndexError: on a CPU, a block that does not fit into the S columns.
     """
     check(q, k, v, left, own, column)
-    run = attention_cpu if q.device.type == "cpu" else attention_gpu
-    run = attention_op if torch.compiler.is_compiling() else run
-    block = () if own is None else (*own, column)
-    return run(q, k, v, left, q.shape[3] ** -0.5 if scale is None else float(scale), *block).transpose(1, 2)
+    own_k, own_v = (None, None) if own is None else own
+    given = (q, k, v, left, q.shape[3] ** -0.5 if scale is None else float(scale), own_k, own_v, column)
+    if torch.compiler.is_compiling():
+        return attention_op(*given).transpose(1, 2)
+    return (attention_cpu(*given) if q.device.type == "cpu" else attention_gpu(*given, tickets)).transpose(1, 2)

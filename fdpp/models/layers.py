@@ -8,37 +8,36 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from fdpp.attention.rotary import Angles, Place, rotate, rotate_in_place
+from fdpp.models.launches import rms_norm_gpu, swiglu_gpu
 from fdpp.models.linear import linear
+from fdpp.selection import DTYPES
 
-Angles = tuple[Tensor, Tensor]
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether our kernels take `x`: on a GPU, where no gradient is recorded and no compiler fuses."""
+    if not x.is_cuda or x.dtype not in DTYPES or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not torch.is_autocast_enabled(x.device.type)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `RMSNorm`."""
+    if on_kernels(x) and x.dtype == weight.dtype:
+        return rms_norm_gpu(x, weight, eps)
     if x.dtype == torch.float32:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     return weight * F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 
-def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> Angles:
-    """Cosines and sines `[B, 1, T, head_size]` (float32) of the rotary angles at `position_ids` `[B, T]`.
-
-    The sines of the first half are negated, as `rotate` takes them.
-    """
-    exponent = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
-    angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponent)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """Rotate pairs of channels, one from each half of the last dimension, in float32."""
-    cos, sin = angles
-    wide = x.float()
-    swapped = torch.cat(wide.chunk(2, dim=-1)[::-1], dim=-1)
-    return swapped.mul_(sin).add_(wide * cos).to(x.dtype)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up` (Shazeer, arXiv 2002.05202)."""
+    if on_kernels(gate):
+        return swiglu_gpu(gate, up)
+    gate = F.silu(gate)
+    return gate * up if torch.is_grad_enabled() else gate.mul_(up)
 
 
 def keys_to_see(mask: Tensor, rows: int, queries: int, keys: int | None, heads: int) -> Tensor:
@@ -85,17 +84,59 @@ def attention_inputs(
     return rotated[:, :n_heads], rotated[:, n_heads:], heads[:, n_heads + n_kv_heads :]
 
 
+def attention_inputs_gpu(
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    angles: Angles,
+    eps: float,
+    n_heads: int,
+    n_kv_heads: int,
+    place_of: Callable[[Tensor], Place | None] | None,
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """`attention_inputs` in three launches, and whether keys and values are stored already.
+
+    `place_of` says where, given the keys; None: nowhere.
+    """
+    heads = linear(rms_norm(x, norm, eps), weight).unflatten(2, (n_heads + 2 * n_kv_heads, -1))
+    q, k, v = heads.transpose(1, 2).split((n_heads, n_kv_heads, n_kv_heads), dim=1)
+    place = None if place_of is None else place_of(k)
+    rotate_in_place(heads, n_heads, n_kv_heads, angles, place)
+    return q, k, v, place is not None
+
+
+def plus_product(x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    """`x` `[..., d]` plus the product of `h` `[..., k]` and the transpose of `weight` `[d, k]`.
+
+    On a GPU the product adds to `x` in place. On a CPU the sum is taken in the product's memory: a new tensor of some
+    MB costs more in page faults than the addition.
+    """
+    if on_kernels(x) and adds_up(weight):
+        x.view(-1, x.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), weight.t())
+        return x
+    return linear(h, weight).add_(x)
+
+
+def adds_up(weight: Tensor) -> bool:
+    """Whether a product with `weight` can add to its result: not where it is a subclass, as quantised ones are."""
+    return type(weight) in (Tensor, nn.Parameter)
+
+
 def block_output(
     x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, eps: float
 ) -> Tensor:
     """The block's output `[B, T, d_model]`: `x` plus the attention `attended` `[B, H, T, hd]`, plus SwiGLU of the sum.
 
-    `out`, `gate_up` and `down` are projection weights, `norm` is the weight of the norm before SwiGLU. Sums are taken
-    in place: on a CPU a new tensor of some MB costs more in page faults than the addition.
+    `out`, `gate_up` and `down` are projection weights, `norm` is the weight of the norm before SwiGLU. On a GPU `x` is
+    overwritten.
     """
-    x = linear(attended.transpose(1, 2).flatten(2), out).add_(x)
-    gate, up = linear(rms_norm(x, norm, eps), gate_up).chunk(2, dim=-1)
-    return linear(F.silu(gate).mul_(up), down).add_(x)
+    attended = attended.transpose(1, 2).flatten(2)
+    if on_kernels(x) and not adds_up(out):
+        h = rms_norm_gpu(x, norm, eps, added=linear(attended, out))
+    else:
+        x = plus_product(x, attended, out)
+        h = rms_norm(x, norm, eps)
+    return plus_product(x, swiglu(*linear(h, gate_up).chunk(2, dim=-1)), down)
 
 
 @cache

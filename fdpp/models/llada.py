@@ -7,6 +7,7 @@ checkpoints, so their safetensors load without a conversion.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,20 +18,21 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.modeling_outputs import MaskedLMOutput
 
 from fdpp.attention.cache import BlockCache, attend
+from fdpp.attention.rotary import Angles, rotary_angles, rotate
 from fdpp.decoding.generate import DiffusionGenerationMixin
 from fdpp.decoding.identity import places
 from fdpp.models import quantised
 from fdpp.models.configuration import BLOCKS_TP_PLAN, LLaDAConfig
 from fdpp.models.joined import Joined
 from fdpp.models.layers import (
-    Angles,
     attention_inputs,
+    attention_inputs_gpu,
     block_output,
     compiled,
     keys_to_see,
+    on_kernels,
     rms_norm,
-    rotary_angles,
-    rotate,
+    swiglu,
 )
 from fdpp.models.linear import apply, is_plain, is_untouched, linear
 from fdpp.step import parallel
@@ -89,25 +91,30 @@ class LLaDABlock(nn.Module):
         fused = qkv is not None and gate_up is not None and is_plain(self.attn_out) and is_plain(self.ff_out)
         fused = fused and all(type(norm) is RMSNorm and is_untouched(norm) for norm in (self.attn_norm, self.ff_norm))
         run: Callable[..., Any] = compiled if self.compile_layers else lambda function: function
-        if fused:
-            norm = self.attn_norm
-            q, k, v = run(attention_inputs)(x, norm.weight, qkv, angles, norm.eps, self.n_heads, self.n_kv_heads)
+        stored, norm, heads = False, self.attn_norm, (self.n_heads, self.n_kv_heads)
+        if fused and qkv is not None and not self.compile_layers and on_kernels(x):
+            place = None if cache is None else partial(cache.place, self.layer, start)
+            q, k, v, stored = attention_inputs_gpu(x, norm.weight, qkv, angles, norm.eps, *heads, place)
+            # `block_output` overwrites its input, which a hook on this block may keep.
+            x = x if is_untouched(self) else x.clone()
+        elif fused:
+            q, k, v = run(attention_inputs)(x, norm.weight, qkv, angles, norm.eps, *heads)
         else:
             q, k, v = self.heads(x, angles)
         if wanted is not None:
-            x, q = x[:, wanted], q[:, :, wanted]
+            x, q = x[:, wanted].contiguous(), q[:, :, wanted]
             if attention_mask is not None and attention_mask.shape[2] > 1:
                 attention_mask = attention_mask[:, :, wanted]
         if cache is None:
             h = attend(q, k, v, attention_mask)
         else:
-            h = cache.attend(self.layer, q, k, v, attention_mask, start)
+            h = cache.attend(self.layer, q, k, v, attention_mask, start, stored)
         if fused:
             norm = self.ff_norm
             return run(block_output)(x, h, self.attn_out.weight, norm.weight, gate_up, self.ff_out.weight, norm.eps)
         x = x + apply(self.attn_out, h.transpose(1, 2).flatten(2))
         h = self.ff_norm(x)
-        return x + apply(self.ff_out, F.silu(apply(self.ff_proj, h)) * apply(self.up_proj, h))
+        return x + apply(self.ff_out, swiglu(apply(self.ff_proj, h), apply(self.up_proj, h)))
 
     def heads(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """`attention_inputs`, layer by layer."""
@@ -183,10 +190,12 @@ class LLaDAModel(LLaDAPreTrainedModel):
             keys = T if cache is None else None
             attention_mask = keys_to_see(attention_mask, input_ids.shape[0], T, keys, self.config.n_heads)
         x = self.transformer["wte"](input_ids)
+        if not is_untouched(self.transformer["wte"]):
+            x = x.clone()  # as in `LLaDABlock.forward`
         angles = rotary_angles(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
         for block in self.transformer["blocks"]:
             if hidden_states is not None:
-                hidden_states.append(x)
+                hidden_states.append(x.clone())
             last = block.layer == self.config.n_layers - 1
             x = block(x, angles, attention_mask, cache, start, wanted if last else None)
         x = self.transformer["ln_f"](x)

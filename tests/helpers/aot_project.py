@@ -164,7 +164,6 @@ if __name__ == "__main__":
         "project_kernel": project,
         "decide_kernel": project,
         "attend_kernel": split_keys,
-        "combine_kernel": split_keys,
     }
     kernels = watched(modules)
     json.dump([facts for variant in (*heads(), *blocks()) for facts in compiled(variant, kernels)], sys.stdout)

@@ -1,0 +1,94 @@
+"""Rotary positions (Su et al., arXiv 2104.09864): pairs of channels, one from each half, turned by an angle."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fdpp.kernels.launch import ROTATE_PAIRS
+from fdpp.kernels.layers import Stored, rotate_kernel
+
+Angles = tuple[Tensor, Tensor]
+
+
+class Place(NamedTuple):
+    """Where a cache wants the keys and values of the positions that are fed.
+
+    Attributes:
+        keys, values: `[b, kv_heads, L, hd]`, of any strides but the last.
+        start: the first column, or an int64 tensor `[n]` of all of them.
+        fillers: bool `[b]`, rows that are not written; None: all are.
+    """
+
+    keys: Tensor
+    values: Tensor
+    start: int | Tensor
+    fillers: Tensor | None
+
+
+def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> Angles:
+    """Cosines and sines `[B, 1, T, head_size]` (float32) of the rotary angles at `position_ids` `[B, T]`.
+
+    The sines of the first half are negated, as `rotate` takes them.
+    """
+    exponent = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
+    angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponent)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x: Tensor, angles: Angles) -> Tensor:
+    """Rotate pairs of channels, one from each half of the last dimension, in float32."""
+    cos, sin = angles
+    wide = x.float()
+    swapped = torch.cat(wide.chunk(2, dim=-1)[::-1], dim=-1)
+    return swapped.mul_(sin).add_(wide * cos).to(x.dtype)
+
+
+def rotate_in_place(heads: Tensor, n_heads: int, n_kv_heads: int, angles: Angles, place: Place | None) -> None:
+    """Rotate the queries and keys of `heads` where they are, and write keys and values to `place`, in one launch.
+
+    Args:
+        heads: `[b, n, n_heads + 2 n_kv_heads, hd]` on a GPU, queries, keys and values; the last two dimensions dense.
+        angles: `rotary_angles` of the n positions, of every row or of one for all.
+        place: of b rows; None: nothing is stored.
+    """
+    b, n, _, hd = heads.shape
+    cos, sin = angles
+    stored, shown = Stored(heads, heads, (0, 0, 0), (0, 0, 0), None, 0, None), n_heads + n_kv_heads
+    if place is not None:
+        by_number = isinstance(place.start, int)
+        stored = Stored(
+            place.keys,
+            place.values,
+            place.keys.stride()[:3],
+            place.values.stride()[:3],
+            None if by_number else place.start,
+            place.start if by_number else 0,
+            place.fillers,
+        )
+        shown += n_kv_heads
+    block_d = max(triton.next_power_of_2(hd // 2), 16)
+    block_h = max(ROTATE_PAIRS // block_d, 1)
+    with torch.cuda.device_of(heads):
+        rotate_kernel[(b * n, triton.cdiv(shown, block_h))](
+            heads,
+            cos,
+            sin,
+            stored,
+            n,
+            heads.stride(0),
+            heads.stride(1),
+            cos.stride(0) if cos.shape[0] > 1 else 0,
+            HEADS=n_heads,
+            KV_HEADS=n_kv_heads,
+            HALF=hd // 2,
+            STORES=place is not None,
+            BLOCK_H=block_h,
+            BLOCK_D=block_d,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )

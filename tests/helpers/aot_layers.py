@@ -1,0 +1,87 @@
+"""Compile what a block of a model would launch around its products, for GPUs that this machine lacks; prints JSON.
+
+See `aot.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from aot import TARGETS, Compiled, TargetDriver, assembly, facts, like, watched
+
+from fdpp.attention import rotary
+from fdpp.attention.rotary import Place
+from fdpp.models import launches
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block of a model over `n` positions of a sequence."""
+
+    target: str
+    n: int = 32
+    d_model: int = 4096
+    hidden: int = 12288
+    heads: int = 32
+    kv_heads: int = 32
+    dtype: str = "bfloat16"
+    captured: bool = True
+
+    @property
+    def name(self) -> str:
+        facts = [self.target, f"{self.n}x{self.d_model}x{self.heads}x{self.kv_heads}", self.dtype]
+        return "-".join(facts + ["eager"] * (not self.captured))
+
+    def launch(self) -> None:
+        dtype = getattr(torch, self.dtype)
+        x, weight = like(dtype, 1, self.n, self.d_model), like(dtype, self.d_model)
+        launches.rms_norm_gpu(x, weight, 1e-5)
+        launches.swiglu_gpu(*like(dtype, 1, self.n, 2 * self.hidden).chunk(2, dim=-1))
+        hd = self.d_model // self.heads
+        angles = like(torch.float32, 1, 1, self.n, hd), like(torch.float32, 1, 1, self.n, hd)
+        keys, values = (like(dtype, 1, self.kv_heads, 1056, hd) for _ in range(2))
+        start = like(torch.int64, self.n) if self.captured else 0
+        fillers = like(torch.bool, 1) if self.captured else None
+        heads = like(dtype, 1, self.n, self.heads + 2 * self.kv_heads, hd)
+        rotary.rotate_in_place(heads, self.heads, self.kv_heads, angles, Place(keys, values, start, fillers))
+
+
+def layers() -> list[Layer]:
+    found = []
+    for target in TARGETS:
+        found += [Layer(target), Layer(target, captured=False), Layer(target, d_model=3584, heads=28, kv_heads=4)]
+    return [*found, Layer("sm_90", dtype="float32"), Layer("sm_90", dtype="float16", d_model=8192, heads=64)]
+
+
+def compiled(variant: Layer, kernels: dict[str, Compiled]) -> list[dict[str, Any]]:
+    triton.runtime.driver.set_active(TargetDriver(variant.target))
+    variant.launch()
+    found = []
+    for name, kernel in kernels.items():
+        written = assembly(kernel)
+        widths = [int(vector or 1) * int(bits) // 8 for vector, bits in WIDTH.findall(written)]
+        widths += [DWORDS[suffix] for suffix in AMD_WIDTH.findall(written)]
+        found.append(
+            {"name": f"{name}-{variant.name}", "kernel": name, "target": variant.target, "dtype": variant.dtype}
+            | facts(kernel)
+            | {"widest": max(widths)}
+        )
+        kernel.last = None
+    return found
+
+
+WIDTH = re.compile(r"ld\.global(?:\.v(\d))?\.b(\d+)")
+AMD_WIDTH = re.compile(r"(?:global|buffer)_load_(dwordx4|dwordx2|dword|ushort|u16|ubyte)")
+DWORDS = {"dwordx4": 16, "dwordx2": 8, "dword": 4, "ushort": 2, "u16": 2, "ubyte": 1}
+"""Bytes that a load brings to a thread."""
+
+
+if __name__ == "__main__":
+    kernels = watched({"rms_norm_kernel": launches, "swiglu_kernel": launches, "rotate_kernel": rotary})
+    json.dump([facts for variant in layers() for facts in compiled(variant, kernels)], sys.stdout)
