@@ -29,7 +29,8 @@ paused = False
 @torch.no_grad()
 def fill(tensor: Tensor) -> Tensor:
     """`tensor` with nothing in it that could pass for a result; one without memory, of a compiler's, as it is."""
-    if type(tensor) is not Tensor or tensor.is_meta or tensor.nbytes > MOST:
+    # The storage is asked: tensors without memory may say that they have some (bench/nodes.py).
+    if type(tensor) is not Tensor or tensor.untyped_storage().device.type == "meta" or tensor.nbytes > MOST:
         return tensor
     if tensor.is_floating_point() or tensor.is_complex():
         return tensor.fill_(float("nan"))
