@@ -51,7 +51,8 @@ class Launch:
         where: `"layer 3"`, `"head"` (its product), `"selection"` (the rule's step on the logits) or `"rest"`.
         bytes: what it reads and writes at least: each tensor once, however often a kernel comes back to it.
         flops: floating point operations of products and attention, 0 for others.
-        rows, columns: of a product's result; of attention, queries and keys of one head. 0 for others.
+        rows, columns: of a product's result; of attention, queries and keys of one key head; of a step's logits. 0 for
+            others.
     """
 
     name: str
@@ -122,9 +123,10 @@ def traffic(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 def product(func: Any, args: Any, out: Any) -> tuple[int, int, int]:
     """FLOPs, rows and columns of a matrix product; zeros for another operator."""
-    if func._schema.name not in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"):
+    name = func._schema.name
+    if name not in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_mm", "aten::_int_mm"):
         return 0, 0, 0
-    left = args[1] if "add" in func._schema.name else args[0]
+    left = args[1] if "add" in name else args[0]
     return 2 * out.numel() * left.shape[-1], out.shape[-2], out.shape[-1]
 
 
@@ -139,7 +141,16 @@ def projected(hidden: Tensor, weight: Tensor, **_: Any) -> tuple[int, int, int]:
     return 2 * hidden.numel() * weight.shape[0], rows, weight.shape[0]
 
 
-KERNELS: dict[str, Callable[..., tuple[int, int, int]]] = {"attend_kernel": attended, "project_kernel": projected}
+def selected(logits: Tensor, **_: Any) -> tuple[int, int, int]:
+    """Positions and vocabulary of a step on `logits` `[B, T, V]`."""
+    return 0, logits.shape[0] * logits.shape[1], logits.shape[2]
+
+
+KERNELS: dict[str, Callable[..., tuple[int, int, int]]] = {
+    "attend_kernel": attended,
+    "project_kernel": projected,
+    "select_kernel": selected,
+}
 """FLOPs, rows and columns of Triton kernels, by their arguments' names."""
 
 PARTLY: dict[str, dict[str, str]] = {}
@@ -297,6 +308,7 @@ def launches(
     cache: str = "dual",
     drafts: int = 1,
     full: bool = False,
+    at: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     **settings: Any,
 ) -> list[Launch]:
@@ -307,6 +319,7 @@ def launches(
         batch: sequences, all of them with a prompt of `prompt` tokens; at a `graph_size`.
         new, block, cache, drafts, settings: of `DiffusionGenerationConfig`; the rule is `Frechet(0.25)` unless given.
         full: the full forward that begins a block, else one of the steps after it.
+        at: the block's number, on which only the width of a prefix cache's steps depends.
         dtype: of the weights.
     """
     settings = {"rule": fdpp.Frechet(0.25), "engine": "static"} | settings
@@ -321,9 +334,9 @@ def launches(
         asked = DiffusionGenerationConfig(new, block, cache=cache, drafts=drafts, **settings)
         ids = torch.empty(batch, prompt, dtype=torch.int64, device=GPU)
         loop = BlockLoop(model, ids, None, with_token_ids(asked, config), static=StaticSteps())
-        runner = loop.runner(loop.whole, 0)
+        runner = loop.runner(loop.whole, at)
         assert isinstance(runner, StaticRunner)
-        first, others = loop.windows(0)
+        first, others = loop.windows(at)
         # The first run allocates, as the one before a capture does, and leaves what drafts are drawn from.
         for window, states, fresh in ((first, 1, True), (first, 1, True) if full else (others, drafts, False)):
             step, _ = runner.arena.step(window, states, fresh)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import nodes
+import predict
 import pytest
+import roofline
 import torch
+from bench_decode import SHAPES
 from nodes import GPU, Launch
+from roofline import Device
 
 import fdpp
 from fdpp import LLaDAConfig
@@ -109,3 +118,239 @@ def test_layers_that_differ_are_named() -> None:
     launches = [Launch("mm", f"layer {layer}") for layer in (0, 0, 1, 2)]
     with pytest.raises(ValueError, match=r"in every layer but the last, got \[2, 1, 1\]"):
         nodes.per_layer(launches)
+
+
+# What a launch takes
+
+
+DEVICE = Device("NVIDIA Test", 4, 1.0, 1.0, 20.0, 2.0, 1.0, 2.0, 0.5, 3.0, 7.0)
+LATENCY = 3e-6
+
+
+def product(rows: int, columns: int, depth: int, bytes: int = 0, name: str = "mm") -> Launch:
+    return Launch(name, "layers", bytes, 2 * rows * columns * depth, rows, columns)
+
+
+@pytest.mark.parametrize(
+    ("rows", "strips"), [(1, 1), (32, 1), (127, 1), (128, 1), (129, 2), (256, 2), (257, 3), (1056, 9)]
+)
+def test_a_product_takes_whole_tiles_of_128_rows(rows: int, strips: int) -> None:
+    # Four tiles of 256 columns a strip: as many waves as strips.
+    flops = roofline.product_flops(product(rows, 1024, 64), 4)
+    assert flops == 2 * strips * 128 * 1024 * 64
+
+
+def test_a_product_takes_whole_waves_of_the_best_width() -> None:
+    # Tiles of 64 columns: 5 in 2 waves of 4. Of 128: 3, cut until they fill the device, in three quarters of one.
+    assert roofline.product_flops(product(128, 320, 64), 4) == 2 * 128 * 64 * 4 * min(2 * 64, 128 * 3 / 4)
+    # 9 tiles of 64 in 3 waves, 5 of 128 in 2, 3 of 192 in three quarters of one.
+    assert roofline.product_flops(product(128, 576, 64), 4) == 2 * 128 * 64 * 4 * (192 * 3 / 4)
+
+
+def test_a_launch_takes_its_latency_and_the_longer_of_bytes_and_operations() -> None:
+    bound_by_weight = product(32, 1024, 64, bytes=50_000_000)
+    assert roofline.seconds(bound_by_weight, DEVICE) == pytest.approx(LATENCY + 50e-6, rel=1e-12)
+    bound_by_work = product(128, 1024, 4096, bytes=1000)
+    assert roofline.seconds(bound_by_work, DEVICE) == pytest.approx(LATENCY + 2 * 128 * 1024 * 4096 / 1e12, rel=1e-12)
+    float8 = replace(bound_by_work, name="_scaled_mm")
+    assert roofline.seconds(float8, DEVICE) == pytest.approx(LATENCY + 128 * 1024 * 4096 / 1e12, rel=1e-12)
+    with pytest.raises(ValueError, match="_scaled_mm: expected a device with float8 products, got NVIDIA Test"):
+        roofline.seconds(float8, replace(DEVICE, float8_tflop_s=None))
+    assert roofline.seconds(Launch("isin", "rest"), DEVICE) == LATENCY
+
+
+@pytest.mark.parametrize(("bytes", "rate"), [(10_000_000, 2e12), (10_000_001, 1e12)], ids=["half L2", "more"])
+def test_small_operators_find_half_an_l2_of_bytes_there(bytes: int, rate: float) -> None:
+    launch = Launch("add_", "layers", bytes)
+    assert roofline.seconds(launch, DEVICE) == pytest.approx(LATENCY + bytes / rate, rel=1e-12)
+
+
+def test_attention_and_selection_have_their_own_formulas() -> None:
+    attention = Launch("attend_kernel", "layers", 1000, 10**9, 32, 1056)
+    assert roofline.seconds(attention, DEVICE) == pytest.approx(LATENCY + 1e9 / 0.5e12, rel=1e-12)
+    keys = replace(attention, bytes=10_000_000, flops=1)
+    assert roofline.seconds(keys, DEVICE) == pytest.approx(LATENCY + 10e-6, rel=1e-12)
+    # 64 warps of 256 logits on 16 schedulers: four in turn, 426 slots each, at 60% of one a nanosecond.
+    selection = Launch("select_kernel", "selection", 1000, 0, 2, 8192)
+    assert roofline.seconds(selection, DEVICE) == pytest.approx(LATENCY + 4 * 426 / 0.6 * 1e-9, rel=1e-12)
+
+
+def test_parts_hold_every_launch() -> None:
+    counted = predict.counts(small(), prompt=300)
+    parts = roofline.by_part(counted, DEVICE)
+    assert tuple(parts) == roofline.PARTS and all(value > 0 for value in parts.values())
+    assert sum(parts.values()) == pytest.approx(sum(n * roofline.seconds(x, DEVICE) for n, x in counted), rel=1e-12)
+    zero = replace(DEVICE, launch_us=0.0)
+    nodes_of = sum(n for n, _ in counted)
+    assert sum(parts.values()) - sum(roofline.by_part(counted, zero).values()) == pytest.approx(nodes_of * LATENCY)
+
+
+def test_three_layers_stand_for_all() -> None:
+    deep = small(n_layers=6)
+    for full in (False, True):
+        counted = predict.counts(deep, prompt=300, full=full)
+        listed = [
+            replace(x, where="layers") if "layer" in x.where else x for x in nodes.launches(deep, prompt=300, full=full)
+        ]
+        assert sum(n for n, _ in counted) == len(listed)
+        assert sum(n * x.bytes for n, x in counted) == sum(x.bytes for x in listed)
+        assert {x: n for n, x in counted} == {x: listed.count(x) for x in listed}
+
+
+# Devices
+
+
+@pytest.mark.parametrize("path", sorted(roofline.DEVICES.glob("*.json")), ids=lambda path: path.stem)
+def test_every_figure_of_a_device_says_where_it_is_from(path: Path) -> None:
+    found = json.loads(path.read_text())
+    assert roofline.device(path.stem) == roofline.device(str(path))
+    for key, figure in found.items():
+        if key != "name":
+            # None was measured yet; one that is says on what, and when.
+            assert figure["source"].split(":")[0] in ("published", "assumed", "measured", "it has no such instruction")
+    assert sorted(each.stem for each in roofline.DEVICES.glob("*.json")) == ["a100", "b200", "h100", "h200"]
+
+
+def test_a_device_that_is_not_complete_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"device: expected one of \['a100', .*got 'h1000'"):
+        roofline.device("h1000")
+    found = json.loads((roofline.DEVICES / "h100.json").read_text())
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(found | {"launch_us": {"value": 1.0, "source": ""}}))
+    with pytest.raises(ValueError, match="launch_us: expected a value and its source"):
+        roofline.device(str(path))
+    found.pop("l2_mb")
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"expected .*l2_mb"):
+        roofline.device(str(path))
+
+
+# A decode
+
+
+def took(batch: int, full: bool) -> float:
+    """A step of a batch, that can be told from every other by its digits."""
+    return (1000.0 if full else 1.0) * batch
+
+
+def test_one_sequence_takes_the_closed_form() -> None:
+    forwards = [[8, 1, 5, 32]]
+    assert predict.decode_seconds(forwards, took) == 4 * 1000 + (46 - 4) * 1
+
+
+def test_sequences_leave_a_block_and_the_batch() -> None:
+    # Block 0: 3 sequences, then 2 twice, then 1. Block 1: the first has ended; 2, then 1 twice.
+    assert predict.decode_seconds([[3], [1, 3], [4, 1]], took) == 3000 + 2 + 2 + 1 + 2000 + 1 + 1
+    equal = predict.decode_seconds([[4, 4]] * 5, took)
+    assert equal == 2 * (5000 + 3 * 5)
+
+
+def test_a_batch_runs_at_its_graph_size() -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def counted(batch: int, full: bool) -> predict.Counts:
+        asked.append((batch, full))
+        return [(batch, Launch("add", "rest"))]
+
+    taken = predict.step_seconds(counted, DEVICE)
+    assert taken(5, True) == pytest.approx(6 * LATENCY + 7e-6) and asked == [(6, True)]
+    assert predict.sizes([5, 9]) == [1, 2, 3, 4, 6, 8, 12]
+
+
+def test_what_is_drawn_has_the_mean_and_the_range_that_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor(predict.draw(400, 8, 7.5, 32, generator)).double()
+    assert drawn.shape == (400, 8) and drawn.min() >= 1 and drawn.max() <= 32
+    error = math.sqrt(31 * (6.5 / 31) * (1 - 6.5 / 31) / drawn.numel())
+    assert abs(float(drawn.mean()) - 7.5) < 4 * error
+    assert predict.draw(2, 3, 1.0, 32, generator) == [[1] * 3] * 2
+    assert predict.draw(2, 3, 32.0, 32, generator) == [[32] * 3] * 2
+    assert predict.draw(1, 2, 1.0, 1, generator) == [[1, 1]]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_one_sequence_at_a_time_gives_the_mean_of_the_closed_form(ends: bool) -> None:
+    shape = argparse.Namespace(new=256, block=32, tokens_per_forward=32.0)
+    # One forward a block, whatever is drawn.
+    assert predict.tokens_per_second(1, shape, took, ends) == pytest.approx(32 / 1000)
+    shape.tokens_per_forward = 4.0
+    rate = predict.tokens_per_second(1, shape, took, ends)
+    assert rate == predict.tokens_per_second(1, shape, took, ends)
+    assert rate == pytest.approx(32 / (1000 + 7), rel=1e-3)
+
+
+# What is printed
+
+
+def test_the_stored_counts_are_a_decodes() -> None:
+    before, about = predict.stored(predict.BEFORE)
+    assert (about["shape"], about["prompt"], about["new"], about["block"], about["cache"]) == (
+        "8b",
+        800,
+        256,
+        32,
+        "dual",
+    )
+    for batch in predict.sizes([128]):
+        for full in (False, True):
+            assert sum(n for n, _ in before(batch, full)) > 100
+    assert sum(n for n, _ in before(1, False)) == 901
+    with pytest.raises(ValueError, match=r"expected one of .* sequences, got 5"):
+        before(5, False)
+
+
+def test_counts_survive_a_file(tmp_path: Path) -> None:
+    counted = predict.counter(small(), prompt=300)
+    predict.store(tmp_path / "counts.json", counted, [2], {"shape": "small"})
+    again, about = predict.stored(tmp_path / "counts.json")
+    assert about.pop("commit") and about == {"shape": "small"}
+    for batch in (1, 2):
+        for full in (False, True):
+            assert again(batch, full) == counted(batch, full)
+
+
+def test_the_command_prints_predictions(capsys: pytest.CaptureFixture[str]) -> None:
+    predict.main(["--device", "h200", "--batch", "1", "2", "--before"])
+    out = capsys.readouterr().out
+    assert out.startswith("Predicted from counts, not measured.") and out.count("predicted, NVIDIA H200 SXM") == 2
+    assert "Before, at " in out and "Now:" in out
+    assert "block step: products, ms" in out and "refresh: all, ms" in out and "tok/s, responses that end" in out
+    assert out.count("times as many tokens per second") == 2
+    with pytest.raises(SystemExit, match="expected the counts of"):
+        predict.main(["--batch", "1", "--before", "--new", "64"])
+
+
+def test_measured_beside_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"shape": "100m", "batch": 1, "prompt": 96, "new": 64, "block": 32, "tokens_per_forward": "4.00, set"}
+    fdpp_way = {"nfe": 16, "tokens_per_second": 1000.0, "steps": {"ms_step": 1.0, "ms_refresh": 2.0}}
+    rows = [row | {"cache": cache, "fdpp": fdpp_way} for cache in ("dual", "prefix", "none")]
+    rows += [row | {"cache": "dual", "fdpp": {"error": "out of memory"}}, row | {"cache": "dual", "shape": "tiny"}]
+    path = tmp_path / "decode-h100.json"
+    results = {"environment": {"device": "NVIDIA H100 80GB HBM3"}, "rows": rows}
+    path.write_text(json.dumps(results))
+    predict.main(["--device", "h100", "--against", str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        lines[0].startswith("| measured on NVIDIA H100 80GB HBM3, predicted for NVIDIA H100 SXM |") and len(lines) == 5
+    )
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    on, config = roofline.device("h100"), SHAPES["100m"]().config
+    assert config is not None
+    step, refresh = (
+        1e3 * sum(roofline.by_part(predict.counts(config, prompt=96, new=64, full=full), on).values())
+        for full in (False, True)
+    )
+    seconds = (2 * refresh + 14 * step + 16 * 0.09) / 1e3
+    assert cells[0][1:] == [
+        *("16", f"{step:.3g}", "1", f"{1 / step:.2f}", f"{refresh:.3g}", "2", f"{2 / refresh:.2f}"),
+        *(f"{64 / seconds:,.0f}", "1,000", f"{1000 * seconds / 64:.2f}"),
+    ]
+    assert cells[2][2:5] == ["-", "1", "-"]
+    # Of another device nothing is compared.
+    path.write_text(json.dumps(results | {"environment": {"device": "CPU, AMD EPYC"}, "rows": rows[:1]}))
+    predict.main(["--device", "h100", "--against", str(path)])
+    last = capsys.readouterr().out.splitlines()[-1].split("|")
+    assert last[5].strip() == last[8].strip() == last[11].strip() == "-"
+    path.write_text(json.dumps(results | {"rows": rows[-1:]}))
+    with pytest.raises(SystemExit, match="nothing to compare"):
+        predict.main(["--against", str(path)])
