@@ -272,6 +272,9 @@ def recorded() -> Iterator[Record]:
     """Within it tensors on `GPU` exist without one, and what is done with them is recorded, in place of being done."""
     record = Record()
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+    properties = SimpleNamespace(
+        name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20
+    )
     places: list[tuple[type, str, Callable[[Any], str]]] = [
         (LLaDABlock, "forward", lambda block: f"layer {block.layer}"),
         (LLaDAModelLM, "project_slice", lambda _: "head"),
@@ -290,6 +293,8 @@ def recorded() -> Iterator[Record]:
         enter(patch("torch.cuda.device_of", lambda *_: contextlib.nullcontext()))
         enter(patch("torch.cuda.current_stream", lambda *_: stream))
         enter(patch("torch.cuda.is_current_stream_capturing", lambda: True))
+        enter(patch("torch.cuda.get_device_properties", lambda *_: properties))
+        enter(patch("torch.cuda.get_device_capability", lambda *_: (properties.major, properties.minor)))
         enter(torch.no_grad())
         enter(Operators(record))
         enter(StandIn(record))

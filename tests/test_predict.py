@@ -21,6 +21,8 @@ from roofline import Device
 import fdpp
 from fdpp import LLaDAConfig
 from fdpp.attention import block_attention
+from fdpp.models.llada import LLaDABlock
+from fdpp.step import gpu
 
 
 def small(**sizes: Any) -> LLaDAConfig:
@@ -80,6 +82,32 @@ def test_attention_is_a_launch_of_each_of_its_kernels() -> None:
         ("combine_kernel", 0, 0, 0),
         ("scaled_dot_product_attention", 4 * 4 * 32 * 64 * 512, 64, 512),
     ]
+
+
+def test_of_a_cache_a_kernel_may_touch_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend() -> int:
+        with nodes.recorded() as record:
+            q = torch.empty(1, 4, 32, 64, dtype=torch.bfloat16, device=GPU)
+            k, v = torch.empty(2, 1, 4, 128, 64, dtype=torch.bfloat16, device=GPU)
+            block_attention(q, k, v)
+        return record.launches[0].bytes
+
+    assert attend() == 2 * 64 * 4 * (32 + 2 * 128 + 32)
+    monkeypatch.setitem(nodes.PARTLY, "attend_kernel", {"k": "q", "v": "q"})
+    assert attend() == 2 * 64 * 4 * (32 + 2 * 32 + 32)
+
+
+def test_the_machine_is_as_it_was_afterwards() -> None:
+    def state() -> tuple[Any, ...]:
+        patched = torch.cuda.device_of, torch.cuda.current_stream, LLaDABlock.forward, torch.get_default_dtype()
+        return *patched, list(gpu.spare)
+
+    before = state()
+    with pytest.raises(ZeroDivisionError), nodes.recorded():
+        torch.empty(1, device=GPU)
+        _ = 1 / 0
+    assert before == state()
+    assert not torch.empty(1).is_cuda
 
 
 STEPS: list[dict[str, Any]] = [
