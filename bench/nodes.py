@@ -324,7 +324,7 @@ def launches(
         batch: sequences, all of them with a prompt of `prompt` tokens; at a `graph_size`.
         new, block, cache, drafts, settings: of `DiffusionGenerationConfig`; the rule is `Frechet(0.25)` unless given.
         full: the full forward that begins a block, else one of the steps after it.
-        at: the block's number, on which only the width of a prefix cache's steps depends.
+        at: the block's number, on which the width of a prefix cache's steps depends.
         dtype: of the weights.
     """
     settings = {"rule": fdpp.Frechet(0.25), "engine": "static"} | settings
@@ -341,9 +341,9 @@ def launches(
         loop = BlockLoop(model, ids, None, with_token_ids(asked, config), static=StaticSteps())
         runner = loop.runner(loop.whole, at)
         assert isinstance(runner, StaticRunner)
-        first, others = loop.windows(at)
-        # The first run allocates, as the one before a capture does, and leaves what drafts are drawn from.
-        for window, states, fresh in ((first, 1, True), (first, 1, True) if full else (others, drafts, False)):
+        # The decode's first forward allocates, and leaves what drafts are drawn from, before anything is captured.
+        (very_first, _), (first, others) = (loop.windows(number) for number in (0, at))
+        for window, states, fresh in ((very_first, 1, True), (first, 1, True) if full else (others, drafts, False)):
             step, _ = runner.arena.step(window, states, fresh)
             record.launches.clear()
             step.run(runner.arena, loop.advance)

@@ -16,11 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,11 @@ SEED = 0
 Counts = list[tuple[int, Launch]]
 """How many equal launches there are of each kind."""
 
-Counted = Callable[[int, bool], Counts]
-"""The launches of a step of so many sequences, a full one or one of the block alone."""
+Counted = Callable[[int, bool, int], Counts]
+"""The launches of a step of so many sequences, of one that begins its block or of another, in the block of a number."""
+
+Taken = Callable[[int, bool, int], float]
+"""Seconds of the same."""
 
 
 def counts(config: LLaDAConfig, **settings: Any) -> Counts:
@@ -57,11 +62,17 @@ def counts(config: LLaDAConfig, **settings: Any) -> Counts:
 
 
 def counter(config: LLaDAConfig, **settings: Any) -> Counted:
-    """The counts of today's code, each taken once."""
+    """The counts of today's code, each taken once.
+
+    All blocks but the first begin as the second does, and steps depend on the block with a prefix cache alone.
+    """
 
     @cache
-    def counted(batch: int, full: bool) -> Counts:
-        return counts(config, batch=batch, full=full, **settings)
+    def taken(batch: int, full: bool, at: int) -> Counts:
+        return counts(config, batch=batch, full=full, at=at, **settings)
+
+    def counted(batch: int, full: bool, at: int) -> Counts:
+        return taken(batch, full, min(at, 1) if full else at if settings["cache"] == "prefix" else 0)
 
     return counted
 
@@ -74,7 +85,7 @@ def stored(path: Path) -> tuple[Counted, dict[str, Any]]:
         for step in found.pop("steps")
     }
 
-    def counted(batch: int, full: bool) -> Counts:
+    def counted(batch: int, full: bool, at: int) -> Counts:
         if (batch, full) not in steps:
             raise ValueError(f"{path}: expected one of {sorted({b for b, _ in steps})} sequences, got {batch}")
         return steps[batch, full]
@@ -83,11 +94,17 @@ def stored(path: Path) -> tuple[Counted, dict[str, Any]]:
 
 
 def store(path: Path, counted: Counted, batches: Sequence[int], facts: dict[str, Any]) -> None:
-    """Write the counts of all steps that batches of these sizes run, a step a line, and which commit they are of."""
+    """Write the counts of all steps that batches of these sizes run, a step a line, and which commit they are of.
+
+    Raises:
+        ValueError: the counts depend on the block.
+    """
     lines = []
     for batch in sizes(batches):
         for full in (False, True):
-            listed = [[n, x.name, x.where, x.bytes, x.flops, x.rows, x.columns] for n, x in counted(batch, full)]
+            if counted(batch, full, 0) != counted(batch, full, 1):
+                raise ValueError("store: expected steps that are the same in every block, as with a dual cache")
+            listed = [[n, x.name, x.where, x.bytes, x.flops, x.rows, x.columns] for n, x in counted(batch, full, 0)]
             lines.append(json.dumps({"batch": batch, "full": full, "launches": listed}))
     log = ["git", "log", "-1", "--format=%h", "--", "fdpp", "kernels"]
     commit = subprocess.run(log, capture_output=True, text=True, check=True, cwd=BEFORE.parents[1]).stdout.strip()
@@ -100,29 +117,29 @@ def sizes(batches: Sequence[int]) -> list[int]:
     return sorted({graph_size(b) for b in range(1, max(batches) + 1)})
 
 
-def step_seconds(counted: Counted, on: Device) -> Callable[[int, bool], float]:
-    """Predicted seconds of a step, its host's share included, by its sequences and whether it is a full one."""
+def step_seconds(counted: Counted, on: Device) -> Taken:
+    """Predicted seconds of a step, its host's share included."""
 
     @cache
-    def taken(batch: int, full: bool) -> float:
-        return sum(by_part(counted(graph_size(batch), full), on).values()) + on.host_us * 1e-6
+    def taken(batch: int, full: bool, at: int) -> float:
+        return sum(by_part(counted(graph_size(batch), full, at), on).values()) + on.host_us * 1e-6
 
     return taken
 
 
-def decode_seconds(forwards: Sequence[Sequence[int]], taken: Callable[[int, bool], float]) -> float:
+def decode_seconds(forwards: Sequence[Sequence[int]], taken: Taken) -> float:
     """Seconds of a decode, as `fdpp.decoding.loop` runs it.
 
     Args:
         forwards: of every sequence, how many forwards each of its blocks needs, at least 1. A sequence that ends early
             has fewer blocks, and takes part in no more of them.
-        taken: seconds of a step by its number of sequences and whether it is a full one.
+        taken: seconds of a step.
     """
     total = 0.0
     for block in range(max(map(len, forwards))):
         needed = [sequence[block] for sequence in forwards if len(sequence) > block]
         for done in range(max(needed)):
-            total += taken(sum(n > done for n in needed), done == 0)
+            total += taken(sum(n > done for n in needed), done == 0, block)
     return total
 
 
@@ -135,9 +152,7 @@ def draw(B: int, blocks: int, mean: float, most: int, generator: torch.Generator
     return (1 + torch.bernoulli(p, generator=generator).sum(2).long()).tolist()
 
 
-def tokens_per_second(
-    B: int, shape: argparse.Namespace, taken: Callable[[int, bool], float], ends: bool = False
-) -> float:
+def tokens_per_second(B: int, shape: argparse.Namespace, taken: Taken, ends: bool = False) -> float:
     """Predicted tokens per second of B sequences, from as many drawn decodes as give 128 sequences, or one.
 
     With `ends` responses end after any number of blocks, all equally likely, and their sequences leave the batch.
@@ -156,14 +171,19 @@ def tokens_per_second(
     return tokens / total
 
 
+def share(counted: Counts, blocks: int) -> list[tuple[float, Launch]]:
+    """One of `blocks` blocks' part in a mean step."""
+    return [(count / blocks, launch) for count, launch in counted]
+
+
 def table(counted: Counted, on: Device, shape: argparse.Namespace) -> str:
-    """Parts of both steps and tokens per second, a column for each batch size."""
-    batches = shape.batch
+    """Parts of both steps and tokens per second, a column for each batch size. Steps are means over the blocks."""
+    batches, blocks = shape.batch, math.ceil(shape.new / shape.block)
     rows = []
     for full, title in ((False, "block step"), (True, "refresh")):
-        steps = [counted(graph_size(b), full) for b in batches]
-        parts = [by_part(step, on) for step in steps]
-        rows.append([f"{title}: graph nodes", *(number(sum(n for n, _ in step)) for step in steps)])
+        steps = [[share(counted(graph_size(b), full, at), blocks) for at in range(blocks)] for b in batches]
+        parts = [by_part(chain(*step), on) for step in steps]
+        rows.append([f"{title}: graph nodes", *(number(round(sum(n for n, _ in chain(*step)))) for step in steps)])
         rows += [[f"{title}: {name}, ms", *(number(1e3 * each[name]) for each in parts)] for name in parts[0]]
         rows.append([f"{title}: all, ms", *(number(1e3 * sum(each.values())) for each in parts)])
     taken = step_seconds(counted, on)
@@ -185,18 +205,13 @@ def predicted(row: dict[str, Any], on: Device) -> dict[str, float] | None:
     config, nfe = bench_decode.SHAPES[row["shape"]]().config, row.get("fdpp", {}).get("nfe")
     if config is None or nfe is None:
         return None
-    blocks = math.ceil(row["new"] / row["block"])
-    settings = {key: row[key] for key in ("prompt", "new", "block", "cache")}
-
-    def milliseconds(full: bool, at: int) -> float:
-        step = counts(config, batch=graph_size(row["batch"]), full=full, at=at, **settings)
-        return 1e3 * sum(by_part(step, on).values())
-
-    refresh = milliseconds(True, 0)
-    # A prefix cache's steps feed all that follows the block's start.
-    widths = range(blocks) if row["cache"] == "prefix" else [0]
-    step = refresh if row["cache"] == "none" else sum(milliseconds(False, at) for at in widths) / len(widths)
-    total = blocks * refresh + (nfe - blocks) * step + nfe * on.host_us * 1e-3
+    blocks = range(math.ceil(row["new"] / row["block"]))
+    counted = counter(config, **{key: row[key] for key in ("prompt", "new", "block", "cache")})
+    refresh, step = (
+        1e3 * statistics.mean(sum(by_part(counted(graph_size(row["batch"]), full, at), on).values()) for at in blocks)
+        for full in (True, row["cache"] == "none")
+    )
+    total = len(blocks) * refresh + (nfe - len(blocks)) * step + nfe * on.host_us * 1e-3
     found = {"tok/s": 1e3 * row["batch"] * row["new"] / total, "ms_refresh": refresh}
     return found if row["cache"] == "none" else found | {"ms_step": step}
 
@@ -236,6 +251,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--cache", choices=("dual", "prefix", "none"), default="dual")
+    text = 'more settings of the decode, as JSON: \'{"head": "fused"}\''
+    parser.add_argument("--settings", type=json.loads, default={}, help=text)
     parser.add_argument("--before", action="store_true", help="also what the stored counts give, and the ratios")
     parser.add_argument("--against", type=Path, metavar="JSON", help="compare with what bench_decode.py measured")
     parser.add_argument("--store", type=Path, metavar="JSON", help="write today's counts, as --before reads them")
@@ -248,14 +265,16 @@ def main(arguments: list[str] | None = None) -> None:
     facts: dict[str, Any] = {"shape": "8b"} | {name: getattr(options, name) for name in names}
     config = bench_decode.SHAPES["8b"]().config
     assert config is not None
-    now = counter(config, **{name: facts[name] for name in names})
+    now = counter(config, **{name: facts[name] for name in names}, **options.settings)
     if options.store is not None:
         store(options.store, now, options.batch, facts)
         print(f"written to {options.store}")
         return
     print(
         f"Predicted from counts, not measured. LLaDA-8B's shape in bf16, {options.cache} cache, {options.prompt} + "
-        f"{options.new} tokens, blocks of {options.block}, {options.tokens_per_forward:g} tokens per forward."
+        f"{options.new} tokens, blocks of {options.block}, {options.tokens_per_forward:g} tokens per forward"
+        + "".join(f", {name}={value}" for name, value in options.settings.items())
+        + "."
     )
     if options.before:
         before, about = stored(BEFORE)

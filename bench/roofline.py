@@ -138,8 +138,8 @@ def part(launch: Launch) -> str:
     return "products" if launch.flops else "small operators"
 
 
-def by_part(launches: Iterable[tuple[int, Launch]], device: Device) -> dict[str, float]:
-    """Predicted seconds of each part of a step; `launches` are numbers of equal launches."""
+def by_part(launches: Iterable[tuple[float, Launch]], device: Device) -> dict[str, float]:
+    """Predicted seconds of each part of a step; `launches` are launches and how often each comes."""
     found = dict.fromkeys(PARTS, 0.0)
     for count, launch in launches:
         found[part(launch)] += count * seconds(launch, device)

@@ -256,7 +256,7 @@ def test_a_device_that_is_not_complete_is_refused(tmp_path: Path) -> None:
 # A decode
 
 
-def took(batch: int, full: bool) -> float:
+def took(batch: int, full: bool, at: int) -> float:
     """A step of a batch, that can be told from every other by its digits."""
     return (1000.0 if full else 1.0) * batch
 
@@ -274,14 +274,14 @@ def test_sequences_leave_a_block_and_the_batch() -> None:
 
 
 def test_a_batch_runs_at_its_graph_size() -> None:
-    asked: list[tuple[int, bool]] = []
+    asked: list[tuple[int, bool, int]] = []
 
-    def counted(batch: int, full: bool) -> predict.Counts:
-        asked.append((batch, full))
+    def counted(batch: int, full: bool, at: int) -> predict.Counts:
+        asked.append((batch, full, at))
         return [(batch, Launch("add", "rest"))]
 
     taken = predict.step_seconds(counted, DEVICE)
-    assert taken(5, True) == pytest.approx(6 * LATENCY + 7e-6) and asked == [(6, True)]
+    assert taken(5, True, 3) == pytest.approx(6 * LATENCY + 7e-6) and asked == [(6, True, 3)]
     assert predict.sizes([5, 9]) == [1, 2, 3, 4, 6, 8, 12]
 
 
@@ -321,20 +321,34 @@ def test_the_stored_counts_are_a_decodes() -> None:
     )
     for batch in predict.sizes([128]):
         for full in (False, True):
-            assert sum(n for n, _ in before(batch, full)) > 100
-    assert sum(n for n, _ in before(1, False)) == 901
+            assert sum(n for n, _ in before(batch, full, 0)) > 100
+    assert sum(n for n, _ in before(1, False, 0)) == 901
     with pytest.raises(ValueError, match=r"expected one of .* sequences, got 5"):
-        before(5, False)
+        before(5, False, 0)
 
 
 def test_counts_survive_a_file(tmp_path: Path) -> None:
-    counted = predict.counter(small(), prompt=300)
+    counted = predict.counter(small(), prompt=300, cache="dual")
     predict.store(tmp_path / "counts.json", counted, [2], {"shape": "small"})
     again, about = predict.stored(tmp_path / "counts.json")
     assert about.pop("commit") and about == {"shape": "small"}
     for batch in (1, 2):
         for full in (False, True):
-            assert again(batch, full) == counted(batch, full)
+            assert again(batch, full, 3) == counted(batch, full, 0)
+
+
+def test_only_counts_that_are_the_same_in_every_block_are_stored(tmp_path: Path) -> None:
+    counted = predict.counter(small(), prompt=300, cache="prefix")
+    with pytest.raises(ValueError, match="the same in every block"):
+        predict.store(tmp_path / "counts.json", counted, [1], {})
+
+
+def test_steps_of_a_prefix_cache_become_narrower() -> None:
+    prefix = predict.counter(small(), prompt=300, cache="prefix")
+    widths = [{x.rows for _, x in prefix(1, False, at) if x.name == "mm" and x.where == "layers"} for at in (0, 3, 7)]
+    assert [max(rows) for rows in widths] == [256, 160, 32]
+    dual = predict.counter(small(), prompt=300, cache="dual")
+    assert dual(1, False, 5) is dual(1, False, 0) and dual(1, True, 5) is dual(1, True, 1)
 
 
 def test_the_command_prints_predictions(capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,6 +360,9 @@ def test_the_command_prints_predictions(capsys: pytest.CaptureFixture[str]) -> N
     assert out.count("times as many tokens per second") == 2
     with pytest.raises(SystemExit, match="expected the counts of"):
         predict.main(["--batch", "1", "--before", "--new", "64"])
+    predict.main(["--batch", "1", "--new", "64", "--cache", "prefix", "--settings", '{"head": "fused"}'])
+    out = capsys.readouterr().out
+    assert "head=fused." in out and "| block step: head, ms | 0 |" in out
 
 
 def test_measured_beside_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
