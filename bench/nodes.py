@@ -76,10 +76,10 @@ SEVERAL = {
     "index_put": 2,  # as well; in place it is one kernel over values and indices unless it accumulates
     "scatter": 2,  # as well
     "isin": 4,  # a fill, all pairs compared, any of each row, a copy
-    "sort": 2,  # keys and positions are laid out, then sorted
-    "topk": 2,  # the k-th value is found, then the values above it are gathered
+    "sort": 4,  # a range, copied as positions, the keys copied, both sorted in place: up to some thousand keys a row
+    "topk": 2,  # the largest are gathered, then sorted
 }
-"""Operators of more than one launch, read in PyTorch's sources (`ATen/native`)."""
+"""Operators of more than one launch, as PyTorch's sources (`ATen/native`) have them."""
 
 OVERWRITTEN = {"copy_", "fill_", "zero_", "index_put_", "arange"}
 """Operators that do not read what they write to."""
