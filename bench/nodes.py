@@ -123,7 +123,7 @@ def traffic(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 def product(func: Any, args: Any, out: Any) -> tuple[int, int, int]:
     """FLOPs, rows and columns of a matrix product; zeros for another operator."""
-    name = func._schema.name
+    name = func._schema.name.removesuffix("_")
     if name not in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_mm", "aten::_int_mm"):
         return 0, 0, 0
     left = args[1] if "add" in name else args[0]
@@ -153,7 +153,7 @@ KERNELS: dict[str, Callable[..., tuple[int, int, int]]] = {
 }
 """FLOPs, rows and columns of Triton kernels, by their arguments' names."""
 
-PARTLY: dict[str, dict[str, str]] = {}
+PARTLY: dict[str, dict[str, str]] = {"rotate_kernel": {"stored": "heads"}}
 """Of which Triton kernels an argument, by its name, is touched no more than as much as another one holds."""
 
 

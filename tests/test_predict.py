@@ -20,7 +20,7 @@ from roofline import Device
 
 import fdpp
 from fdpp import LLaDAConfig
-from fdpp.attention import block_attention
+from fdpp.attention import block_attention, split_keys
 from fdpp.models.llada import LLaDABlock
 from fdpp.step import gpu
 
@@ -77,10 +77,13 @@ def test_attention_is_a_launch_of_each_of_its_kernels() -> None:
         q = torch.empty(1, 4, 32, 64, dtype=torch.bfloat16, device=GPU)
         k = torch.empty(1, 2, 512, 64, dtype=torch.bfloat16, device=GPU)
         block_attention(q, k, k)
+        block_attention(q, k, k, tickets=split_keys.new_tickets(GPU))
         torch.nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
     assert [(launch.name, launch.flops, launch.rows, launch.columns) for launch in record.launches] == [
+        ("zeros", 0, 0, 0),
         ("attend_kernel", 4 * 4 * 32 * 64 * 512, 64, 512),
-        ("combine_kernel", 0, 0, 0),
+        ("zeros", 0, 0, 0),
+        ("attend_kernel", 4 * 4 * 32 * 64 * 512, 64, 512),
         ("scaled_dot_product_attention", 4 * 4 * 32 * 64 * 512, 64, 512),
     ]
 
@@ -133,13 +136,39 @@ def test_every_layer_launches_the_same_and_a_step_the_same_again(settings: dict[
     assert len(deeper) - len(counted[0]) == 2 * nodes.per_layer(counted[0])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"full": True},
+        {"batch": 5},
+        {"full": True, "batch": 5},
+        {"cache": "prefix", "prompt": 801},
+        {"cache": "none"},
+        {"drafts": 4},
+        {"drafts": 3, "branches": "tree"},
+        {"drafts": 3, "branches": "batch", "cache": "prefix"},
+        {"cfg_scale": 1.0},
+    ],
+    ids=str,
+)
+def test_a_layer_launches_nine_kernels(settings: dict[str, Any]) -> None:
+    """Norm, product, rotation and write, attention, product; norm, product, SwiGLU, product. Padded or not, in drafts."""
+    launches = nodes.launches(LLaDAConfig(mlp_hidden_size=12288, n_layers=3), **settings)
+    assert nodes.per_layer(launches) == 9
+    kernels = [launch.name for launch in launches if launch.where == "layer 1"]
+    assert [name for name in kernels if "kernel" in name or "attention" in name] == [
+        *("rms_norm_kernel", "rotate_kernel", kernels[3], "rms_norm_kernel", "swiglu_kernel"),
+    ]
+    assert [name for name in kernels if "mm" in name] == ["mm", "addmm_", "mm", "addmm_"]
+
+
 def test_what_a_block_step_launches() -> None:
     """Graph nodes of LLaDA-8B's shape: these stand in bench/README.md."""
     config = LLaDAConfig(mlp_hidden_size=12288)
     step = nodes.launches(config)
-    assert nodes.per_layer(step) == 26
-    assert nodes.by_place(step) == {"layers": 832, "head": 1, "selection": 1, "rest": 67}
-    weights = sum(launch.bytes for launch in step if launch.name == "mm")
+    assert nodes.by_place(step) == {"layers": 288, "head": 1, "selection": 1, "rest": 64}
+    weights = sum(launch.bytes for launch in step if launch.name in ("mm", "addmm_"))
     assert 15e9 < weights < 15.3e9
 
 
