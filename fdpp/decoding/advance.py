@@ -15,7 +15,7 @@ from fdpp.decoding.filters import Filters
 from fdpp.decoding.forwards import Forwards
 from fdpp.decoding.model import DiffusionModel
 from fdpp.decoding.settings import DiffusionGenerationConfig
-from fdpp.decoding.state import BlockState, Outcome, Window, ends
+from fdpp.decoding.state import BlockState, Outcome, Window, ends, written
 from fdpp.selection import Selection
 from fdpp.step.terms import Terms
 
@@ -58,18 +58,17 @@ class Advance:
         `schedule` `[S, 3]` are the packed rules of the block's successive steps; the last one repeats.
         """
         states = self.draft(state, window, schedule, drafts)
-        index = state.steps[:, None] + torch.arange(drafts, device=states.device)
+        index = state.steps[:, None]
+        if drafts > 1:
+            index = index + torch.arange(drafts, device=states.device)
         evidence = self.forwards(state, states, window, cache)
         chosen = self.choose(state, evidence, states, index, schedule, window)
         allowed = state.ends_allowed(window.block)
         chain = Chain(states, chosen, self.mask_id, self.eos, self.rule.revokes, allowed)
 
-        sequences, commit_step, confidence = (
-            held.clone() for held in (state.sequences, state.commit_step, state.confidence)
-        )
-        sequences[:, window.block] = chain.tokens
-        commit_step[:, window.block] = chain.at_commit(index[:, :, None], commit_step[:, window.block], -1)
-        confidence[:, window.block] = chain.at_commit(chosen.confidence, confidence[:, window.block], 1.0)
+        block = window.block
+        commit_step = chain.at_commit(index[:, :, None], state.commit_step[:, block], -1)
+        confidence = chain.at_commit(chosen.confidence, state.confidence[:, block], 1.0)
         offered, accepted = state.offered, state.accepted
         if offered is not None and accepted is not None and drafts > 1:
             offered, accepted = offered.clone(), accepted.clone()
@@ -77,9 +76,9 @@ class Advance:
             accepted[:, : drafts - 1] += chain.right[:, 1:]
         carried = self.config.drafts != 1 or evidence.memory is not None
         after = state._replace(
-            sequences=sequences,
-            commit_step=commit_step,
-            confidence=confidence,
+            sequences=written(state.sequences, block, chain.tokens),
+            commit_step=written(state.commit_step, block, commit_step),
+            confidence=written(state.confidence, block, confidence),
             nfe=state.nfe + 1,
             steps=state.steps + chain.accepted,
             query_tokens=state.query_tokens + self.forwards.queries(state, window, drafts),
@@ -93,12 +92,8 @@ class Advance:
             # Until then the EOS may be taken back.
             ended = ended & (chain.remaining == 0)
         remaining = chain.remaining.masked_fill(ended, 0)
-        counts = [chain.nonfinite, ended, remaining == 0, remaining, chain.accepted]
-        if state.fillers is not None:
-            counts = [count.masked_fill(state.fillers, 0) for count in counts]
-        unusable, over, closed, left, accepted = counts
-        summary = torch.stack((unusable.sum(), over.sum(), closed.sum(), left.max(), accepted.max()))
-        return after, Outcome(state.row, states, chosen, chain.accepted, remaining, ended, chain.nonfinite, summary)
+        counts = torch.stack((chain.nonfinite, ended, remaining, chain.accepted))
+        return after, Outcome(state.row, states, chosen, chain.accepted, remaining, ended, chain.nonfinite, counts)
 
     def draft(self, state: BlockState, window: Window, schedule: Tensor, drafts: int) -> Tensor:
         """The current block and guesses of the following states, `[b, drafts, T]`."""
@@ -119,7 +114,7 @@ class Advance:
         `index` `[b, D]` is the number of each step in its sequence: it selects the noise and the `schedule`'s entry.
         """
         if schedule.shape[0] == 1:
-            params = schedule.expand(index.numel(), -1)
+            params = schedule
         else:
             params = schedule[(index - state.first_step[:, None]).clamp(max=schedule.shape[0] - 1).flatten()]
         seeds = None if state.streams is None else (state.streams[:, None] + index * STEP_STRIDE).flatten()

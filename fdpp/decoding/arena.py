@@ -52,13 +52,13 @@ class Step:
     Attributes:
         graph: the CUDA graph that replays it, None if it runs operation by operation.
         outcome: that of the last run; `captured` is the one that a replay writes.
-        summary: that of the outcome, on the host.
+        counts: those of the outcome, on the host.
     """
 
     outcome: Outcome
     captured: Outcome
 
-    def __init__(self, window: Window, drafts: int, fresh: bool, device: torch.device) -> None:
+    def __init__(self, window: Window, b: int, drafts: int, fresh: bool, device: torch.device) -> None:
         self.drafts, self.fresh, self.device = drafts, fresh, device
 
         def columns(count: int) -> Tensor:
@@ -68,7 +68,7 @@ class Step:
         fed = window.fed if window.full else columns(window.width())
         inner = columns(window.block_width()) if window.full else slice(0, window.block_width())
         self.window = Window(fed, block, inner, -1, window.full, window.padding)
-        self.summary = torch.empty(5, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+        self.counts = torch.empty(4, b, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self.graph: Any = None
 
     def place(self, window: Window) -> None:
@@ -86,7 +86,7 @@ class Step:
         window = self.window._replace(block_start=-1)
         after, self.outcome = advance(state, window, arena.schedule, arena.cache, self.drafts)
         arena.store(after)
-        self.summary.copy_(self.outcome.summary, non_blocking=True)
+        self.counts.copy_(self.outcome.counts, non_blocking=True)
 
     def warm_up(self, arena: Arena, advance: Advance) -> None:
         """Run all that a capture will, on the very tensors of the capture, and leave the state as it was.
@@ -99,8 +99,8 @@ class Step:
         self.run(arena, advance)
         arena.restore(before)
 
-    def replay(self, arena: Arena, advance: Advance) -> list[int]:
-        """Take the step; returns the outcome's summary."""
+    def replay(self, arena: Arena, advance: Advance) -> list[list[int]]:
+        """Take the step; returns the outcome's counts."""
         if self.graph is None or not switch.on:
             self.run(arena, advance)
         else:
@@ -108,7 +108,7 @@ class Step:
             self.outcome = self.captured
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-        return self.summary.tolist()
+        return self.counts.tolist()
 
 
 class Arena:
@@ -122,7 +122,7 @@ class Arena:
         """The step, and whether it is new."""
         key = (window.width(), window.block_width(), window.full, window.padding, drafts, fresh)
         new = key not in self.steps
-        step = Step(window, drafts, fresh, self.schedule.device) if new else self.steps[key]
+        step = Step(window, self.state.row.shape[0], drafts, fresh, self.schedule.device) if new else self.steps[key]
         step.place(window)
         self.steps[key] = step
         return step, new

@@ -54,7 +54,7 @@ class Choice:
             chosen = self.rule.decide(Proposed(chosen, tokens, candidate, terms.mask_id, flat.memory, block))
         if self.random:
             chosen = self.drawn(chosen, tokens, terms)
-        return Selection(*(field.unflatten(0, states.shape[:2]) for field in chosen))
+        return Selection(*(field.view(*states.shape[:2], *field.shape[1:]) for field in chosen))
 
     def drawn(self, step: Selection, tokens: Tensor, terms: Terms) -> Selection:
         """`step` with its k positions drawn at random."""

@@ -28,7 +28,9 @@ class Chain:
     be taken back.
 
     Attributes:
-        accepted: `[b]` int64, how many of the states are right, at least 1.
+        accepted: `[b]` int64, how many of the states are right, at least 1: the first always is.
+        right: `[b, D]` bool, which of them are, where D > 1; and `offered` `[b, D - 1]` bool, which of the drafts could
+            have saved a step.
         tokens: `[b, T]`, the state after the last right one.
         remaining, nonfinite: `[b]`, of the steps from right states.
     """
@@ -45,7 +47,6 @@ class Chain:
         self.states, self.chosen, self.mask_id, self.revokes = states, chosen, mask_id, revokes
         if states.shape[1] == 1:
             self.accepted = torch.ones(states.shape[:1], dtype=torch.int64, device=states.device)
-            self.right = torch.ones_like(self.accepted, dtype=torch.bool)[:, None]
             self.tokens, self.remaining, self.nonfinite = (
                 value[:, 0] for value in (chosen.tokens, chosen.remaining, chosen.nonfinite)
             )
@@ -92,7 +93,9 @@ class Chain:
         taken = (self.states != self.mask_id) & (self.chosen.tokens == self.mask_id)
         for depth in range(values.shape[1]):
             event = values[:, depth].masked_fill(taken[:, depth], uncommitted)
-            changed = (self.chosen.committed | taken)[:, depth] & self.right[:, depth, None]
+            changed = (self.chosen.committed | taken)[:, depth]
+            if depth:
+                changed = changed & self.right[:, depth, None]
             before = torch.where(changed, event, before)
         return before
 

@@ -58,14 +58,16 @@ class Forwards:
         self.only_masked = plain and self.step is prefix_step and config.drafts == 1
 
     def __call__(self, state: BlockState, states: Tensor, window: Window, cache: BlockCache | None) -> Evidence:
-        """A forward with `states` `[b, D, T]` in the block, and the evidence of each.
+        """A forward with `states` `[b, D, T]` in the block, the first of which is `state`'s, and the evidence of each.
 
         The head sees the block's positions, and others only if the rule needs them. On a CPU it sees the masked ones
         alone, if nothing needs more.
         """
         D = states.shape[1]
-        tokens = state.sequences[:, window.fed][:, None].repeat(1, D, 1)
-        tokens[:, :, window.inner] = states
+        tokens = state.sequences[:, window.fed][:, None]
+        if D > 1:
+            tokens = tokens.repeat(1, D, 1)
+            tokens[:, :, window.inner] = states
         if cache is not None:
             cache.branches = D
             padding = state.padding if window.padding is None else window.padding
@@ -155,19 +157,23 @@ class Forwards:
         With `of_block` only those of the block's columns, `[b, D, T, d_model]`. `mask` as the model takes it.
         """
         b, D, n = tokens.shape
-        positions = state.position_ids[:, window.fed][:, None].expand(b, D, n)
+        positions = state.position_ids[:, window.fed]
         tree = D > 1 and self.layout == "tree"
         together = (1, 2) if tree else (0, 1)
-        early = of_block and not tree and window.block_width() < n
+        if D > 1:
+            positions = positions[:, None].expand(b, D, n).flatten(*together)
+        cut = of_block and window.block_width() < n
+        early = cut and not tree
         hidden = self.model.model(
             tokens.flatten(*together),
             attention_mask=mask,
-            position_ids=positions.flatten(*together),
+            position_ids=positions,
             cache=cache,
             start=window.start(),
             wanted=window.inner if early else None,
-        ).unflatten(together[0], (D, n) if tree else (b, D))
-        return hidden[:, :, window.inner] if of_block and not early else hidden
+        )
+        hidden = hidden.view(b, D, -1, hidden.shape[-1])
+        return hidden[:, :, window.inner] if cut and not early else hidden
 
     def with_rows(self, state: BlockState, tokens: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """Hidden states of `tokens` `[b, 1, n]`, a full forward's, and of the rows that the rule feeds beside them."""

@@ -12,6 +12,12 @@ from fdpp.decoding.state import BlockState, Outcome, Window
 from fdpp.decoding.static import StaticSteps
 
 
+def summary(counts: list[list[int]]) -> tuple[int, int, int, int, int]:
+    """Of `Outcome.counts`: unusable positions, sequences ended, blocks finished, most masks left, most states accepted."""
+    nonfinite, ended, remaining, accepted = counts
+    return sum(nonfinite), sum(ended), remaining.count(0), max(remaining), max(accepted)
+
+
 class EagerRunner:
     """Runs every operation as it comes: the readable reference, and the way on a CPU."""
 
@@ -23,11 +29,11 @@ class EagerRunner:
         """How many sequences take part."""
         return self.state.row.shape[0]
 
-    def step(self, window: Window, drafts: int) -> tuple[Outcome, list[int]]:
+    def step(self, window: Window, drafts: int) -> tuple[Outcome, tuple[int, int, int, int, int]]:
         """A forward of all sequences: what came of it, and its summary on the host."""
         self.state, outcome = self.advance(self.state, window, self.schedule, self.cache, drafts)
         # The forward's only synchronisation: all that the host must know, in one transfer.
-        return outcome, outcome.summary.tolist()
+        return outcome, summary(outcome.counts.tolist())
 
     def go_on_with(self, sequences: Tensor) -> None:
         """Go on with `sequences` `[c]`, in the order of the cache's rows."""
@@ -75,13 +81,13 @@ class StaticRunner:
             self.held.capture(self.bucket, self.arena, step, self.advance)
         return step
 
-    def step(self, window: Window, drafts: int) -> tuple[Outcome, list[int]]:
+    def step(self, window: Window, drafts: int) -> tuple[Outcome, tuple[int, int, int, int, int]]:
         """A forward of all sequences: what came of it, and its summary on the host."""
         step = self.prepared(window, drafts)
         self.fresh = False
-        summary = step.replay(self.arena, self.advance)
+        counts = step.replay(self.arena, self.advance)
         self.bucket.sound = True
-        return step.outcome.front(self.size), summary
+        return step.outcome.front(self.size), summary([count[: self.size] for count in counts])
 
     def go_on_with(self, sequences: Tensor) -> None:
         """Go on with `sequences` `[c]`, in the order of the cache's rows."""

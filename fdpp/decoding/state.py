@@ -68,8 +68,8 @@ class BlockState(NamedTuple):
         padding: `[b]` int64, columns on the left that hold no token; None where there are none.
         may_end: `[b]` int64, the first column at which an EOS ends a sequence: behind the last given token of an
             infill. None: any column of the response.
-        fillers: `[b]` bool, rows that only fill up the batch, copies of the first: nothing is stored for them, and no
-            count includes them. None: there are none.
+        fillers: `[b]` bool, rows that only fill up the batch, copies of the first: nothing is stored for them. None:
+            there are none.
         streams: `[b]` int64, the noise streams of a decode that samples.
         offered, accepted: `[b, drafts - 1]` int64, how many drafts were offered and accepted, by depth.
         evidence: of the state before the current one, `[b, 1, ...]`, where drafts or the rule need it; None before a
@@ -138,8 +138,7 @@ class Outcome(NamedTuple):
         remaining: `[b]`, masks left in the block; 0 where the sequence ended in it.
         ended: `[b]` bool, an EOS is committed with everything before it.
         nonfinite: `[b]`, masked positions without usable logits.
-        summary: `[5]` int64: how many positions are unusable, sequences ended, blocks finished; the most masks left and
-            states accepted.
+        counts: `[4, b]` int64, all that the host must know, in one tensor: `nonfinite`, `ended`, `remaining`, `accepted`.
     """
 
     row: Tensor
@@ -149,12 +148,12 @@ class Outcome(NamedTuple):
     remaining: Tensor
     ended: Tensor
     nonfinite: Tensor
-    summary: Tensor
+    counts: Tensor
 
     def front(self, b: int) -> Outcome:
-        """Of the first `b` sequences; the summary stays."""
+        """Of the first `b` sequences; the counts stay."""
         chosen = Selection(*(field[:b] for field in self.chosen))
-        cut = {name: getattr(self, name)[:b] for name in self._fields if name not in ("chosen", "summary")}
+        cut = {name: getattr(self, name)[:b] for name in self._fields if name not in ("chosen", "counts")}
         return self._replace(chosen=chosen, **cut)
 
 
@@ -165,7 +164,15 @@ def ends(tokens: Tensor, mask_id: int, eos: Tensor | None, allowed: Tensor | Non
     """
     if eos is None:
         return torch.zeros(tokens.shape[:-1], dtype=torch.bool, device=tokens.device)
-    open_before = tokens.eq(mask_id).cumsum(-1) > 0
+    masks_before = tokens.eq(mask_id).cumsum(-1)
     # Not `torch.isin`, which for many ids sorts and counts, and waits for the count.
-    at_end = (tokens[..., None] == eos).any(-1) & ~open_before
-    return (at_end if allowed is None else at_end & allowed).any(-1)
+    at_end = tokens == eos if eos.shape[0] == 1 else (tokens[..., None] == eos).any(-1)
+    at_end = at_end if allowed is None else at_end & allowed
+    return (at_end > masks_before).any(-1)
+
+
+def written(held: Tensor, columns: slice | Tensor, new: Tensor) -> Tensor:
+    """A copy of `held` `[b, L]` that has `new` `[b, T]` at `columns`."""
+    if isinstance(columns, slice):
+        return held.slice_scatter(new, 1, columns.start, columns.stop)
+    return held.index_copy(1, columns, new)

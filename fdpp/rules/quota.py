@@ -57,7 +57,9 @@ class Quota(Rule):
         if self.k is not None:
             return [self]
         N, total = length, steps or length
-        return [Quota(k) for k in shares(stop - start, max(total * stop // N - total * start // N, 1))]
+        counts = shares(stop - start, max(total * stop // N - total * start // N, 1))
+        changes = [i for i in range(1, len(counts)) if counts[i] != counts[i - 1]]
+        return [Quota(k) for k in counts[: max(changes, default=0) + 1]]
 
     def label(self, steps: int | None = None) -> str:
         if self.k is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -72,16 +72,18 @@ def summarize(rows: Tensor, terms: Terms, b: Tensor, t: Tensor) -> tuple[Tensor,
 
     The rows are of positions `t` `[n]` in sequences `b` `[n]`.
     """
-    _, proposal, mask_logit = propose(rows, terms, b, t)
+    logit, proposal, mask_logit = propose(rows, terms, b, t)
     column = proposal[:, None]
-    logits = rows.gather(1, column)
-    logit = logits[:, 0]
-    usable = (logit.abs() < torch.inf) & (mask_logit < torch.inf)
+    if terms.sampled:
+        logit = rows.gather(1, column)[:, 0]
     if terms.by_entropy:
         top = torch.maximum(rows.amax(1), mask_logit)
         distance = torch.cat((rows - top[:, None], (mask_logit - top)[:, None]), dim=1)
-    residual = exp_(rows.sub_(logits)).scatter_(1, column, 0.0).sum(1) + exp_(mask_logit - logit)
-    residual = residual.masked_fill_(~usable, torch.nan)
+    residual = exp_(rows.sub_(logit[:, None])).scatter_(1, column, 0.0).sum(1).add_(exp_(mask_logit - logit))
+    # Finite only if all factors are: then every row is usable, which is the rule, and costs one operator to know.
+    if not math.isfinite(residual.dot(logit)):
+        usable = (logit.abs() < torch.inf) & (mask_logit < torch.inf)
+        residual.masked_fill_(~usable, torch.nan)
     if not terms.by_entropy:
         return proposal, residual, residual
     weight = exp_(distance.clone())
@@ -103,6 +105,11 @@ def rows_of(logits: Tensor, b: Tensor, t: Tensor) -> Tensor:
     return rows.index_select(0, b * per_b + t * per_t)
 
 
+def in_parts(rows: Tensor, at_once: int) -> Sequence[Tensor]:
+    """`rows` `[n, ...]` in parts of `at_once`, at least one."""
+    return (rows,) if rows.shape[0] <= at_once else rows.split(at_once)
+
+
 def select(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) -> Selection:
     """See `fdpp.step.operators.select_op`.
 
@@ -111,12 +118,12 @@ def select(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) 
     tokens = tokens.contiguous()
     candidate = candidates(tokens, terms.mask_id, active)
     at_once = max(CHUNK // logits.shape[-1], 1)
-    b, t = (where.split(at_once) for where in candidate.nonzero().unbind(1))
+    b, t = (in_parts(where, at_once) for where in candidate.nonzero().unbind(1))
     # Copies, since they are overwritten: selecting makes one, and so does a cast.
     if logits.dim() == 3:
         rows = (rows_of(logits, *at).float() for at in zip(b, t, strict=True))
     else:
-        rows = (part.to(torch.float32, copy=True) for part in logits.split(at_once))
+        rows = (part.to(torch.float32, copy=True) for part in in_parts(logits, at_once))
     parts = zip(b, t, rows, strict=True)
     return select_parts(parts, tokens, candidate, terms)
 
@@ -129,7 +136,9 @@ def select_parts(
     The logits are overwritten.
     """
     summaries = [summarize(rows, terms, b, t) for b, t, rows in parts]
-    proposal, residual, entropy = (torch.cat(values) for values in zip(*summaries, strict=True))
+    if len(summaries) > 1:
+        summaries = [tuple(torch.cat(values) for values in zip(*summaries, strict=True))]
+    proposal, residual, entropy = summaries[0]
     unknown = torch.full(tokens.shape, torch.inf, dtype=torch.float32, device=tokens.device)
     proposals = tokens.masked_scatter(candidate, proposal)
     residuals = unknown.masked_scatter(candidate, residual)
@@ -146,29 +155,27 @@ def decide(
     terms: Terms,
 ) -> Selection:
     """The outputs of `select`, given what `summarize` says of the candidates; all `[B, T]`, unusable residuals NaN."""
-    usable = candidate & ~residuals.isnan()
-    committed = commit(rank_by, candidate, usable, terms) if tokens.shape[1] else candidate
+    unusable = residuals.isnan()
+    committed = commit(rank_by, candidate, unusable, terms) if tokens.shape[1] else candidate
     # 0 at positions that are no candidates: their residual is infinite.
     confidence = (residuals + 1.0).reciprocal_().nan_to_num_(nan=0.0)
     remaining = (candidate ^ committed).sum(1, dtype=torch.int32)
-    nonfinite = (candidate ^ usable).sum(1, dtype=torch.int32)
+    nonfinite = unusable.sum(1, dtype=torch.int32)
     tokens = torch.where(committed, proposals, tokens)
     return Selection(tokens, proposals, confidence, committed, remaining, nonfinite)
 
 
-def commit(rank_by: Tensor, candidate: Tensor, usable: Tensor, terms: Terms) -> Tensor:
+def commit(rank_by: Tensor, candidate: Tensor, unusable: Tensor, terms: Terms) -> Tensor:
     """The commit mask `[B, T]`: sort the profiles, apply the rule's predicate to all prefixes at once."""
     kind = terms.kind
     key = rank_by.double().clamp_(max=torch.finfo(torch.float32).max)
-    key = key.masked_fill_(~usable, UNUSABLE).masked_fill_(~candidate, torch.inf)
+    key = key.masked_fill_(unusable, UNUSABLE).masked_fill_(~candidate, torch.inf)
     key, order = key.sort(dim=1, stable=True)
     p0, p1, calibration = terms.params[:, :, None].unbind(1)
-    taken = key < UNUSABLE
-    last = key.masked_fill(~taken, 0.0)
-    if not terms.by_entropy:
-        last = (last / (last + 1.0)).add_(calibration).clamp_(max=1.0)
+    # What is unusable or absent comes last, where it changes no other position's sum.
+    last = key if terms.by_entropy else (key / (key + 1.0)).add_(calibration).clamp_(max=1.0)
     n = torch.arange(1, key.shape[1] + 1, device=key.device)
     accepts = getattr(kind.predicate, "fn", kind.predicate)
-    ok = accepts(n, last, last.cumsum(1), p0, p1) & taken
+    ok = accepts(n, last, last.cumsum(1), p0, p1) & (key < UNUSABLE)
     longest = (ok * n).amax(1, keepdim=True).clamp_(min=1)
-    return torch.zeros_like(candidate).scatter_(1, order, (n <= longest) & (key < torch.inf))
+    return torch.empty_like(candidate).scatter_(1, order, n <= longest).logical_and_(candidate)
