@@ -1,17 +1,33 @@
 """fdpp: fused denoising steps and block-wise decoding for masked-diffusion language models."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from fdpp import moved
-from fdpp.decoding.output import DiffusionGenerationOutput
 from fdpp.decoding.settings import DiffusionGenerationConfig
-from fdpp.models.configuration import LLaDAConfig
-from fdpp.models.llada import LLaDAModelLM
-from fdpp.patching import patch, unpatch
+from fdpp.models import registration
 from fdpp.rules import Budget, Dawn, EntropyBound, Factor, Frechet, Klass, LocalLeap, Quota, Rule, Threshold
 from fdpp.selection import Selection
 from fdpp.step import DenoisingStep, select
 from fdpp.version import __version__
 
+if TYPE_CHECKING:
+    from fdpp.decoding.output import DiffusionGenerationOutput
+    from fdpp.models.configuration import LLaDAConfig
+    from fdpp.models.llada import LLaDAModelLM
+    from fdpp.patching import patch, unpatch
+
 moved.install()
+registration.install()
+
+WITH_TRANSFORMERS = {
+    "DiffusionGenerationOutput": "fdpp.decoding.output",
+    "LLaDAConfig": "fdpp.models.configuration",
+    "LLaDAModelLM": "fdpp.models.llada",
+    "patch": "fdpp.patching",
+    "unpatch": "fdpp.patching",
+}
+"""What is imported when it is first asked for, since transformers takes seconds to import, and where it is."""
 
 __all__ = [
     "Budget",
@@ -35,3 +51,14 @@ __all__ = [
     "select",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in WITH_TRANSFORMERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(WITH_TRANSFORMERS[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,13 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fdpp import tiny
-from fdpp.cli.conversation import Chat
-from fdpp.cli.live import is_live, paint
 from fdpp.cli.options import (
     add_decoding_options,
     add_model_options,
@@ -23,6 +21,10 @@ from fdpp.cli.options import (
     hint_for,
     load_model,
 )
+from fdpp.cli.terminal import is_live, paint
+
+if TYPE_CHECKING:
+    from fdpp.cli.conversation import Chat
 
 ASK = "> "
 
@@ -107,6 +109,8 @@ def respond(chat: Chat, question: str) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fdpp.cli.conversation import Chat
+
     config = config_of(args)
     model, tokenizer = load_model(args)
     chat = Chat(model, tokenizer, config)

@@ -9,7 +9,8 @@ from typing import Any, TextIO
 
 import torch
 
-from fdpp.cli.live import LiveView, PlainView, is_live, word_wrap
+from fdpp.cli.live import LiveView, PlainView
+from fdpp.cli.terminal import is_live, word_wrap
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.models.llada import LLaDAModelLM
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from fdpp.cli.live import LiveView, PlainView, is_live, word_wrap
 from fdpp.cli.options import (
     CommandError,
     add_decoding_options,
@@ -25,6 +24,7 @@ from fdpp.cli.options import (
     reported,
     whole,
 )
+from fdpp.cli.terminal import is_live, word_wrap
 
 EXAMPLES = """examples:
   fdpp generate --stream --cache none --prompt 'Mia has 12 apples . In May she finds 5 . In June she loses 3 .
@@ -88,6 +88,8 @@ def with_masks(tokenizer: Any, text: str, mask_id: int, each: int) -> torch.Tens
 
 
 def run(args: argparse.Namespace) -> int:
+    from fdpp.cli.live import LiveView, PlainView
+
     fills = args.fill is not None
     config = config_of(args)
     if args.fill_length and not fills:

@@ -8,18 +8,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from tqdm import tqdm
 
 from fdpp import tiny
-from fdpp.cli.live import LiveView, fit, is_live, paint
+from fdpp.cli.terminal import fit, is_live, paint
 from fdpp.decoding.settings import DiffusionGenerationConfig
-from fdpp.models.llada import LLaDAModelLM
 from fdpp.rules import Budget, EntropyBound, Factor, Frechet, Quota, Rule, Threshold
 from fdpp.tiny import sudoku
+
+if TYPE_CHECKING:
+    from fdpp.models.llada import LLaDAModelLM
 
 RULES: tuple[Rule, ...] = (
     Quota(),
@@ -95,6 +96,8 @@ def show(model: LLaDAModelLM, tokenizer: Any, task: tiny.Task, problem: Any, cac
     live = is_live(sys.stdout)
     print(laid_out(task, problem.prompt) if live else problem.prompt)
     if live:
+        from fdpp.cli.live import LiveView
+
         with LiveView(tokenizer, model.config.mask_token_id, pause=PAUSE, row=ROWS.get(task.name)) as view:
             decoded = decode(model, tokenizer, task, [problem], SHOWN, cache, view)
     else:
@@ -128,6 +131,8 @@ def table(model: LLaDAModelLM, tokenizer: Any, task: tiny.Task, problems: Sequen
 
 def run(name: str, problems: int, cache: str) -> int:
     """Show the first problems of a task one by one, then all of them in a table; returns the exit code."""
+    import transformers
+
     # The operators of so small a model are too short for two threads to share.
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()

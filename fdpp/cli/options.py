@@ -11,13 +11,11 @@ from textwrap import shorten
 from typing import Any, NoReturn
 
 import torch
-import transformers
 from safetensors import SafetensorError
 
 import fdpp
 from fdpp import tiny
 from fdpp.decoding.settings import BRANCHES, CACHES, HEADS, REMASKINGS, DiffusionGenerationConfig
-from fdpp.models.adapters import adapter_config, merge_adapter
 from fdpp.rules.rule import Number
 
 LOADING = (OSError, ValueError, RuntimeError, SafetensorError)
@@ -228,6 +226,10 @@ def config_of(args: argparse.Namespace) -> DiffusionGenerationConfig:
 
 def load_model(args: argparse.Namespace) -> tuple[fdpp.LLaDAModelLM, Any]:
     """Model and tokenizer, on the device and in the dtype that the options name."""
+    import transformers
+
+    from fdpp.models.adapters import adapter_config, merge_adapter
+
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -248,6 +250,8 @@ def load_model(args: argparse.Namespace) -> tuple[fdpp.LLaDAModelLM, Any]:
 
 def load_base(args: argparse.Namespace, dtype: torch.dtype) -> tuple[fdpp.LLaDAModelLM, Any]:
     """Model and tokenizer that `--model` names."""
+    import transformers
+
     about = f"--model {args.model}: "
     with reported(*LOADING, about=about):
         task = tiny.task_of(args.model)

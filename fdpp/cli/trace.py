@@ -25,8 +25,6 @@ from fdpp.cli.options import (
     reported,
     whole,
 )
-from fdpp.trace import page, still
-from fdpp.trace.record import record
 
 PAGE = "trace.html"
 
@@ -64,6 +62,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fdpp.trace import page, still
+    from fdpp.trace.record import record
+
     if args.prompt is None:
         task = tiny.task_of(args.model)
         if task is None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from fdpp.decoding.saved import METADATA
 from fdpp.decoding.settings import DiffusionGenerationConfig
@@ -112,6 +111,8 @@ def meaning(name: str, value: Any) -> str:
     if owners:
         rules = " or ".join(f"rule={kind.__name__}({shown})" for kind in owners)
         return f"{shown} is a rule's, {rules}"
+    from transformers import GenerationConfig
+
     if name in vars(GenerationConfig()):
         neutral = f"; expected {NEUTRAL[name]!r}, which changes nothing" if name in NEUTRAL else ""
         return f"{shown} is of autoregressive generation and has no meaning in a diffusion decode{neutral}"

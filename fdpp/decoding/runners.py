@@ -13,7 +13,7 @@ from fdpp.decoding.static import StaticSteps
 
 
 def summary(counts: list[list[int]]) -> tuple[int, int, int, int, int]:
-    """Of `Outcome.counts`: unusable positions, sequences ended, blocks finished, most masks left, most states accepted."""
+    """Of `Outcome.counts`: positions unusable, sequences ended, blocks finished; most masks left, states accepted."""
     nonfinite, ended, remaining, accepted = counts
     return sum(nonfinite), sum(ended), remaining.count(0), max(remaining), max(accepted)
 

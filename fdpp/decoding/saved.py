@@ -9,15 +9,14 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-import transformers
-from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
-
 from fdpp.rules import Rule
 
 logger = logging.getLogger(__name__)
 
 Self = TypeVar("Self", bound="SavedSettings")
+
+GENERATION_CONFIG_NAME = "generation_config.json"
+"""As transformers has it, which is imported where it is needed alone: it takes seconds."""
 
 METADATA = {
     "transformers_version",
@@ -80,6 +79,8 @@ class SavedSettings:
             raise ValueError(f"expected a JSON object, got {type(settings).__name__}")
         names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         others = settings.keys() - names - METADATA
+        from transformers import GenerationConfig
+
         autoregressive = GenerationConfig().to_dict().keys()
         foreign = others & autoregressive
         if settings.keys() <= autoregressive:
@@ -96,6 +97,8 @@ class SavedSettings:
         Raises:
             ValueError: settings that do not fit.
         """
+        import transformers
+
         self.validate()
         saved = self.to_dict() | {"transformers_version": transformers.__version__}
         text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
@@ -113,6 +116,8 @@ class SavedSettings:
             OSError: there is no such file.
             ValueError: its contents do not fit; the error names the file.
         """
+        from transformers.utils import cached_file
+
         file = cached_file(pretrained_model_name, GENERATION_CONFIG_NAME, **hub)
         assert file is not None
         try:

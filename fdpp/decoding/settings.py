@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from fdpp.decoding.filters import active_filters, check_filters
 from fdpp.decoding.saved import SavedSettings
-from fdpp.decoding.stops import check_stop_strings
 from fdpp.rules import Frechet, Rule
 from fdpp.selection import MAX_POSITIONS, check_temperature, is_int
 
@@ -16,6 +16,15 @@ BRANCHES = ("batch", "tree")
 ENGINES = ("auto", "eager", "static")
 HEADS = ("library", "fused")
 MAX_DRAFTS = 64
+
+
+def check_stop_strings(stops: Any) -> None:
+    """`ValueError` on anything but a string, several or None."""
+    several = [stops] if isinstance(stops, str) else stops
+    if stops is not None and not (
+        isinstance(several, (list, tuple)) and all(isinstance(stop, str) and stop for stop in several)
+    ):
+        raise ValueError(f"stop_strings: expected a string that is not empty or a list of such, got {stops!r}")
 
 
 @dataclass

@@ -138,7 +138,7 @@ class Outcome(NamedTuple):
         remaining: `[b]`, masks left in the block; 0 where the sequence ended in it.
         ended: `[b]` bool, an EOS is committed with everything before it.
         nonfinite: `[b]`, masked positions without usable logits.
-        counts: `[4, b]` int64, all that the host must know, in one tensor: `nonfinite`, `ended`, `remaining`, `accepted`.
+        counts: `[4, b]` int64, what the host must know: `nonfinite`, `ended`, `remaining` and `accepted`.
     """
 
     row: Tensor

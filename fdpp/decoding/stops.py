@@ -15,15 +15,6 @@ if TYPE_CHECKING:
     from fdpp.decoding.settings import DiffusionGenerationConfig
 
 
-def check_stop_strings(stops: Any) -> None:
-    """`ValueError` on anything but a string, several or None."""
-    several = [stops] if isinstance(stops, str) else stops
-    if stops is not None and not (
-        isinstance(several, (list, tuple)) and all(isinstance(stop, str) and stop for stop in several)
-    ):
-        raise ValueError(f"stop_strings: expected a string that is not empty or a list of such, got {stops!r}")
-
-
 def decode(tokenizer: Any, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 

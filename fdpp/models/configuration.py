@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 IMPLEMENTED = {
     "block_type": ("llama",),
@@ -151,3 +151,6 @@ class LLaDAConfig(PretrainedConfig):
         if kwargs.pop("tie_word_embeddings", weight_tying) != weight_tying:
             raise ValueError(f"LLaDA config: tie_word_embeddings contradicts weight_tying={weight_tying}")
         super().__init__(tie_word_embeddings=weight_tying, **ids, **kwargs)
+
+
+AutoConfig.register("llada", LLaDAConfig, exist_ok=True)

@@ -8,12 +8,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fdpp.models.llada import LLaDAModelLM
 from fdpp.tiny import stories, sudoku, sums
 from fdpp.tiny.sums import Problem, answer_of, generate, is_problem, is_right
 from fdpp.tiny.task import Recipe, Task
+
+if TYPE_CHECKING:
+    from fdpp.models.llada import LLaDAModelLM
 
 TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (sums, sudoku, stories)}
 
@@ -43,6 +45,8 @@ def load(task: str | Path = "sums") -> tuple[LLaDAModelLM, Any]:
     Raises `FileNotFoundError` if the folder holds no checkpoint.
     """
     from transformers import AutoTokenizer
+
+    from fdpp.models.llada import LLaDAModelLM
 
     path = TASKS[task].checkpoint if task in TASKS else Path(task)
     if not (path / "model.safetensors").is_file():
