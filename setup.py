@@ -52,6 +52,7 @@ setup(
         "eval": ["lm_eval[math]>=0.4.13", "datasets", "evaluate", "accelerate"],
         "parallel": ["accelerate"],
         "png": ["matplotlib"],
+        "quantize": ["torchao>=0.18"],
         "sglang": ['sglang>=0.5.23; python_version >= "3.11"'],
         "test": [
             *("pytest", "pytest-cov", "pytest-xdist", "hypothesis", "numpy"),

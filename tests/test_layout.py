@@ -175,7 +175,13 @@ def test_every_imported_package_is_declared(wheel):
         required = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist")
     names = {line: re.match(r"[\w-]+", line)[0] for line in required}
     always = {name for line, name in names.items() if "extra ==" not in line}
-    plugins = ("fdpp/integrations", "fdpp/cli/eval.py", "fdpp/models/adapters.py", "fdpp/trace/still.py")
+    plugins = (
+        "fdpp/integrations",
+        "fdpp/cli/eval.py",
+        "fdpp/models/adapters.py",
+        "fdpp/models/quantised.py",
+        "fdpp/trace/still.py",
+    )
     assert imported("fdpp", "kernels", besides=plugins) <= always
     users = {name for line, name in names.items() if not re.search(r'extra == "(test|lint|bench)"', line)}
     assert imported("fdpp", "kernels") <= users

@@ -153,7 +153,7 @@ def test_every_layer_launches_the_same_and_a_step_the_same_again(settings: dict[
     ids=str,
 )
 def test_a_layer_launches_nine_kernels(settings: dict[str, Any]) -> None:
-    """Norm, product, rotation and write, attention, product; norm, product, SwiGLU, product. Padded or not, in drafts."""
+    """Norm, product, rotation and write, attention, product; norm, product, SwiGLU, product. Also in drafts."""
     launches = nodes.launches(LLaDAConfig(mlp_hidden_size=12288, n_layers=3), **settings)
     assert nodes.per_layer(launches) == 9
     kernels = [launch.name for launch in launches if launch.where == "layer 1"]

@@ -340,6 +340,7 @@ def evaluate(args: argparse.Namespace) -> int:
     results["fdpp"] = {
         "model": args.model,
         "adapter": args.adapter,
+        "quantize": args.quantize,
         "decoding": decoding,
         "gen_length": gen_length,
         "preset": args.preset,

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 import fdpp
 from fdpp import tiny
 from fdpp.decoding.settings import BRANCHES, CACHES, HEADS, REMASKINGS, DiffusionGenerationConfig
+from fdpp.models.quantised import KINDS, check_kind, method_of, quantise
 from fdpp.rules.rule import Number
 
 LOADING = (OSError, ValueError, RuntimeError, SafetensorError)
@@ -89,6 +90,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--model", type=model_name, default="tiny", metavar="PATH_OR_ID", help=text + "which is tiny:sums)")
     text = "folder or Hugging Face id of a peft adapter for it, such as a LoRA, merged into its weights (needs peft)"
     add("--adapter", metavar="PATH_OR_ID", help=text)
+    text = (
+        "quantise the weights of the blocks once they are loaded (needs torchao): int8, float8 and int4 the weights "
+        "alone, which saves memory; int8-dynamic and float8-dynamic (GPUs from compute capability 8.9) also what they "
+        "are multiplied with; int4 costs the most quality"
+    )
+    add("--quantize", choices=KINDS, help=text)
     text = "auto: a GPU if there is one (default: auto)"
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
     text = "auto: bfloat16 on a GPU, float32 on a CPU (default: auto)"
@@ -234,6 +241,9 @@ def load_model(args: argparse.Namespace) -> tuple[fdpp.LLaDAModelLM, Any]:
         raise CommandError(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     name = ("bfloat16" if device == "cuda" else "float32") if args.dtype == "auto" else args.dtype
+    if args.quantize is not None:
+        with reported(ImportError, ValueError, about=f"--quantize {args.quantize}: "):
+            check_kind(args.quantize, torch.device(device), getattr(torch, name))
     transformers.logging.set_verbosity_error()
     if tiny.task_of(args.model) is not None or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
@@ -245,6 +255,9 @@ def load_model(args: argparse.Namespace) -> tuple[fdpp.LLaDAModelLM, Any]:
     if args.adapter is not None:
         with reported(*LOADING, about=f"--adapter {args.adapter}: "):
             model = merge_adapter(model, args.adapter)
+    if args.quantize is not None:
+        with reported(*LOADING, about=f"--quantize {args.quantize}: "):
+            model = quantise(model, args.quantize, torch.device(device))
     return model.to(device), tokenizer
 
 
@@ -259,9 +272,13 @@ def load_base(args: argparse.Namespace, dtype: torch.dtype) -> tuple[fdpp.LLaDAM
             model, tokenizer = tiny.load(task.name)
             return model.to(dtype), tokenizer
         check_place("--model", args.model, "a model")
-        kind = transformers.PretrainedConfig.get_config_dict(args.model)[0].get("model_type")
+        config = transformers.PretrainedConfig.get_config_dict(args.model)[0]
+        kind, quantised = config.get("model_type"), config.get("quantization_config")
         if kind != "llada":
             raise CommandError(f"{about}expected a config.json with model_type llada, got {kind or 'none'}")
+        if args.quantize is not None and quantised is not None:
+            about = f"--quantize {args.quantize}: expected a folder of whole weights, "
+            raise CommandError(f"{about}{args.model} is quantised by {method_of(quantised)}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
         return fdpp.LLaDAModelLM.from_pretrained(args.model, dtype=dtype).eval(), tokenizer
 

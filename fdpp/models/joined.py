@@ -7,7 +7,8 @@ import threading
 import torch
 from torch import Tensor, nn
 
-from fdpp.models.linear import is_plain
+from fdpp.models.linear import is_product
+from fdpp.models.weights import Parts, assembled, differ_in_rows, parts_of, parts_of_all
 
 JOINING = threading.Lock()
 """Of threads that find no matrix at the same time, one joins."""
@@ -17,8 +18,9 @@ class Joined:
     """One matrix `[sum of outputs, inputs]` of which the layers' weights are views.
 
     Parameters, their names and their checkpoints stay as they are, and no weight is held twice. The matrix is made on
-    first use and again whenever a weight has moved. Layers that are not plain (`fdpp.models.linear.is_plain`) are left
-    alone.
+    first use and again whenever a weight has moved. Weights that torchao quantised alike are joined part by part
+    (numbers, scales, zero points), where every row has scales of its own. Layers that are more than a product
+    (`fdpp.models.linear.is_product`) are left alone.
 
     Args:
         modules: the block's own table of submodules, so that a layer that is replaced later is seen.
@@ -34,55 +36,69 @@ class Joined:
         self.allowed = True
 
     def matrix(self) -> Tensor | None:
-        """The joined weight, None where the layers must be called one by one.
+        """The joined weight, for `fdpp.models.linear.linear`; None where the layers must be called one by one.
 
         That is so while gradients are recorded, which belong to the parameters, and under `torch.compile`, which cannot
-        follow addresses.
+        follow addresses. Of quantised layers it is a tensor of their weights' class.
         """
         if not self.allowed or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         weights = []
         for name in self.names:
             layer = self.modules[name]
-            if not is_plain(layer):
+            if not is_product(layer):
                 self.part()  # a layer that was quantised has no use for its former weight's memory
                 return None
             weights.append(layer.weight)
-        held = self.held(weights)
+        parts = parts_of_all(weights)
+        if parts is None:
+            self.part()
+            return None
+        held = self.held(parts)
         if held is None:
             with JOINING:
-                held = self.held(weights)
-                return self.join(weights) if held is None else held
+                parts = parts_of_all(weights)
+                held = None if parts is None else self.held(parts)
+                return self.join(weights, parts) if held is None and parts is not None else held
         return held
 
-    def held(self, weights: list[Tensor]) -> Tensor | None:
+    def held(self, parts: list[Parts]) -> Tensor | None:
         """The matrix, if the weights are still its views. Its memory is alive, so equal addresses prove it."""
         matrix = self.weight
-        if matrix is None:
+        whole = None if matrix is None else parts_of(matrix)
+        if whole is None or whole.keys() != parts[0].keys():
             return None
-        address, row = matrix.data_ptr(), matrix.stride(0) * matrix.element_size()
-        for weight in weights:
-            if weight.data_ptr() != address or weight.dtype != matrix.dtype:
-                return None
-            address += weight.shape[0] * row
+        for name, joint in whole.items():
+            address, row = joint.data_ptr(), joint.stride(0) * joint.element_size()
+            for of_weight in parts:
+                part = of_weight[name]
+                if part.data_ptr() != address or part.dtype != joint.dtype:
+                    return None
+                address += part.shape[0] * row
         return matrix
 
     def part(self) -> None:
         """Drop the matrix; only the weights then keep its memory."""
         self.weight = None
 
-    def join(self, weights: list[Tensor]) -> Tensor | None:
-        if any(weight.is_meta for weight in weights):
+    def join(self, weights: list[Tensor], parts: list[Parts]) -> Tensor | None:
+        self.part()
+        pieces = {name: [of_weight[name] for of_weight in parts] for name in parts[0]}
+        if any(piece.is_meta for of_name in pieces.values() for piece in of_name) or not differ_in_rows(weights):
             return None
+        whole: Parts = {}
         # Parameters that are views of an inference tensor could not be trained any more.
         with torch.inference_mode(False), torch.no_grad():
-            matrix = beside_each_other(weights)
-            if matrix is None:
-                matrix = torch.cat([weight.data for weight in weights])
-                for weight, part in zip(weights, matrix.split([weight.shape[0] for weight in weights]), strict=True):
-                    weight.data = part
-        self.weight = matrix
-        return matrix
+            for name, of_name in pieces.items():
+                together = beside_each_other(of_name)
+                if together is None:
+                    together = torch.cat([piece.data for piece in of_name])
+                    rows = [piece.shape[0] for piece in of_name]
+                    for weight, part in zip(weights, together.split(rows), strict=True):
+                        setattr(weight, name, part)
+                whole[name] = together
+            self.weight = assembled(whole, weights[0])
+        return self.weight
 
 
 def beside_each_other(weights: list[Tensor]) -> Tensor | None:

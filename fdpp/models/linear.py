@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fdpp.models.weights import is_quantised, product
+
 ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 """oneDNN's product, which PyTorch's compiler calls. For float32 `F.linear` calls MKL: 100 GFLOP/s per core on an AMD
 EPYC with AVX-512, where oneDNN does 220."""
@@ -18,13 +20,16 @@ oneDNN 18 at half as many, 24 and 22 at as many; on two cores oneDNN wins a litt
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x` `[..., d]` times the transpose of `weight` `[n, d]`: `[..., n]`."""
+    """`x` `[..., d]` times the transpose of `weight` `[n, d]`, quantised by torchao or not: `[..., n]`."""
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight)
+    if is_quantised(weight):
+        return product(x, weight)
     fits = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
     if (
         not fits
         or ONEDNN is None
         or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or x.numel() * weight.shape[0] < SMALL
     ):
@@ -54,8 +59,16 @@ def is_plain(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
     return is_bare(layer) and is_untouched(layer)
 
 
+def is_product(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether calling `layer` is `F.linear` with its weight, plain or quantised by torchao, and nothing else."""
+    if type(layer) is not nn.Linear or layer._parameters["bias"] is not None or not is_untouched(layer):
+        return False
+    weight = layer._parameters.get("weight")
+    return type(weight) is nn.Parameter or is_quantised(weight)
+
+
 def apply(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`, by `linear` where the layer is plain and nothing but its result is wanted."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(layer):
+    """`layer(x)`, by `linear` where the layer is a product and nothing but its result is wanted."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_product(layer):
         return layer(x)
     return linear(x, layer.weight)

@@ -34,7 +34,7 @@ from fdpp.models.layers import (
     rms_norm,
     swiglu,
 )
-from fdpp.models.linear import apply, is_plain, is_untouched, linear
+from fdpp.models.linear import apply, is_plain, is_product, is_untouched, linear
 from fdpp.step import parallel
 
 SPARED = ("inputs_embeds", "labels", "output_attentions", "past_key_values", "use_cache")
@@ -88,7 +88,7 @@ class LLaDABlock(nn.Module):
         wanted: slice | Tensor | None = None,
     ) -> Tensor:
         qkv, gate_up = self.qkv.matrix(), self.gate_up.matrix()
-        fused = qkv is not None and gate_up is not None and is_plain(self.attn_out) and is_plain(self.ff_out)
+        fused = qkv is not None and gate_up is not None and is_product(self.attn_out) and is_product(self.ff_out)
         fused = fused and all(type(norm) is RMSNorm and is_untouched(norm) for norm in (self.attn_norm, self.ff_norm))
         run: Callable[..., Any] = compiled if self.compile_layers else lambda function: function
         stored, norm, heads = False, self.attn_norm, (self.n_heads, self.n_kv_heads)
@@ -279,7 +279,7 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
         if held is None and wrapped is not None:
             # Calls the hooks: accelerate's, for one, bring an offloaded weight and the hidden states to one device.
             # Layers of other libraries take at most three dimensions.
-            logits = wrapped(hidden.flatten(0, -3) if hidden.dim() > 3 else hidden)
+            logits = apply(wrapped, hidden.flatten(0, -3) if hidden.dim() > 3 else hidden)
             return logits.reshape(*hidden.shape[:-1], -1)[..., : self.config.vocab_size]
         weight, rows = parallel.local(self.head), self.config.vocab_size if held is None else held.held
         if weight.is_meta:

@@ -1,19 +1,106 @@
-"""What is refused of quantised models: what would else go wrong without a word, or with a misleading one."""
+"""Weights quantised by name, and refusals of what would else go wrong without a word, or with a misleading one."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import transformers
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from fdpp.models.linear import is_bare
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from fdpp.models.llada import LLaDAModelLM
+
+KINDS = ("int8", "int8-dynamic", "float8", "float8-dynamic", "int4")
+"""What `quantise` knows, by torchao: weights alone, or with the inputs of every product quantised as it comes."""
+
+GROUPS = (128, 64, 32)
+"""Weights that share a scale in int4: the first of these that divides all inputs. torchao's own default is 128."""
+
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")
 """Where a quantization configuration names the layers to leave out."""
+
+
+def check_kind(kind: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a `kind` of `KINDS` that cannot run on `device` with weights of `dtype`, before any is loaded.
+
+    Raises:
+        ModuleNotFoundError: torchao is not installed.
+        ValueError: what was expected of the device or dtype, and what came.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"expected one of {', '.join(KINDS)}, got {kind!r}")
+    if importlib.util.find_spec("torchao") is None:
+        raise ModuleNotFoundError("quantised weights need torchao, which is not installed: pip install torchao")
+    on_gpu = device.type == "cuda"
+    # (8, 9): the first with products of float8. (8, 0): the first that torchao's int4 kernel is made for.
+    least = {"float8-dynamic": (8, 9), "int4": (8, 0) if on_gpu else None}.get(kind)
+    if least is None:
+        return
+    wanted = f"expected an NVIDIA GPU of compute capability {least[0]}.{least[1]} or newer, got"
+    if not on_gpu:
+        raise ValueError(f"{wanted} a CPU; there int8-dynamic runs, and float8 for the weights alone")
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < least:
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ValueError(f"{wanted} {torch.cuda.get_device_name(device)} ({major}.{minor})")
+    if dtype != torch.bfloat16:
+        raise ValueError(f"expected bfloat16 for all that stays as it is, got {str(dtype).removeprefix('torch.')}")
+
+
+def torchao_config(kind: str, on_gpu: bool, group: int) -> Any:
+    """torchao's configuration of a `kind` of `KINDS`; a scale for each row, in int4 for each `group` of a row.
+
+    It leaves the settings of PyTorch's compiler as they are, which torchao's would change for the whole process.
+    """
+    from torchao import quantization
+
+    if kind == "int4" and not on_gpu:
+        int4 = torch.int4  # type: ignore[attr-defined]
+        return quantization.IntxWeightOnlyConfig(int4, quantization.PerGroup(group))
+    name, options = {
+        "int8": ("Int8WeightOnlyConfig", {}),
+        "int8-dynamic": ("Int8DynamicActivationInt8WeightConfig", {}),
+        "float8": ("Float8WeightOnlyConfig", {}),
+        "float8-dynamic": ("Float8DynamicActivationFloat8WeightConfig", {"granularity": quantization.PerRow()}),
+        "int4": ("Int4WeightOnlyConfig", {"group_size": group, "int4_packing_format": "tile_packed_to_4d"}),
+    }[kind]
+    return getattr(quantization, name)(set_inductor_config=False, **options)
+
+
+def quantise(model: LLaDAModelLM, kind: str, device: torch.device) -> LLaDAModelLM:
+    """`model` on `device`, the projections of its blocks quantised in place as `kind` of `KINDS` says.
+
+    Layer by layer, so that no device holds more than one in both forms. The embedding and the head stay whole, as with
+    transformers' `quantization_config`.
+
+    Raises:
+        ModuleNotFoundError, ValueError: as `check_kind`; sizes that torchao cannot quantise so.
+    """
+    config = model.config
+    check_kind(kind, device, model.dtype)
+    from torchao.quantization import quantize_
+
+    fitting = [group for group in GROUPS if config.d_model % group == config.mlp_hidden_size % group == 0]
+    if kind == "int4" and not fitting:
+        raise ValueError(
+            f"int4: expected d_model and mlp_hidden_size to be multiples of {GROUPS[-1]}, "
+            f"got {config.d_model} and {config.mlp_hidden_size}"
+        )
+    blocks = model.model.transformer["blocks"]
+    quantize_(blocks, torchao_config(kind, device.type == "cuda", fitting[0] if fitting else 0), device=device)
+    whole = [name for name, module in blocks.named_modules() if is_bare(module)]
+    if whole:
+        sizes = tuple(blocks.get_submodule(whole[0]).weight.shape)
+        raise ValueError(f"{kind}: expected torchao to quantise every layer, it left {len(whole)} such as {sizes}")
+    model.to(device)
+    model.join_weights()
+    return model
 
 
 def check_loaded(model: PreTrainedModel, layers: int) -> None:
@@ -71,4 +158,6 @@ def reading(config: PreTrainedConfig) -> str:
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return ""
+    import transformers  # not above, where `--help` needs no more than `KINDS`
+
     return f" quantised by {method_of(quantization)} (read by transformers {transformers.__version__})"

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from fdpp.decoding.identity import held_by
+from fdpp.models.weights import is_quantised
+
 
 class Journal:
     """Records by key: in memory and, with a folder, one JSON line each in this process's own file.
@@ -60,13 +63,19 @@ def key_of(*parts: Any) -> str:
 def fingerprint(model: torch.nn.Module) -> str:
     """A digest of a model's weights: the names, shapes and dtypes of all parameters and 64 values of each.
 
-    Also of peft's layers in it: which adapters are active, and their scales.
+    Of a quantised weight its parts, and how it is multiplied; of peft's layers which adapters are active, and their
+    scales.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        sample = values[:: max(1, values.numel() // 64)].double().tolist()
-        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype), sample]).encode())
+        for part in held_by(parameter.detach()):
+            values = part.flatten()
+            sample = values[:: max(1, values.numel() // 64)].double().tolist()
+            digest.update(json.dumps([name, list(part.shape), str(part.dtype), sample]).encode())
+        # Quantised weights are the same whether or not their inputs are to be quantised, too.
+        if is_quantised(parameter):
+            quantised: Any = parameter
+            digest.update(json.dumps([name, quantised.__tensor_flatten__()[1]], default=str).encode())
     for name, module in model.named_modules():
         off = getattr(module, "disable_adapters", None)
         if isinstance(off, bool):

@@ -1,0 +1,438 @@
+"""Quantised projections: joined part by part, bit for bit the layers called one by one, and captured like others."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from captures import Operators, captured_on_cpu
+from small import prompts, small_model
+from torch import Tensor, nn
+
+import fdpp
+from fdpp import LLaDAModelLM, cli, tiny
+from fdpp.decoding.identity import held_by
+from fdpp.decoding.static import steps_of
+from fdpp.integrations.evaluation.journal import fingerprint
+from fdpp.models import weights
+from fdpp.models.joined import Joined
+from fdpp.models.linear import apply, is_product, linear
+from fdpp.models.quantised import KINDS, check_kind, quantise, torchao_config
+
+quantization = pytest.importorskip("torchao.quantization")
+
+CPU = torch.device("cpu")
+WIDE: dict[str, Any] = {"d_model": 64, "mlp_hidden_size": 96, "n_kv_heads": 2}
+"""Sizes that every kind takes: groups of 32, products of float8 in multiples of 16."""
+SIZES: dict[str, Any] = {"max_new_tokens": 16, "block_length": 8, "stop_at_eos": False}
+IDS = prompts(2, 9)
+ALL = pytest.mark.parametrize("kind", KINDS)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+IN_BOTH = [(kind, torch.float32) for kind in KINDS if kind != "float8-dynamic"]
+IN_BOTH += [(kind, torch.bfloat16) for kind in KINDS]
+"""torchao's products of float8 by row take bfloat16 alone."""
+
+
+@pytest.fixture(autouse=True)
+def float8_products_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has them there, and torchao refuses to use them."""
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+
+
+def made(kind: str, dtype: torch.dtype = torch.bfloat16, seed: int = 4, **options: Any) -> LLaDAModelLM:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fdpp.models.quantised.check_kind", lambda *_: None)
+        return quantise(small_model(seed=seed, **WIDE | options).to(dtype), kind, CPU)
+
+
+def layer(rows: int, kind: str, dtype: torch.dtype, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    made = nn.Linear(64, rows, bias=False).to(dtype)
+    quantization.quantize_(made, torchao_config(kind, False, 32))
+    return made
+
+
+def block_of(model: LLaDAModelLM) -> Any:
+    return model.model.transformer["blocks"][0]
+
+
+def is_joined(model: LLaDAModelLM) -> bool:
+    """Whether every part of every layer is a view of its joined weight's part."""
+
+    def storages(weight: Tensor) -> list[int]:
+        return [part.untyped_storage().data_ptr() for part in held_by(weight)]
+
+    with torch.no_grad():
+        return all(
+            joined.matrix() is not None
+            and all(storages(joined.modules[name].weight) == storages(joined.weight) for name in joined.names)
+            for block in model.model.transformer["blocks"]
+            for joined in (block.qkv, block.gate_up)
+        )
+
+
+def logits(model: LLaDAModelLM, joined: bool = True) -> Tensor:
+    """By joined weights, or by the layers one by one: recording gradients keeps them apart."""
+    with torch.set_grad_enabled(not joined):
+        return model(IDS).logits.detach()
+
+
+@pytest.mark.parametrize("kind, dtype", IN_BOTH, ids=str)
+def test_a_joined_weight_is_its_layers_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
+    layers = {
+        name: layer(rows, kind, dtype, seed) for seed, (name, rows) in enumerate([("q", 64), ("k", 32), ("v", 32)])
+    }
+    before = {name: copy.deepcopy(each.weight) for name, each in layers.items()}
+    parameters = {name: each.weight for name, each in layers.items()}
+    x = torch.randn(3, 5, 64, dtype=dtype)
+    x[1, 1] *= 1e4
+    if kind != "float8-dynamic":  # whose scale of a row of zeros is zero
+        x[0, 0] = 0.0
+    joined = Joined(layers, *layers)  # type: ignore[arg-type]
+    with torch.no_grad():
+        expected = [F.linear(x, weight) for weight in before.values()]
+        matrix = joined.matrix()
+        assert matrix is not None and type(matrix) is type(before["q"]) and matrix.shape == (128, 64)
+        assert joined.matrix() is matrix
+        assert linear(x, matrix).equal(torch.cat(expected, dim=-1))
+        assert all(apply(each, x).equal(part) for each, part in zip(layers.values(), expected, strict=True))
+    for name, each in layers.items():
+        assert each.weight is parameters[name] and each.weight.dequantize().equal(before[name].dequantize())
+    held = {part.untyped_storage().data_ptr() for weight in (matrix, *parameters.values()) for part in held_by(weight)}
+    assert held == {part.untyped_storage().data_ptr() for part in held_by(matrix)}
+
+
+@ALL
+def test_a_model_by_joined_weights(kind: str) -> None:
+    model = made(kind)
+    assert is_joined(model) and all(is_product(getattr(block_of(model), name)) for name in ("attn_out", "ff_out"))
+    assert logits(model).equal(logits(model, joined=False))
+
+
+@ALL
+def test_no_weight_is_held_twice(kind: str) -> None:
+    model = made(kind)
+    logits(model)
+    joins = [joined.weight for block in model.model.transformer["blocks"] for joined in (block.qkv, block.gate_up)]
+    tensors = [part for weight in (*joins, *model.parameters()) for part in held_by(weight)]
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in tensors}
+    assert sum(storages.values()) == sum(part.nbytes for weight in model.parameters() for part in held_by(weight))
+
+
+@ALL
+def test_saved_loaded_and_copied(kind: str, tmp_path: Path) -> None:
+    from transformers import TorchAoConfig
+
+    small_model(seed=4, **WIDE).bfloat16().save_pretrained(tmp_path / "whole")
+    config = TorchAoConfig(torchao_config(kind, False, 32))
+    model = LLaDAModelLM.from_pretrained(tmp_path / "whole", quantization_config=config)
+    assert is_joined(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "quantised")
+    again = LLaDAModelLM.from_pretrained(tmp_path / "quantised")
+    assert is_joined(again) and logits(again).equal(expected)
+    files = sum(path.stat().st_size for path in (tmp_path / "quantised").glob("*.safetensors"))
+    assert files < 1.1 * sum(part.nbytes for weight in model.parameters() for part in held_by(weight)) + 20_000
+    other = copy.deepcopy(model)
+    for weight in model.parameters():
+        for part in held_by(weight.detach()):
+            part.zero_()
+    assert logits(other).equal(expected) and is_joined(other)
+
+
+@ALL
+def test_what_happens_to_layers_is_noticed(kind: str) -> None:
+    model, other = made(kind), made(kind, seed=5)
+    mine, theirs = block_of(model), block_of(other)
+    first = logits(model)
+    mine.k_proj, mine.up_proj.weight = theirs.k_proj, theirs.up_proj.weight
+    changed = logits(model)
+    assert not changed.equal(first) and changed.equal(logits(model, joined=False)) and is_joined(model)
+    mine.v_proj.weight.scale = 2 * mine.v_proj.weight.scale
+    doubled = logits(model)
+    assert not doubled.equal(changed) and doubled.equal(logits(model, joined=False)) and is_joined(model)
+
+    handle = mine.q_proj.register_forward_hook(lambda module, inputs, output: -output)
+    hooked = logits(model)
+    assert not hooked.equal(doubled) and mine.qkv.weight is None
+    handle.remove()
+    addresses = [part.data_ptr() for weight in model.parameters() for part in held_by(weight)]
+    assert logits(model).equal(doubled) and is_joined(model)
+    # Captured steps know the addresses.
+    assert addresses == [part.data_ptr() for weight in model.parameters() for part in held_by(weight)]
+
+
+def test_weights_of_different_kinds_are_called_one_by_one() -> None:
+    model = made("int8")
+    block = block_of(model)
+    quantised_otherwise = made("int8-dynamic")
+    block.k_proj = block_of(quantised_otherwise).k_proj
+    block.up_proj = small_model(seed=4, **WIDE).bfloat16().model.transformer["blocks"][0].up_proj
+    assert logits(model).equal(logits(model, joined=False))
+    assert block.qkv.weight is None and block.gate_up.weight is None
+
+
+@pytest.mark.parametrize("kind", ["per tensor", "per tensor, inputs too"])
+def test_rows_that_share_a_scale_are_called_one_by_one(kind: str) -> None:
+    per_tensor = quantization.PerTensor()
+    config = {
+        "per tensor": lambda: quantization.Int8WeightOnlyConfig(granularity=per_tensor),
+        "per tensor, inputs too": lambda: quantization.Float8DynamicActivationFloat8WeightConfig(
+            granularity=per_tensor
+        ),
+    }[kind]()
+    model = small_model(seed=4, **WIDE).bfloat16()
+    quantization.quantize_(model.model.transformer["blocks"], config)
+    assert logits(model).equal(logits(model, joined=False))
+    assert block_of(model).qkv.weight is None
+
+
+def test_threads_that_join_at_the_same_time() -> None:
+    model = made("int8")
+    expected = logits(model)
+    for block in model.model.transformer["blocks"]:
+        for name in ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj"):
+            getattr(block, name).weight = nn.Parameter(getattr(block, name).weight.clone(), requires_grad=False)
+    found: list[Tensor] = []
+    barrier = threading.Barrier(4)
+
+    def run() -> None:
+        barrier.wait()
+        found.append(logits(model))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(each.equal(expected) for each in found) and is_joined(model)
+
+
+# int8 with inputs quantised as they come
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+def test_the_int8_product_is_torchaos_bit_for_bit(rows: int, dtype: torch.dtype) -> None:
+    weight = layer(96, "int8-dynamic", dtype).weight
+    x = torch.randn(rows, 64, dtype=dtype)
+    x[0], x[rows // 2] = 0.0, 1e4 * x[rows // 2]
+    with torch.no_grad():
+        assert weights.int8_product(x, weight).equal(F.linear(x, weight))
+
+
+def nothing_is_printed(*_: Any, **__: Any) -> str:
+    raise AssertionError("a tensor was printed, which waits for its device")
+
+
+def test_no_product_prints_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao's own does, where the device is no CPU."""
+    monkeypatch.setattr("torchao.kernel.intmm._is_device", lambda *_: False)
+    model = made("int8-dynamic")
+    quantization.quantize_(model.model.transformer["ff_out"], torchao_config("int8-dynamic", False, 32))
+    monkeypatch.setattr(Tensor, "__repr__", nothing_is_printed)
+    with pytest.raises(AssertionError, match="was printed"), torch.no_grad():
+        F.linear(torch.randn(17, 64).bfloat16(), block_of(model).q_proj.weight)
+    assert not model.generate(IDS, **SIZES, engine="static").sequences.eq(fdpp.LLaDAConfig().mask_token_id).any()
+
+
+@pytest.mark.parametrize("change", ["asymmetric", "sizes", "scale"])
+def test_other_products_are_torchaos_own(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "int8_product", lambda *_: pytest.fail("not for this weight"))
+    made, options = nn.Linear(64, 36 if change == "sizes" else 32, bias=False), {}
+    if change == "asymmetric":
+        options["act_mapping_type"] = quantization.MappingType.ASYMMETRIC
+    quantization.quantize_(made, quantization.Int8DynamicActivationInt8WeightConfig(**options))
+    if change == "scale":
+        made.weight.act_pre_scale = torch.rand(64)
+    x = torch.randn(20, 64)
+    with torch.no_grad():
+        assert linear(x, made.weight).equal(F.linear(x, made.weight))
+
+
+# Decodes
+
+
+@ALL
+def test_a_capture_meets_nothing_that_the_warm_up_has_not(kind: str) -> None:
+    model = made(kind)
+    settings = {**SIZES, "drafts": 2, "rule": fdpp.Frechet(0.25)}
+    eager = model.generate(IDS, **settings, engine="eager")
+    with captured_on_cpu() as captures:
+        static = model.generate(IDS, **settings, engine="static")
+        assert all(step.graph.replays for step in steps_of(model))
+    assert static.sequences.equal(eager.sequences) and static.nfe.equal(eager.nfe)
+    assert len(captures.logs) > 1
+    for _, warm, captured in captures.logs:
+        rest = iter(warm)
+        assert len(captured) > 50 and all(any(entry == other for other in rest) for entry in captured)
+
+
+@ALL
+def test_a_forward_asks_for_nothing_that_a_capture_refuses(kind: str) -> None:
+    """A number on the host, or a shape that depends on data. What is printed is not seen here, see above."""
+    model = made(kind)
+    quantization.quantize_(model.model.transformer["ff_out"], torchao_config(kind, False, 32))
+    with torch.no_grad(), Operators() as operators:
+        model.project(model.model(IDS))
+    names = {entry[0].__name__.partition(".")[0] for entry in operators.log}
+    assert names >= {"int8-dynamic": {"_int_mm"}, "float8-dynamic": {"_scaled_mm"}}.get(kind, {"mm"})
+    assert not names & {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"}
+    products = sum(entry[0].__name__.partition(".")[0] in ("mm", "_int_mm", "_scaled_mm") for entry in operators.log)
+    assert products == 4 * model.config.n_layers + 1
+
+
+@ALL
+def test_engines_caches_and_drafts(kind: str) -> None:
+    model = made(kind)
+    for cache in ("none", "prefix", "dual"):
+        eager = model.generate(IDS, **SIZES, cache=cache, engine="eager")
+        assert model.generate(IDS, **SIZES, cache=cache, engine="static").sequences.equal(eager.sequences), cache
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-dynamic", "float8"])
+def test_compiled_layers_take_joined_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fdpp.models import llada as module
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, fullgraph=True, backend="eager")
+
+    made_by: dict[Any, Any] = {}
+    monkeypatch.setattr(module, "compiled", lambda function: made_by.setdefault(function, compiled(function)))
+    model = made(kind, torch.float32)
+    expected = logits(model)
+    model.compile_layers()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+    assert {function.__name__ for function in made_by} == {"attention_inputs", "block_output"}
+
+
+# By name
+
+
+def on_the_command_line(*options: str) -> int:
+    return cli.main(["generate", "--device", "cpu", "--gen-length", "32", "--prompt", PROMPT, *options])
+
+
+PROMPT = tiny.generate("held-out", 1)[0].prompt
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-dynamic", "float8", "int4"])
+def test_the_command_line_quantises_an_embedded_model(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = tiny.load()
+    quantise(model, kind, CPU)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, max_new_tokens=32)
+    assert on_the_command_line("--quantize", kind) == 0
+    printed, figures = capsys.readouterr()
+    assert printed.strip() == tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert f"{int(out.nfe)} forwards" in figures
+
+
+def test_the_command_line_quantises_a_folder_but_none_that_is_quantised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import TorchAoConfig
+
+    model, tokenizer = tiny.load()
+    for folder, config in (("whole", None), ("quantised", TorchAoConfig(torchao_config("int8", False, 0)))):
+        if config is not None:
+            model = LLaDAModelLM.from_pretrained(tmp_path / "whole", quantization_config=config)
+        model.save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    assert on_the_command_line("--model", str(tmp_path / "quantised")) == 0
+    expected = capsys.readouterr().out
+    assert on_the_command_line("--model", str(tmp_path / "whole"), "--quantize", "int8") == 0
+    assert capsys.readouterr().out == expected
+    assert on_the_command_line("--model", str(tmp_path / "quantised"), "--quantize", "int8") == 2
+    assert re.search(
+        r"expected a folder of whole weights, .*quantised is quantised by torchao", capsys.readouterr().err
+    )
+
+
+def test_float8_products_are_refused_where_they_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any weight is loaded."""
+    monkeypatch.setattr("fdpp.cli.options.load_base", lambda *_: pytest.fail("loaded"))
+    assert on_the_command_line("--quantize", "float8-dynamic") == 2
+    assert (
+        "float8-dynamic: expected an NVIDIA GPU of compute capability 8.9 or newer, got a CPU"
+        in capsys.readouterr().err
+    )
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    for capability, kind, message in (
+        ((8, 6), "float8-dynamic", r"8\.9 or newer, got Some GPU \(8\.6\)"),
+        ((7, 5), "int4", r"8\.0 or newer, got Some GPU \(7\.5\)"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        with pytest.raises(ValueError, match=message):
+            check_kind(kind, gpu, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for kind in KINDS:
+        check_kind(kind, gpu, torch.bfloat16)
+    for kind in ("float8-dynamic", "int4"):
+        with pytest.raises(ValueError, match="expected bfloat16 for all that stays as it is, got float32"):
+            check_kind(kind, gpu, torch.float32)
+    with pytest.raises(ValueError, match=r"expected one of int8, .*, got 'int3'"):
+        check_kind("int3", gpu, torch.bfloat16)
+
+
+def test_without_torchao_the_option_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    assert on_the_command_line("--quantize", "int8") == 2
+    assert (
+        "--quantize int8: quantised weights need torchao, which is not installed: pip install"
+        in capsys.readouterr().err
+    )
+
+
+def test_sizes_that_torchao_cannot_quantise() -> None:
+    with pytest.raises(
+        ValueError, match="int4: expected d_model and mlp_hidden_size to be multiples of 32, got 64 and 48"
+    ):
+        made("int4", mlp_hidden_size=48)
+    with pytest.raises(
+        ValueError, match=r"float8-dynamic: expected torchao to quantise every layer, it left 6 .*\(40, 64\)"
+    ):
+        made("float8-dynamic", mlp_hidden_size=40)
+
+
+def test_the_head_and_the_embedding_stay_whole() -> None:
+    model = made("int8")
+    assert {type(model.head), type(model.get_input_embeddings().weight)} == {nn.Parameter}
+    library = model.generate(IDS, **SIZES)
+    assert model.generate(IDS, **SIZES, head="fused").sequences.equal(library.sequences)
+
+
+def test_settings_of_the_process_stay_as_they_are() -> None:
+    def settings() -> tuple[Any, ...]:
+        return (
+            torch.get_float32_matmul_precision(),
+            inductor.coordinate_descent_tuning,
+            inductor.force_fuse_int_mm_with_mul,
+        )
+
+    from torch._inductor import config as inductor
+
+    before = settings()
+    for kind in KINDS:
+        made(kind)
+    assert settings() == before
+
+
+def test_fingerprints_of_quantised_models_differ() -> None:
+    """So that an evaluation that is resumed takes no other's responses."""
+    found = [fingerprint(made(kind)) for kind in KINDS]
+    found += [fingerprint(made("int8", seed=5)), fingerprint(small_model(seed=4, **WIDE).bfloat16())]
+    assert len(set(found)) == len(found) and fingerprint(made("int8")) == found[0]
