@@ -223,10 +223,46 @@ def test_threads_that_join_at_the_same_time() -> None:
 @pytest.mark.parametrize("rows", [1, 16, 17, 40])
 def test_the_int8_product_is_torchaos_bit_for_bit(rows: int, dtype: torch.dtype) -> None:
     weight = layer(96, "int8-dynamic", dtype).weight
-    x = torch.randn(rows, 64, dtype=dtype)
-    x[0], x[rows // 2] = 0.0, 1e4 * x[rows // 2]
+    generator = torch.Generator().manual_seed(rows)
+    ordinary = torch.randn(rows, 64, generator=generator)
+    # Halves between two numbers, one number alone, and what no number is left of.
+    halves = torch.arange(64).float() - 31.5
+    halves[0] = -63.75
+    edges = [torch.zeros(64), halves, -halves, torch.full((64,), -1e4), 1e-9 * ordinary[0], torch.eye(64)[3] * -3e38]
+    edges += [torch.eye(64)[3] * float("nan"), torch.eye(64)[3] * float("inf")]
+    for x in (
+        ordinary.to(dtype),
+        1e4 * ordinary.to(dtype),
+        *(torch.stack([edge, *ordinary]).to(dtype) for edge in edges),
+    ):
+        with torch.no_grad():
+            expected = F.linear(x, weight)
+            torch.testing.assert_close(weights.int8_product(x, weight), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_int8_product_of_no_row() -> None:
+    assert weights.int8_product(torch.empty(2, 0, 64), layer(96, "int8-dynamic", torch.float32).weight).shape == (
+        2,
+        0,
+        96,
+    )
+
+
+def test_the_int8_product_takes_few_operators() -> None:
+    """Each is a kernel on a GPU. Memory is filled by the settings of these tests."""
+    x, weight = torch.randn(32, 64).bfloat16(), layer(96, "int8-dynamic", torch.bfloat16).weight
+    with torch.no_grad(), Operators() as operators:
+        weights.int8_product(x, weight)
+    made = [entry[0].__name__ for entry in operators.log if not entry[0].is_view]
+    assert len([name for name in made if name not in ("empty_like.default", "fill_.Scalar")]) == 12, made
+
+
+@pytest.mark.parametrize("strided", ["columns", "rows", "expanded"])
+def test_the_int8_product_of_strided_rows(strided: str) -> None:
+    weight, wide = layer(96, "int8-dynamic", torch.float32).weight, torch.randn(6, 20, 128)
+    x = {"columns": wide[..., 64:], "rows": wide[:, ::3, :64], "expanded": wide[:1, :, :64].expand(6, -1, -1)}[strided]
     with torch.no_grad():
-        assert weights.int8_product(x, weight).equal(F.linear(x, weight))
+        assert weights.int8_product(x, weight).equal(F.linear(x.contiguous(), weight))
 
 
 def nothing_is_printed(*_: Any, **__: Any) -> str:
@@ -244,12 +280,16 @@ def test_no_product_prints_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not model.generate(IDS, **SIZES, engine="static").sequences.eq(fdpp.LLaDAConfig().mask_token_id).any()
 
 
-@pytest.mark.parametrize("change", ["asymmetric", "sizes", "scale"])
+@pytest.mark.parametrize("change", ["asymmetric", "sizes", "scale", "range", "tensor"])
 def test_other_products_are_torchaos_own(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "int8_product", lambda *_: pytest.fail("not for this weight"))
     made, options = nn.Linear(64, 36 if change == "sizes" else 32, bias=False), {}
     if change == "asymmetric":
         options["act_mapping_type"] = quantization.MappingType.ASYMMETRIC
+    if change == "range":
+        options["reduce_range"] = True
+    if change == "tensor":
+        options["granularity"] = [quantization.PerTensor(), quantization.PerRow()]
     quantization.quantize_(made, quantization.Int8DynamicActivationInt8WeightConfig(**options))
     if change == "scale":
         made.weight.act_pre_scale = torch.rand(64)

@@ -17,6 +17,9 @@ ROWWISE = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
 NAMES = ("qdata", "scale", "zero_point")
 """Of their parts."""
 
+EPS = torch.finfo(torch.float32).eps
+"""The least scale of a row."""
+
 FEWEST = 17
 """Rows that PyTorch's int8 product takes on a GPU at least; it wants sizes in multiples of 8, too."""
 
@@ -68,27 +71,34 @@ def assembled(parts: Parts, like: Any) -> Tensor:
 
 def product(x: Tensor, weight: Any) -> Tensor:
     """`x` `[..., d]` times the transpose of a quantised `weight` `[n, d]`: `[..., n]` in the dtype of `x`."""
+    return int8_product(x, weight) if takes_int8(weight) else F.linear(x, weight)
+
+
+def takes_int8(weight: Any) -> bool:
+    """Whether `weight` is of int8 and its product quantises every row of its input around zero, as it comes."""
     held = vars(weight)
     how = held.get("act_quant_kwargs")
-    fits = type(weight).__name__ == "Int8Tensor" and how is not None and how.mapping_type.name == "SYMMETRIC"
-    if not fits or any(size % 8 for size in held["qdata"].shape):
-        return F.linear(x, weight)
-    if held.get("act_quant_scale") is not None or held.get("act_pre_scale") is not None:
-        return F.linear(x, weight)
-    return int8_product(x, weight)
+    if type(weight).__name__ != "Int8Tensor" or how is None or getattr(how, "reduce_range", False):
+        return False
+    by_row = type(how.granularity).__name__ == "PerRow" and how.mapping_type.name == "SYMMETRIC"
+    # Scales that were measured before, as SmoothQuant's.
+    given = any(held.get(name) is not None for name in ("act_quant_scale", "act_quant_zero_point", "act_pre_scale"))
+    return by_row and not given and all(size % 8 == 0 for size in held["qdata"].shape)
 
 
 def int8_product(x: Tensor, weight: Any) -> Tensor:
-    """`F.linear(x, weight)`, bit for bit, of an int8 `weight` whose inputs are quantised as they come.
+    """`F.linear(x, weight)`, bit for bit, of a `weight` that `takes_int8`, by 12 operators where torchao takes 25.
 
     torchao's own prints its input for every product on a GPU, to find out whether the compiler looks on: that waits for
     the device, which a CUDA graph's capture forbids. On a CPU it adds up the whole weight for every product.
     """
-    how = weight.act_quant_kwargs
-    options = {"mapping_type": how.mapping_type, "reduce_range": getattr(how, "reduce_range", False)}
-    inputs = type(weight).from_hp(x.reshape(-1, x.shape[-1]), how.granularity, **options)
-    count = inputs.qdata.shape[0]
-    rows = F.pad(inputs.qdata, (0, 0, 0, max(FEWEST - count, 0)))
-    sums = torch._int_mm(rows, weight.qdata.t())[:count]
-    scaled = (sums.to(inputs.scale.dtype) * inputs.scale).to(x.dtype)
-    return (scaled * weight.scale.flatten()).to(x.dtype).reshape(*x.shape[:-1], -1)
+    rows = x.reshape(-1, x.shape[-1])
+    scale = (torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True) / 127.5).clamp_(min=EPS).float()
+    whole = (rows * scale.reciprocal()).round_().clamp_(-128, 127).to(torch.int8)
+    if len(rows) < FEWEST:
+        whole = F.pad(whole, (0, 0, 0, FEWEST - len(rows)))
+    sums = torch._int_mm(whole, weight.qdata.t())[: len(rows)]
+    # Rounded to the dtype of `x` after each factor.
+    scaled = torch.mul(sums, scale, out=torch.empty_like(sums, dtype=x.dtype))
+    out = torch.mul(scaled, weight.scale.flatten(), out=torch.empty_like(scaled))
+    return out.reshape(*x.shape[:-1], out.shape[-1])
