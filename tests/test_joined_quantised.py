@@ -338,6 +338,18 @@ def test_engines_caches_and_drafts(kind: str) -> None:
         assert model.generate(IDS, **SIZES, cache=cache, engine="static").sequences.equal(eager.sequences), cache
 
 
+@ALL
+def test_a_padded_row_decodes_as_if_alone(kind: str) -> None:
+    """Inputs are quantised row by row, so that none depends on the rows beside it."""
+    model, ids = made(kind, torch.float32 if kind != "float8-dynamic" else torch.bfloat16), IDS.clone()
+    mask = torch.ones_like(ids)
+    ids[1, :4], mask[1, :4] = 0, 0
+    out = model.generate(ids, attention_mask=mask, **SIZES)
+    for row, start in ((0, 0), (1, 4)):
+        alone = model.generate(IDS[row : row + 1, start:], **SIZES)
+        assert out.sequences[row, start:].equal(alone.sequences[0]), row
+
+
 @pytest.mark.parametrize("kind", ["int8", "int8-dynamic", "float8"])
 def test_compiled_layers_take_joined_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fdpp.models import llada as module
