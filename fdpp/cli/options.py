@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 import fdpp
 from fdpp import tiny
+from fdpp.decoding.refresh import ALL, Refresh
 from fdpp.decoding.settings import BRANCHES, CACHES, HEADS, REMASKINGS, DiffusionGenerationConfig
 from fdpp.models.quantised import KINDS, check_kind, method_of, quantise
 from fdpp.rules.rule import Number
@@ -68,6 +69,14 @@ def model_name(text: str) -> str:
 def drafts(text: str) -> int | str:
     """An argument type: "auto" or an int of at least 1."""
     return text if text == "auto" else whole(1)(text)
+
+
+def refresh(text: str) -> Refresh:
+    """An argument type: what `--refresh` takes."""
+    try:
+        return Refresh.of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def check_output(option: str, path: Path) -> None:
@@ -146,6 +155,12 @@ def add_decoding_options(parser: argparse.ArgumentParser, length: str = f"{LENGT
         "the fastest (default: %(default)s)"
     )
     add("--cache", choices=CACHES, default="dual", help=text)
+    text = (
+        "what a block's first forward feeds under a cache: all: everything; recent: the block before and the block, "
+        "faster; recent:N: so, and everything every N blocks; block: the block alone, which loses answers; "
+        "window:BEFORE:AFTER: so many tokens beside the block, or start and end (default: all)"
+    )
+    add("--refresh", type=refresh, default=ALL, metavar="WHAT", help=text)
     text = "states a forward evaluates: 1: no drafts; more, or auto: same answer in fewer forwards (default: 1)"
     add("--drafts", type=drafts, default=1, metavar="N", help=text)
     text = "batch: a row for each of these states; tree: one row under a mask (default: %(default)s)"
@@ -211,6 +226,7 @@ def config_of(args: argparse.Namespace) -> DiffusionGenerationConfig:
             rule=rule,
             steps=args.steps,
             cache=args.cache,
+            refresh=args.refresh,
             stop_at_eos=not args.no_stop_at_eos,
             drafts=args.drafts,
             branches=args.branches,

@@ -66,7 +66,7 @@ class Step:
 
         block = columns(window.block_width())
         fed = window.fed if window.full else columns(window.width())
-        inner = columns(window.block_width()) if window.full else slice(0, window.block_width())
+        inner = columns(window.block_width()) if window.full else window.inner
         self.window = Window(fed, block, inner, -1, window.full, window.padding)
         self.counts = torch.empty(4, b, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self.graph: Any = None
@@ -120,7 +120,9 @@ class Arena:
 
     def step(self, window: Window, drafts: int, fresh: bool) -> tuple[Step, bool]:
         """The step, and whether it is new."""
-        key = (window.width(), window.block_width(), window.full, window.padding, drafts, fresh)
+        # A full window's block moves within it; of others the place is fixed, and tells a block's first from the rest.
+        inner = None if window.full or isinstance(window.inner, Tensor) else window.inner.start
+        key = (window.width(), window.block_width(), inner, window.padding, drafts, fresh)
         new = key not in self.steps
         step = Step(window, self.state.row.shape[0], drafts, fresh, self.schedule.device) if new else self.steps[key]
         step.place(window)

@@ -16,6 +16,7 @@ from fdpp.decoding.drafts import cache_for, depth_after, most_drafts
 from fdpp.decoding.filters import Filters
 from fdpp.decoding.model import DiffusionModel
 from fdpp.decoding.output import DiffusionGenerationOutput
+from fdpp.decoding.refresh import ALL
 from fdpp.decoding.runners import EagerRunner, StaticRunner
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.state import BlockState, Outcome, Window
@@ -46,6 +47,7 @@ class BlockLoop:
     Attributes:
         whole: the state of all B sequences, up to date for those that take part in no forward at the moment.
         live: indices of the sequences with blocks to come.
+        decoded: `[B]` int64, in an infill with a partial refresh the last block that each sequence decoded.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class BlockLoop:
         self.prompt_length = input_ids.shape[1] + self.extra
         self.length = self.prompt_length + config.max_new_tokens
         self.live = torch.arange(input_ids.shape[0], device=self.device)
+        self.decoded = torch.full_like(self.live, -1)
         padding = None if attention_mask is None else (~attention_mask).sum(1)
         self.padding = self.padding_of_all(padding)
         self.whole = self.initial(*self.in_bucket(input_ids, padding), given, numbers)
@@ -110,14 +113,34 @@ class BlockLoop:
             return sequences
         return torch.tensor(self.cache.seat(sequences.tolist()), dtype=torch.int64, device=self.device)
 
-    def windows(self, block: int) -> tuple[Window, Window]:
-        """The window of a block's first forward, and that of the others."""
-        columns = self.block_columns(block)
-        first = Window.of(slice(self.padding or 0, self.length), columns, True, self.padding)
+    def windows(self, block: int, before: int) -> tuple[Window, Window]:
+        """The window of a block's first forward, and that of the others; `before` is the block decoded before it."""
+        columns, everything = self.block_columns(block), slice(self.padding or 0, self.length)
+        full = Window.of(everything, columns, True, self.padding)
         if self.config.cache == "none":
-            return first, first
+            return full, full
         fed = columns if self.config.cache == "dual" else slice(columns.start, self.length)
-        return first, Window.of(fed, columns, False, 0 if self.whole.padding is None else None)
+        padding = 0 if self.whole.padding is None else None
+        others = Window.of(fed, columns, False, padding)
+        if block == 0:
+            return full, others
+        first = self.config.refresh.first(block, columns, self.block_columns(before), everything, fed)
+        return full if first == everything else Window.of(first, columns, False, padding), others
+
+    def parts(self, block: int) -> Iterator[tuple[int, Tensor]]:
+        """The sequences `[c]` that decode `block`, and which block they decoded before it.
+
+        In an infill those before which are different blocks come one after another: a partial refresh of theirs feeds
+        other columns, and each is to be decoded as it would be alone.
+        """
+        if self.whole.may_end is None:
+            yield block - 1, self.live
+            return
+        rows = self.live[(self.whole.sequences[self.live, self.block_columns(block)] == self.mask_id).any(1)]
+        before = torch.full_like(rows, block - 1) if self.config.refresh == ALL else self.decoded[rows]
+        self.decoded[rows] = block
+        for last in before.unique().tolist():
+            yield last, rows[before == last]
 
     def warm_up(self) -> None:
         """Capture every step that a decode of these sequences may take, at every size its batch may shrink to."""
@@ -128,7 +151,7 @@ class BlockLoop:
             for block in range(len(self.config.blocks())):
                 runner = self.runner(self.whole.take(rows), block)
                 assert isinstance(runner, StaticRunner)
-                first, others = self.windows(block)
+                first, others = self.windows(block, block - 1)
                 runner.step(first, 1)
                 for drafts in (1, *depths):
                     runner.step(others, drafts)
@@ -187,16 +210,15 @@ class BlockLoop:
     def steps(self, block: int, watch: bool = False) -> Iterator[Outcome]:
         """Decode one block; yields what came of every forward, with `sequences` up to date if `watch` is set.
 
-        The first forward is a full one and its logits commit like any other's; the following ones feed what the cache
-        leaves over: everything, everything from the block on, or the block alone.
+        The first forward is a full one, or what `refresh` leaves of it, and its logits commit like any other's; the
+        following ones feed what the cache leaves over: everything, everything from the block on, or the block alone.
         """
-        columns = self.block_columns(block)
-        first, others = self.windows(block)
-        rows = self.live
-        if self.whole.may_end is not None:
-            rows = rows[(self.whole.sequences[rows, columns] == self.mask_id).any(1)]
-            if not rows.numel():
-                return
+        for before, rows in self.parts(block):
+            yield from self.steps_of(rows, block, before, watch)
+
+    def steps_of(self, rows: Tensor, block: int, before: int, watch: bool) -> Iterator[Outcome]:
+        """`steps` of some sequences `rows` `[c]`, which decoded the block `before` last."""
+        first, others = self.windows(block, before)
         state = self.whole.take(self.seated(rows))
         runner = self.runner(state._replace(first_step=state.steps), block)
         window, drafts = first, 1
@@ -210,7 +232,7 @@ class BlockLoop:
             if closed or watch:
                 self.whole.write(runner.state)
             if any_ended:
-                self.end_after_eos(outcome.row[outcome.ended], columns.start)
+                self.end_after_eos(outcome.row[outcome.ended], self.block_columns(block).start)
             if closed:
                 runner.go_on_with(self.seated(outcome.row[outcome.remaining.nonzero().flatten()]))
             window, drafts = others, min(depth_after(most_accepted, self.config.drafts), most_remaining)

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fdpp.decoding.refresh import Refresh
 from fdpp.rules import Rule
 
 logger = logging.getLogger(__name__)
@@ -40,10 +41,11 @@ class SavedSettings:
         """Raise `ValueError` if a setting does not fit."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings that are not None; the rule by its name and numbers, `{"name": "Frechet", "margin": 0.25}`."""
+        """All settings that are not None; the rule by its name and numbers, `{"name": "Frechet", "margin": 0.25}`,
+        the refresh as its text."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         settings = {name: value for name, value in settings.items() if value is not None}
-        return settings | {"rule": Rule.of(settings["rule"]).saved()}
+        return settings | {"rule": Rule.of(settings["rule"]).saved(), "refresh": str(Refresh.of(settings["refresh"]))}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The settings of `to_dict` that are not the default, and whether the decode samples as `do_sample`.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fdpp.decoding.filters import active_filters, check_filters
+from fdpp.decoding.refresh import ALL, Refresh
 from fdpp.decoding.saved import SavedSettings
 from fdpp.rules import Frechet, Rule
 from fdpp.selection import MAX_POSITIONS, check_temperature, is_int
@@ -43,6 +44,11 @@ class DiffusionGenerationConfig(SavedSettings):
         steps: for `Quota()` alone, the steps of the whole response (LLaDA's schedule): they are shared out evenly over
             its blocks, and a block's masks over its steps. None commits one position a step.
         cache: "none" (every forward is a full one), "prefix" or "dual" (Fast-dLLM, arXiv 2505.22618).
+        refresh: what a block's first forward feeds under a cache: "all" (everything), "recent" (the block decoded
+            before and the block), "block" (the block alone: for measurements, it loses answers), or a `Recent` or a
+            `Window` of `fdpp.decoding.refresh`, also as text, "recent:4" or "window:32:end". Columns that are not fed
+            keep their keys and values. The first block begins with everything. Refused unless "all": `cache="none"`, a
+            rule that reads all columns, drafts where the block before is not fed.
         stop_at_eos: end a sequence once EOS is committed with everything before it; the rest becomes padding.
         drafts: states a forward evaluates (FreeDave, arXiv 2510.00294): the current one and `drafts - 1` guesses of
             what follows. The result is that of `drafts=1`, in fewer forwards. "auto" doubles what was last accepted.
@@ -103,6 +109,7 @@ class DiffusionGenerationConfig(SavedSettings):
     rule: Rule = field(default_factory=Frechet)
     steps: int | None = None
     cache: str = "dual"
+    refresh: Refresh = ALL
     stop_at_eos: bool = True
     drafts: int | str = 1
     branches: str = "batch"
@@ -131,8 +138,8 @@ class DiffusionGenerationConfig(SavedSettings):
         self.validate()
 
     def validate(self) -> None:
-        """Put a rule in the place of its name; raise `ValueError` if a setting does not fit."""
-        self.rule = Rule.of(self.rule)
+        """Put a rule and a refresh in the place of their names; raise `ValueError` if a setting does not fit."""
+        self.rule, self.refresh = Rule.of(self.rule), Refresh.of(self.refresh)
         for name, low, high in (("max_new_tokens", 0, None), ("block_length", 1, MAX_POSITIONS), ("steps", 1, None)):
             value = getattr(self, name)
             if value is None and name == "steps":
@@ -161,6 +168,7 @@ class DiffusionGenerationConfig(SavedSettings):
             raise ValueError(f"seed: expected an int of 64 bits with its sign, got {self.seed!r}")
         self.check_llada_options()
         self.check_needs()
+        self.check_refresh()
 
     def check_llada_options(self) -> None:
         if self.remasking not in REMASKINGS:
@@ -194,6 +202,22 @@ class DiffusionGenerationConfig(SavedSettings):
             raise ValueError(f"drafts={self.drafts!r}: what the rows of {self.rule} are for a draft is not defined")
         if self.cfg_scale > 0.0:
             raise ValueError(f"cfg_scale={self.cfg_scale} joins two passes; {self.rule} adds rows to one")
+
+    def check_refresh(self) -> None:
+        """Refuse a partial refresh beside what needs a full one."""
+        if self.refresh == ALL:
+            return
+        if self.cache == "none":
+            raise ValueError(f"refresh='{self.refresh}' keeps keys and values, cache='none' has none: expected 'all'")
+        if self.rule.needs.fed or self.rule.needs.attention:
+            raise ValueError(
+                f"refresh='{self.refresh}': {self.rule} reads all columns in a block's first forward, expected 'all'"
+            )
+        if self.drafts != 1 and not self.refresh.covers(self.block_length):
+            raise ValueError(
+                f"refresh='{self.refresh}' keeps what the last forward of the block before stored, which drafts="
+                f"{self.drafts!r} would change: expected 'all', 'recent' or a window from {self.block_length} before"
+            )
 
     @property
     def reads_logits(self) -> str | None:

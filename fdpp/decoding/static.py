@@ -141,7 +141,10 @@ def steps_of(model: Any) -> list[Step]:
     return [step for arena in arenas_of(model) for step in arena.steps.values()]
 
 
-UNKEYED = ("max_new_tokens", "block_length", "steps", "seed", "engine", "return_dict_in_generate", "stop_strings")
+UNKEYED = (
+    *("max_new_tokens", "block_length", "steps", "refresh"),
+    *("seed", "engine", "return_dict_in_generate", "stop_strings"),
+)
 """Settings that reach a step as tensors, as the width of its window, or not at all."""
 
 

@@ -40,10 +40,11 @@ class Needs(NamedTuple):
     Attributes:
         logits: the logits of all positions of the block; a sharded vocabulary is gathered. Refused: `head="fused"`.
         block: proposals and confidences at the block's committed positions too (see `Proposed`).
-        fed: the model's confidence at every column that is fed (`Sight.fed_confidence`).
+        fed: the model's confidence at every column that is fed (`Sight.fed_confidence`). Refused: a partial `refresh`,
+            which leaves columns out.
         attention: queries and keys of the layers `Rule.probed`. Refused: `engine="static"`, since they are read at
             columns given as numbers ("auto" runs such a decode eagerly); a sharded head, since no process has the
-            queries and keys of all heads; `cfg_scale`.
+            queries and keys of all heads; `cfg_scale`; a partial `refresh`.
         rows: mask rows beside the sequence (`Rule.rows`). Refused: a cache, since only full forwards feed them; drafts,
             since a draft's rows are not defined; `cfg_scale`; `head="fused"`.
     """
@@ -75,7 +76,7 @@ class Sight(NamedTuple):
         logits: `[b, D, T, V]` of the block, after guidance and all settings that change logits.
         tokens: `[b, D, n]` int64, all that was fed.
         block, fed: the columns of the block and of what was fed, each a slice or an int64 tensor of columns.
-        full: whether everything was fed, as in every block's first forward.
+        full: whether everything was fed, as in every block's first forward (with a partial `refresh` in some).
         length: columns of a sequence, L.
         padding: `[b]` int64, columns on the left that hold no token; None: there are none.
         mask_id: the id that marks a masked position.

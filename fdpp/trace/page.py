@@ -64,7 +64,7 @@ def settings_of(config: DiffusionGenerationConfig) -> dict[str, Any]:
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name in MAIN or (field.name not in UNTOLD and value != field.default):
-            settings[field.name.replace("_", " ")] = value
+            settings[field.name.replace("_", " ")] = str(value) if field.name == "refresh" else value
     return settings
 
 
