@@ -1,8 +1,8 @@
 """Every rule on held-out problems of the embedded models' three tasks: `make quality`.
 
 For each task and cache: every rule with its numbers swept, and with drafts; why wrong decodes failed; the weights in
-int8; blocks that begin without feeding everything; puzzles as holes; how well confidences are calibrated, and `Frechet`
-with that.
+int8; blocks that begin without feeding everything, also short ones; puzzles as holes; how well confidences are
+calibrated, and `Frechet` with that.
 
 A run is known by its task's weights, its number of problems and its settings. What `--out` or a stopped run has of them
 is not measured again; runs of other weights, numbers or settings are dropped.
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from fdpp import tiny
 
-PARTS = ("rules", "undivided", "drafts", "recent", "int8", "holes", "calibration")
+PARTS = ("rules", "undivided", "drafts", "recent", "refresh", "int8", "holes", "calibration")
 CALIBRATED = 150
 """Problems of each split, for 500 decoded ones."""
 
@@ -55,7 +55,8 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with their agreement, and with marks only where other rows need them.
 
     "same_as_one": responses that are those of one per step with the same cache. "same_as_undrafted": those of the same
-    rule without drafts. What a row of an earlier run says of this stays.
+    rule without drafts. "same_as_full": those of the same rule and blocks with full refreshes. What a row of an earlier
+    run says of this stays.
     """
     for row in (row for row in rows if "marks" in row):
         same = {"task": row["task"], "cache": row["cache"], "drafts": 1}
@@ -65,6 +66,11 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row["same_as_one"] = agreement(row, one)
         if row["drafts"] != 1 and undrafted is not None and "marks" in undrafted:
             row["same_as_undrafted"] = agreement(row, undrafted)
+        if row["how"] in quality_report.BEGINNINGS:
+            blocks = "short" if row["how"].startswith("short") else "plain"
+            full = quality_report.found(rows, **same, how=blocks, numbers=row["numbers"])
+            if full is not None and "marks" in full and len(full["marks"]) >= len(row["marks"]):
+                row["same_as_full"] = agreement(row, full)
     defaults = [rule.saved() for rule in DEFAULTS]
     done = [row for row in rows if row["drafts"] != 1 or row["numbers"] not in defaults]
     for row in done:

@@ -12,6 +12,11 @@ from typing import Any
 Row = dict[str, Any]
 CACHES = {"none": "no cache", "prefix": "prefix", "dual": "dual"}
 ONE = "Quota(1)"
+BEGINNINGS = (
+    *("recent", "onward", "block"),
+    *("short recent:4", "short recent:2", "short recent", "short onward", "short block"),
+)
+"""Runs with a partial refresh, by what blocks begin with (`quality_runs.REFRESHES`); "short": with short blocks."""
 
 
 def interval(successes: int, trials: int) -> tuple[float, float]:
@@ -190,6 +195,32 @@ def against(rows: list[Row], task: str, how: str, name: str) -> str:
     return table(head, lines) if lines else ""
 
 
+def refreshes_table(rows: list[Row], task: str) -> str:
+    """Partial refreshes against full ones, with the task's own blocks and with short ones."""
+    lines = []
+    for full, blocks in (("plain", "own"), ("short", "short")):
+        names = {how: how.split()[-1] for how in BEGINNINGS if how.startswith("short") == (full == "short")}
+        for base in (row for row in plain(rows, task, full) if row["cache"] == "dual"):
+            same = {fact: base[fact] for fact in ("task", "cache", "drafts", "numbers")}
+            partial = [row for how in names if (row := found(rows, **same, how=how)) is not None]
+            for row in [base, *partial] if partial else []:
+                lines.append([f"`{row['rule']}`, {blocks}", names.get(row["how"], "all"), *beside(row, base)])
+    head = "rule, blocks | begin with | problems | right, % | NFE | positions fed | of all | lost, won | same responses"
+    return table(head, lines) if lines else ""
+
+
+def beside(row: Row, base: Row) -> list[str]:
+    """A run with a partial refresh, and what changed against that with full ones."""
+    said = [str(row["problems"]), right(row), nfe(row), f"{row['query_tokens']:.0f}"]
+    if row is base:
+        return [*said, "", "", ""]
+    pairs = list(zip(base["right"], row["right"], strict=False))
+    # Problems differ in how much they feed.
+    fed = f"{row['query_tokens'] / base['query_tokens']:.2f}x" if row["problems"] == base["problems"] else ""
+    changed = f"{pairs.count(('1', '0'))}, {pairs.count(('0', '1'))}"
+    return [*said, fed, changed, same("same_as_full")(row)]
+
+
 def failures_table(rows: list[Row], task: str) -> str:
     """Why wrong decodes failed; pairs: of the couplings, those of two commits."""
     own = [row for row in plain(rows, task) if "failures" in row and not is_calibrated(row)]
@@ -259,6 +290,7 @@ def report(results: dict[str, Any]) -> str:
             "drafts": drafts_table(runs, task),
             "drafts in bfloat16": bfloat16_lines(runs, task),
             "blocks that begin with two blocks fed": against(runs, task, "recent", "recent"),
+            "partial refreshes": refreshes_table(runs, task),
             "weights in int8": against(runs, task, "int8", "int8"),
             "as holes": against(runs, task, "holes", "holes"),
             "why decodes failed": failures_table(runs, task),

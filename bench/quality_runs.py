@@ -13,10 +13,9 @@ from functools import cache
 from typing import Any
 
 import failures
-import recent
 import torch
 import transformers
-from quality_report import interval
+from quality_report import BEGINNINGS, interval
 
 import fdpp
 from fdpp import tiny
@@ -63,6 +62,17 @@ SHARES = (1, 2, 4)
 """Tenths of the problems that slow runs take."""
 THREE = (ONE, fdpp.Threshold(), fdpp.Frechet())
 """The rules that stand for all where something else is compared."""
+REFRESHES = {
+    "recent": "recent",
+    "recent:2": "recent:2",
+    "recent:4": "recent:4",
+    "onward": "window:{block}:end",
+    "block": "block",
+}
+"""What blocks begin with, as `refresh` has it."""
+SHORT = {"sums": 16, "sudoku": 5, "stories": 6}
+"""Block lengths of eight blocks or nine, where the task's own are two to four."""
+REFRESHED = ("short", *BEGINNINGS)
 EXPLAINED = ("sudoku", "stories")
 """Tasks whose wrong decodes are explained. A sum's answer can be right in a text that no right response holds."""
 MARGINS = (0.0, 0.1, 0.25, 0.5, 0.75)
@@ -74,8 +84,8 @@ class Setting:
     """One run.
 
     Attributes:
-        how: "plain"; "bfloat16" or "int8", the weights; "recent", see `recent.py`; "holes", puzzles to fill in;
-            "undivided", the response in one block.
+        how: "plain"; "bfloat16" or "int8", the weights; "holes", puzzles to fill in; "undivided", the response in one
+            block; one of `REFRESHES`; "short", blocks of `SHORT` positions, also followed by one of `REFRESHES`.
         problems: how many held-out ones, the first of them.
     """
 
@@ -131,7 +141,7 @@ def tenths(task: str, rule: fdpp.Rule, cache: str, drafts: int | str, how: str) 
     if drafts == 1:
         if task == "sudoku":
             return 10 if how != "undivided" or rule in DEFAULTS else 4
-        slow = task == "sums" and (cache == "none" or how == "recent")
+        slow = task == "sums" and (cache == "none" or how in REFRESHED)
         return 4 if slow or rule not in DEFAULTS else 10
     if cache == "dual" and drafts != "auto":
         return 4
@@ -168,6 +178,10 @@ def settings_of(
             if how in parts:
                 add(THREE, "dual")
                 add(THREE, "dual", how=how)
+        if "refresh" in parts:
+            add(THREE[1:], "dual")
+            for how in REFRESHED:
+                add(THREE[1:], "dual", how=how)
         if "drafts" in parts:
             add(THREE, "dual", 1, "bfloat16")
             add(THREE, "dual", 8, "bfloat16")
@@ -202,6 +216,14 @@ def model_of(task: str, how: str) -> tuple[fdpp.LLaDAModelLM, Any]:
     return model, tokenizer
 
 
+def blocks_of(task: tiny.Task, how: str) -> dict[str, Any]:
+    """The settings of `generate` that `how` asks for."""
+    length = SHORT[task.name] if how.startswith("short") else task.block_length
+    length = task.max_new_tokens if how == "undivided" else length
+    refresh = REFRESHES.get(how.removeprefix("short "), "all").format(block=length)
+    return {"block_length": length, "refresh": refresh}
+
+
 def run(setting: Setting) -> dict[str, Any]:
     """Decode the problems of a setting: its facts, what was measured, and the `responses` as ids up to EOS."""
     task, how = tiny.TASKS[setting.task], setting.how
@@ -210,8 +232,7 @@ def run(setting: Setting) -> dict[str, Any]:
     problems = task.generate("held-out", setting.problems)
     given = [tokenizer(problem.holes if how == "holes" else problem.prompt)["input_ids"] for problem in problems]
     options: dict[str, Any] = {"rule": setting.rule, "cache": setting.cache, "drafts": setting.drafts}
-    options |= {"max_new_tokens": 0} if how == "holes" else {}
-    options |= {"block_length": task.max_new_tokens} if how == "undivided" else {}
+    options |= blocks_of(task, how) | ({"max_new_tokens": 0} if how == "holes" else {})
     responses: list[list[int]] = [[]] * len(problems)
     right = [False] * len(problems)
     nfe = [0] * len(problems)
@@ -221,7 +242,7 @@ def run(setting: Setting) -> dict[str, Any]:
     started = time.perf_counter()
     for batch in batches(given, mask_id):
         ids = torch.tensor([given[index] for index in batch])
-        out: Any = recent.decode(model, ids, setting.rule) if how == "recent" else model.generate(ids, **options)
+        out: Any = model.generate(ids, **options)
         first = 0 if how == "holes" else ids.shape[1]
         for place, (index, row) in enumerate(zip(batch, out.sequences[:, first:].tolist(), strict=True)):
             nfe[index] = int(out.nfe[place])

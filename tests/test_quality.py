@@ -1,4 +1,4 @@
-"""`make quality`: intervals, keys and resuming, why decodes fail, recent refreshes, calibration, tables and plots."""
+"""`make quality`: intervals, keys and resuming, why decodes fail, partial refreshes, calibration, tables and plots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import quality
 import quality_plot
 import quality_report
 import quality_runs
-import recent
 import torch
 from quality_runs import Setting
 
@@ -106,6 +105,21 @@ def run_quality(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> di
     return json.loads(out.read_text())
 
 
+def test_what_blocks_begin_with() -> None:
+    sudoku = tiny.TASKS["sudoku"]
+    found = {how: quality_runs.blocks_of(sudoku, how) for how in ("plain", "undivided", *quality_runs.REFRESHED)}
+    assert found["plain"] == {"block_length": 14, "refresh": "all"}
+    assert found["undivided"] == {"block_length": 42, "refresh": "all"}
+    assert found["onward"] == {"block_length": 14, "refresh": "window:14:end"}
+    assert found["short"] == {"block_length": 5, "refresh": "all"}
+    assert found["short onward"] == {"block_length": 5, "refresh": "window:5:end"}
+    assert found["short recent:4"] == {"block_length": 5, "refresh": "recent:4"}
+    for how in found:
+        fdpp.DiffusionGenerationConfig(**found[how])
+    for name, task in tiny.TASKS.items():
+        assert 8 <= -(-task.max_new_tokens // quality_runs.SHORT[name]) <= 9
+
+
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_and_only_what_changed_is_measured_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -143,6 +157,9 @@ def test_rows_are_compared_by_their_marks_and_kept_as_they_are_without() -> None
     alone, elsewhere = row(fdpp.Threshold(), "abcxyzghi"), row(fdpp.Quota(1), "_________", cache="none")
     before = row(fdpp.Frechet(), "", same_as_one=7)
     del before["marks"]
+    partial = row(fdpp.Threshold(), "abcxyz___", how="onward")
+    short = [row(fdpp.Threshold(), "___xyz___", how=how) for how in ("short", "short block")]
+    assert [run.get("same_as_full") for run in quality.compared([alone, partial, *short])] == [None, 2, None, 3]
     rows = quality.compared([elsewhere, one, swept, alone, drafted, before])
     assert [row.get("same_as_one") for row in rows] == [3, 3, 2, 2, 2, 7]
     assert [row.get("same_as_undrafted") for row in rows] == [None, None, None, None, 1, None]
@@ -212,53 +229,6 @@ def test_failures_add_up() -> None:
     kinds = ("confidence", 1), ("coupling", 4, 2), ("coupling", 4, 3), ("never",)
     expected = {"wrong": 4, "confidence": 1, "coupling": 2, "never": 1, "pairs": 1, "commits": 2.25}
     assert failures.counted([failures.Failure(*kind) for kind in kinds]) == expected
-
-
-def model_and_prompts() -> tuple[fdpp.LLaDAModelLM, torch.Tensor]:
-    """The model of the sums, and two prompts of one length."""
-    model, tokenizer = tiny.load()
-    prompts = [problem.prompt for problem in tiny.generate("held-out", 2, 0, 6)]
-    return model, tokenizer(prompts, return_tensors="pt")["input_ids"]
-
-
-@pytest.mark.parametrize("rule", [fdpp.Quota(3), fdpp.Threshold(), fdpp.Frechet()], ids=lambda rule: rule.name)
-@pytest.mark.parametrize("one_block", [False, True], ids=["everything", "one block"])
-def test_a_refresh_of_everything_is_the_dual_cache(rule: fdpp.Rule, one_block: bool) -> None:
-    model, ids = model_and_prompts()
-    if one_block:
-        model.generation_config.max_new_tokens = 32
-    expected: Any = model.generate(ids, rule=rule, cache="dual")
-    got: Any = recent.decode(model, ids, rule, everything=not one_block)
-    for field in ("sequences", "nfe", "commit_step", "tokens_per_forward"):
-        assert torch.equal(getattr(got, field), getattr(expected, field)), field
-    assert torch.equal(got.query_tokens, expected.query_tokens)
-
-
-def test_a_recent_refresh_is_one_masked_forward_over_all_that_was_fed() -> None:
-    """The forward that `fdpp.tiny.train` trains: of every column it sees what was fed last."""
-    model, ids = model_and_prompts()
-    settings, mask_id = model.generation_config, model.config.mask_token_id
-    P, N, T = ids.shape[1], settings.max_new_tokens, settings.block_length
-    tokens = torch.cat((ids, torch.full((2, N), mask_id)), dim=1)
-    fed: list[tuple[torch.Tensor, slice]] = []
-    for block in range(P, P + N, T):
-        columns = slice(block, block + T)
-        now = slice(0, P + N) if block == P else slice(block - T, block + T)
-        while (tokens[:, columns] == mask_id).any():
-            fed.append((tokens[:, now].clone(), now))
-            column = torch.cat([torch.arange(part.start, part.stop) for _, part in fed]).expand(2, -1)
-            feed = torch.cat([torch.full((2, x.shape[1]), at) for at, (x, _) in enumerate(fed)], dim=1)
-            with torch.no_grad():
-                hidden = model.model(torch.cat([x for x, _ in fed], dim=1), train.seen(column, feed), column)
-            logits = model.project(hidden[:, now.start - now.stop :][:, columns.start - now.start :][:, :T])
-            tokens[:, columns] = fdpp.select(logits, tokens[:, columns], rule=fdpp.Quota(16), mask_id=mask_id).tokens
-            now = columns
-    model.config.eos_token_id = -1
-    got: Any = recent.decode(model, ids, fdpp.Quota(16))
-    assert torch.equal(got.sequences, tokens)
-    assert got.nfe.tolist() == [8, 8]
-    dual: Any = recent.decode(model, ids, fdpp.Quota(16), everything=True)
-    assert not torch.equal(dual.sequences, tokens) and (dual.query_tokens > got.query_tokens).all()
 
 
 def test_every_proposal_is_in_a_bin() -> None:
@@ -338,6 +308,9 @@ def synthetic() -> dict[str, Any]:
                 if name == "Threshold" and cache == "dual":
                     runs.append(row | {"drafts": 4, "nfe": 5.0, "same_as_undrafted": 19, "query_tokens": 150.0})
                     runs.append(row | {"how": "int8", "problems": 8, "right": "01111111"})
+                    runs.append(row | {"how": "short", "query_tokens": 80.0})
+                    partial = {"how": "short block", "query_tokens": 20.0, "right": "0" * 20, "same_as_full": 7}
+                    runs.append(row | partial)
     rows = [row for row in runs if row["task"] == "sums" and row["rule"] == "Threshold(0.9)" and row["drafts"] == 1]
     numbers = {"name": "Threshold", "number": 0.9, "calibration": 0.1}
     runs += [row | {"numbers": numbers, "rule": "calibrated"} for row in rows if row["how"] == "plain"]
@@ -367,6 +340,12 @@ def test_tables() -> None:
         "| `Threshold(0.9)`, dual | 8 | 100.0 (67.6 to 100.0) | 30.00 | 87.5 (52.9 to 97.8) | 20.00 ± 0.10 | 1, 0 |  |"
     )
     assert int8 in chapters["sums: weights in int8"]
+    short = (
+        "| `Threshold(0.9)`, short | all | 20 | 80.0 (58.4 to 91.9) | 20.00 ± 0.10 | 80 |  |  |  |\n"
+        "| `Threshold(0.9)`, short | block | 20 | 0.0 (0.0 to 16.1) | 20.00 ± 0.10 | 20 | 0.25x | 16, 0 | 7 of 20 |"
+    )
+    refreshes = chapters["sums: partial refreshes"]
+    assert short in refreshes and ", own" not in refreshes
     assert "| `New(1)` | 12 | 3 | 9 | 6 | 0 | 2.5 |" in chapters["sums: why decodes failed"]
     assert "| `calibrated` | 80.0" in chapters["sums: calibrated"] and "sudoku: calibrated" not in chapters
     assert "sums: as holes" not in chapters
