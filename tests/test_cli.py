@@ -58,8 +58,8 @@ def test_help_of_generate_explains_every_option(capsys):
     for option, default in (
         ("--model", "tiny"), ("--rule", "frechet"), ("--margin", "0.25"), ("--calibration", "0"), ("--tau", "0.9"),
         ("--factor", "0.75"), ("--gamma", "0.1"), ("--k", "1"), ("--gen-length", "128"), ("--block-length", "32"),
-        ("--cache", "dual"), ("--drafts", "1"), ("--branches", "batch"), ("--temperature", "0"), ("--seed", "0"),
-        ("--dtype", "auto"), ("--device", "auto"), ("--remasking", "low_confidence"), ("--cfg-scale", "0"),
+        ("--cache", "dual"), ("--refresh", "all"), ("--drafts", "1"), ("--branches", "batch"), ("--temperature", "0"),
+        ("--seed", "0"), ("--dtype", "auto"), ("--device", "auto"), ("--remasking", "low_confidence"), ("--cfg-scale", "0"),
     ):  # fmt: skip
         explained = text[text.index("options:") :].split(f" {option} ", 1)[1]
         assert f"(default: {default}" in explained.split(" --")[0], option
@@ -106,6 +106,7 @@ def test_generate_prints_what_drafts_cost_and_bring(capsys):
         ("--rule dawn --tau-sink 0.02 --layers 2", {"rule": fdpp.Dawn(tau_sink=0.02, layers=2)}),
         ("--rule quota --drafts 4", {"rule": fdpp.Quota(), "drafts": 4}),
         ("--drafts auto --branches tree", {"drafts": "auto", "branches": "tree"}),
+        ("--refresh window:8:end --block-length 8", {"refresh": "window:8:end", "block_length": 8}),
         ("--temperature 0.7 --seed 3", {"temperature": 0.7, "seed": 3}),
         ("--rule quota --remasking random --seed 4", {"rule": fdpp.Quota(), "remasking": "random", "seed": 4}),
         ("--rule quota --k 4 --cfg-scale 2", {"rule": fdpp.Quota(4), "cfg_scale": 2.0}),

@@ -27,6 +27,7 @@ MODEL = model_with_ends()
     drafts=st.sampled_from([1, 2, 5, "auto"]),
     branches=st.sampled_from(["batch", "tree"]),
     how=st.sampled_from(["eager", "static", "processor"]),
+    refresh=st.sampled_from(["all", "recent", "recent:2", "block", "window:12:2"]),
 )
 @settings(max_examples=60, deadline=None)
 def test_everything_together(
@@ -40,8 +41,18 @@ def test_everything_together(
     drafts: int | str,
     branches: str,
     how: str,
+    refresh: str,
 ) -> None:
-    decode = {"rule": rule, "cache": cache, "temperature": temperature, "stop_at_eos": stop_at_eos, **options}
+    if cache == "none" or isinstance(rule, fdpp.Dawn) or (refresh == "block" and drafts != 1):
+        refresh = "all"  # the only one that goes with it, `test_refresh`
+    decode = {
+        "refresh": refresh,
+        "rule": rule,
+        "cache": cache,
+        "temperature": temperature,
+        "stop_at_eos": stop_at_eos,
+        **options,
+    }
     decode |= {"max_new_tokens": length, "block_length": block}
     try:
         DiffusionGenerationConfig(seed=0, **decode)

@@ -85,6 +85,8 @@ def test_same_decode_as_the_eager_engine(llada: LLaDAModelLM, rule: fdpp.Rule, c
         {"temperature": 0.7, "seed": 3, "cache": "dual"},
         {"rule": fdpp.Quota(), "steps": 9, "cache": "prefix"},
         {"stop_at_eos": False, "cache": "none"},
+        {"refresh": "recent", "drafts": 3},
+        {"refresh": "window:12:3", "cache": "prefix"},
     ],
     ids=str,
 )
@@ -137,6 +139,7 @@ class Capturable(TorchDispatchMode):
         {"cfg_scale": 0.5, "drafts": 2},
         {"logits_eos_inf": True, "confidence_eos_eot_inf": True, "rule": fdpp.Quota(2)},
         {"head": "fused", "rule": fdpp.LocalLeap(0.6, 0.3)},
+        {"refresh": "recent", "cfg_scale": 0.5},
     ],
     ids=str,
 )
@@ -167,6 +170,7 @@ REPLAYED = [
     {"head": "fused"},
     {"temperature": 0.7, "seed": 3},
     {"rule": fdpp.Klass(0.3, 0.5, 1)},
+    {"refresh": "recent", "drafts": 3},
 ]
 
 
@@ -419,6 +423,7 @@ def test_graphs_are_captured_and_announced(caplog: pytest.LogCaptureFixture) -> 
         {"cache": "dual"},
         {"cache": "prefix", "drafts": 3},
         {"cache": "none", "drafts": "auto", "rule": fdpp.Quota()},
+        {"refresh": "recent:2", "drafts": 3},
     ],
     ids=str,
 )
