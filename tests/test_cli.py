@@ -59,7 +59,8 @@ def test_help_of_generate_explains_every_option(capsys):
         ("--model", "tiny"), ("--rule", "frechet"), ("--margin", "0.25"), ("--calibration", "0"), ("--tau", "0.9"),
         ("--factor", "0.75"), ("--gamma", "0.1"), ("--k", "1"), ("--gen-length", "128"), ("--block-length", "32"),
         ("--cache", "dual"), ("--refresh", "all"), ("--drafts", "1"), ("--branches", "batch"), ("--temperature", "0"),
-        ("--seed", "0"), ("--dtype", "auto"), ("--device", "auto"), ("--remasking", "low_confidence"), ("--cfg-scale", "0"),
+        ("--seed", "0"), ("--dtype", "auto"), ("--device", "auto"), ("--remasking", "low_confidence"),
+        ("--cfg-scale", "0"),
     ):  # fmt: skip
         explained = text[text.index("options:") :].split(f" {option} ", 1)[1]
         assert f"(default: {default}" in explained.split(" --")[0], option

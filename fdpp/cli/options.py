@@ -156,8 +156,8 @@ def add_decoding_options(parser: argparse.ArgumentParser, length: str = f"{LENGT
     )
     add("--cache", choices=CACHES, default="dual", help=text)
     text = (
-        "what a block's first forward feeds under a cache: all: everything; recent: the block before and the block, "
-        "faster; recent:N: so, and everything every N blocks; block: the block alone, which loses answers; "
+        "what a block's first forward feeds under a cache: all: everything; recent: the block before and the block; "
+        "recent:N: so, and everything every N blocks; block: the block alone, which loses answers; "
         "window:BEFORE:AFTER: so many tokens beside the block, or start and end (default: all)"
     )
     add("--refresh", type=refresh, default=ALL, metavar="WHAT", help=text)

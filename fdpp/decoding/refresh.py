@@ -71,6 +71,9 @@ class Refresh:
 class Recent(Refresh):
     """Feeds the block decoded before and the block itself: two blocks wide, a shape that one capture serves.
 
+    With a dual cache the columns behind the block then stay as they were fed when all of the response was masks. Over
+    many blocks that costs answers, which `every`, or a `Window` to the end, brings back (docs/design.md, measured).
+
     Args:
         every: each so many blocks one begins with everything: of `Recent(4)` blocks 0, 4, 8, ...; None: block 0 alone.
     """
