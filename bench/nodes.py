@@ -342,7 +342,7 @@ def launches(
         runner = loop.runner(loop.whole, at)
         assert isinstance(runner, StaticRunner)
         # The decode's first forward allocates, and leaves what drafts are drawn from, before anything is captured.
-        (very_first, _), (first, others) = (loop.windows(number) for number in (0, at))
+        (very_first, _), (first, others) = (loop.windows(number, number - 1) for number in (0, at))
         for window, states, fresh in ((very_first, 1, True), (first, 1, True) if full else (others, drafts, False)):
             step, _ = runner.arena.step(window, states, fresh)
             record.launches.clear()

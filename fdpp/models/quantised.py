@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fdpp.models.linear import is_bare
 
@@ -137,6 +136,8 @@ def check_saveable(model: PreTrainedModel) -> None:
     """
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "_hf_peft_config_loaded", False):
         return
+    from torch.distributed.tensor import DTensor  # as transformers below
+
     for name, value in model.state_dict().items():
         subclass = hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor)
         if subclass or not isinstance(value, Tensor):
@@ -158,6 +159,6 @@ def reading(config: PreTrainedConfig) -> str:
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return ""
-    import transformers  # not above, where `--help` needs no more than `KINDS`
+    import transformers  # not above: `--help` needs no more than `KINDS`
 
     return f" quantised by {method_of(quantization)} (read by transformers {transformers.__version__})"

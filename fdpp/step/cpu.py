@@ -136,9 +136,9 @@ def select_parts(
     The logits are overwritten.
     """
     summaries = [summarize(rows, terms, b, t) for b, t, rows in parts]
-    if len(summaries) > 1:
-        summaries = [tuple(torch.cat(values) for values in zip(*summaries, strict=True))]
-    proposal, residual, entropy = summaries[0]
+    proposal, residual, entropy = (
+        each[0] if len(each) == 1 else torch.cat(each) for each in zip(*summaries, strict=True)
+    )
     unknown = torch.full(tokens.shape, torch.inf, dtype=torch.float32, device=tokens.device)
     proposals = tokens.masked_scatter(candidate, proposal)
     residuals = unknown.masked_scatter(candidate, residual)
