@@ -53,7 +53,7 @@ from fdpp.decoding.static import arenas_of
 WAYS = ("published", "fdpp", "fdpp, compiled")
 SET_TOKENS_PER_FORWARD = (4.24, 2.88)
 FACTS = ("shape", "cache", "batch", "prompt", "tokens_per_forward")
-TINY_RULES = (fdpp.Frechet(0.25), fdpp.Threshold(0.9))
+TINY_RULES = (fdpp.Frechet(0.25), fdpp.Threshold(0.9), fdpp.Quota(1))
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from captures import Operators
 from decoding import CACHES, EOS_SCRIPT, RULES, Recorder, Scripted, check, forwards, no_prompt, ragged
 from small import MASK, PAD, V, exact_model, left_pad, prompts, small_model
 
 import fdpp
 from fdpp import Frechet, LLaDAModelLM, Quota
+from fdpp.decoding.runners import EagerRunner
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +106,54 @@ def test_the_head_sees_masked_positions_of_the_block_alone(cache: str) -> None:
     rows.clear()
     model.generate(prompts(2, 5), cache=cache, drafts=2, **settings)
     assert rows[0] == 2 * 8 and set(rows) <= {2 * T * D for T in (8, 5) for D in (1, 2)}
+
+
+class Outside(Operators):
+    """Counts the operators of every eager step that run outside of the model and its head."""
+
+    def __init__(self, model: LLaDAModelLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+        forward, project, step = model.model.forward, model.project, EagerRunner.step
+        monkeypatch.setattr(model.model, "forward", partial(self.left_out, forward))
+        monkeypatch.setattr(model, "project", partial(self.left_out, project))
+        monkeypatch.setattr(EagerRunner, "step", lambda *arguments: self.counted(step, *arguments))
+
+    def left_out(self, call: Any, *arguments: Any, **named: Any) -> Any:
+        before = len(self.log)
+        result = call(*arguments, **named)
+        del self.log[before:]
+        return result
+
+    def counted(self, step: Any, *arguments: Any) -> Any:
+        self.log = []
+        with self:
+            result = step(*arguments)
+        self.steps.append(len(self.log))
+        return result
+
+
+@pytest.mark.parametrize("B", [1, 8])
+@pytest.mark.parametrize(
+    ("rule", "drafts", "most"),
+    [
+        (Quota(1), 1, 103),
+        (Quota(), 1, 103),
+        (Frechet(0.25), 1, 105),
+        (fdpp.Threshold(0.9), 1, 104),
+        (Quota(1), 2, 245),
+        (Quota(1), 4, 392),
+    ],
+    ids=str,
+)
+def test_operators_of_a_step_outside_the_model(
+    rule: fdpp.Rule, drafts: int, most: int, B: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU each costs microseconds, and so does a step of a small model: more of them must have a reason."""
+    model = small_model()
+    outside = Outside(model, monkeypatch)
+    model.generate(prompts(B, 5), max_new_tokens=16, block_length=8, rule=rule, cache="dual", drafts=drafts)
+    assert outside.steps and most - 12 <= max(outside.steps) <= most
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -34,10 +34,28 @@ def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> Angles:
 
     The sines of the first half are negated, as `rotate` takes them.
     """
-    exponent = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
-    angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponent)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    key = head_size, theta, position_ids.device
+    plain = type(position_ids) is Tensor and not torch.compiler.is_compiling()
+    rates = RATES.get(key) if plain else None
+    if rates is None:
+        rates = rotary_rates(*key)
+        # What a capture allocates holds nothing before its replay.
+        if plain and not (rates.is_cuda and torch.cuda.is_current_stream_capturing()):
+            RATES[key] = rates
+    angles = position_ids[:, None, :, None].float() * rates
+    return angles.cos(), angles.sin()
+
+
+RATES: dict[tuple[int, float, torch.device], Tensor] = {}
+"""`rotary_rates` by its arguments, so that a forward does not make them anew."""
+
+
+@torch.inference_mode(False)
+def rotary_rates(head_size: int, theta: float, device: torch.device) -> Tensor:
+    """The angle per position of every channel, float32 `[head_size]`, negative in the first half."""
+    exponent = torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
+    rates = 1.0 / theta**exponent
+    return torch.cat((-rates, rates))
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:

@@ -137,7 +137,7 @@ def select_parts(
     """
     summaries = [summarize(rows, terms, b, t) for b, t, rows in parts]
     proposal, residual, entropy = (
-        each[0] if len(each) == 1 else torch.cat(each) for each in zip(*summaries, strict=True)
+        torch.cat(values) if len(values) > 1 else values[0] for values in zip(*summaries, strict=True)
     )
     unknown = torch.full(tokens.shape, torch.inf, dtype=torch.float32, device=tokens.device)
     proposals = tokens.masked_scatter(candidate, proposal)
