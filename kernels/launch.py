@@ -170,3 +170,51 @@ ROTATE_PAIRS = 1024
 def norm_warps(block_d: int) -> int:
     """Warps of the norm of rows of at most `block_d` channels."""
     return min(max(block_d // (32 * NORM_ELEMENTS), 1), 16)
+
+
+PRODUCT_PROGRAMS = 264
+"""Two for each of an H200's 132 multiprocessors: what a program asks for ahead is three stages, 72 kB. Derived, not
+measured."""
+
+PRODUCT_BLOCK_N, PRODUCT_BLOCK_K = 128, 128
+"""A tile of weights is then 16 kB, its rows whole lines of 128 bytes. Every program reads all of its rows' inputs: with
+128 rows of the weight these are half of what it reads at 32 positions, and come from L2."""
+
+PRODUCT_DEPTH = 1024
+"""Least depth of a split: its part, written and read once in float32, is then an eighth of its weights at 32 positions,
+and comes from L2."""
+
+PRODUCT_SPLITS = 8
+"""Most splits: the last program of a tile asks for all parts at once, some at a time as registers allow."""
+
+PRODUCT_ROWS = 128
+"""Most rows that weights are widened for in the product itself: two tiles of 64, the second of which finds the weights
+in L2. With more, multiplying takes longer than reading, and a library's product of widened weights is faster."""
+
+
+@dataclass(frozen=True)
+class ProductLaunch:
+    """How a product with weights of one byte cuts its work. `splits` is a power of two."""
+
+    block_m: int
+    splits: int
+    split_len: int
+    tiles: int
+    block_n: int = PRODUCT_BLOCK_N
+    block_k: int = PRODUCT_BLOCK_K
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+def product_launch(M: int, N: int, K: int) -> ProductLaunch:
+    """The configuration for `M` rows of `K` channels and a weight of `N` rows."""
+    block_m = min(max(triton.next_power_of_2(M), 16), 64)
+    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, PRODUCT_BLOCK_N)
+    wanted = min(triton.cdiv(PRODUCT_PROGRAMS, tiles), K // PRODUCT_DEPTH, PRODUCT_SPLITS)
+    splits = 1 << max(wanted.bit_length() - 1, 0)
+    return ProductLaunch(
+        block_m=block_m,
+        splits=splits,
+        split_len=triton.cdiv(triton.cdiv(K, splits), PRODUCT_BLOCK_K) * PRODUCT_BLOCK_K,
+        tiles=tiles,
+    )

@@ -8,7 +8,7 @@ from golden import forward_arrays, model
 from torch import Tensor
 
 from fdpp.attention.cache import BlockCache
-from fdpp.models.layers import rotary_angles, rotate
+from fdpp.attention.rotary import rotary_angles, rotate
 from fdpp.models.llada import LLaDAModelLM
 
 ATOL, DEEP_ATOL = 1e-4, 2.5e-4

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import INTERPRETED, generator
+from layer_twins import TWINS
 from small import left_pad, prompts, small_model
 from torch import Tensor
 
@@ -202,27 +202,10 @@ def test_rotation_keeps_lengths(b: int, n: int, groups: int, kv_heads: int, hd: 
     torch.testing.assert_close(*lengths)
 
 
-def rotate_twin(heads: Tensor, n_heads: int, n_kv_heads: int, angles: tuple[Tensor, Tensor], place: Any) -> None:
-    """`rotate_in_place`, written out."""
-    q, k, v = heads.transpose(1, 2).split((n_heads, n_kv_heads, n_kv_heads), dim=1)
-    for part in (q, k):
-        part.copy_(rotate(part.clone(), angles))
-    if place is not None:
-        start, rows = place.start, slice(None) if place.fillers is None else ~place.fillers
-        columns = torch.arange(start, start + k.shape[2]) if isinstance(start, int) else start
-        for stored, new in ((place.keys, k), (place.values, v)):
-            stored[rows] = stored[rows].index_copy(2, columns, new[rows])
-
-
-def norm_twin(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> Tensor:
-    return F.rms_norm(x if added is None else x.add_(added), x.shape[-1:], weight, eps)
-
-
 @pytest.fixture
 def twins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Blocks do what they do on a GPU, with PyTorch's operators in the kernels' place; lists their launches."""
-    ways = {"rms_norm_gpu": norm_twin, "swiglu_gpu": lambda gate, up: F.silu(gate) * up, "rotate_in_place": rotate_twin}
-    return on_kernels(monkeypatch, **ways)
+    return on_kernels(monkeypatch, **TWINS)
 
 
 @pytest.fixture
@@ -299,7 +282,7 @@ def test_a_layer_that_cannot_add_up(kernels: list[str], monkeypatch: pytest.Monk
     """As of a quantised weight: the sum is taken with the norm."""
     model, ids = small_model(), prompts(2, 6)
     want = model.model(ids)
-    monkeypatch.setattr(layers, "adds_up", lambda weight: False)
+    monkeypatch.setattr(layers, "is_whole", lambda weight: False)
     torch.testing.assert_close(model.model(ids), want, rtol=1e-4, atol=1e-4)
 
 

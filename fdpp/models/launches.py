@@ -6,8 +6,18 @@ import torch
 import triton
 from torch import Tensor
 
-from fdpp.kernels.launch import SWIGLU_BLOCK, norm_warps
+from fdpp.kernels.launch import SWIGLU_BLOCK, norm_warps, product_launch
 from fdpp.kernels.layers import rms_norm_kernel, swiglu_kernel
+from fdpp.kernels.product import Parts, product_kernel
+from fdpp.selection import DTYPES
+from fdpp.step.gpu import ticket_for
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether our kernels take `x`: on a GPU, where no gradient is recorded and no compiler fuses."""
+    if not x.is_cuda or x.dtype not in DTYPES or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not torch.is_autocast_enabled(x.device.type)
 
 
 def rms_norm_gpu(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> Tensor:
@@ -58,3 +68,49 @@ def in_rows(x: Tensor) -> bool:
             return False
         apart *= size
     return x.stride(-1) == 1
+
+
+def byte_product_gpu(x: Tensor, weight: Tensor, scale: Tensor, added: Tensor | None = None) -> Tensor:
+    """`x @ weight.T * scale` `[..., N]` of `x` `[..., K]` in one launch; with `added` `[..., N]` in place, plus that.
+
+    Args:
+        x: bfloat16 or float16, of at most `PRODUCT_ROWS` rows.
+        weight: `[N, K]` int8 or float8 (e4m3), contiguous.
+        scale: N numbers, of the weight's rows.
+        added: contiguous, of the dtype of `x`.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    (M, K), N = rows.shape, weight.shape[0]
+    out = x.new_empty(*x.shape[:-1], N) if added is None else added
+    if out.numel() == 0:
+        return out
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    config = product_launch(M, N, K)
+    parts = Parts(out, out)
+    if config.splits > 1:
+        sums = torch.empty(config.splits, M, N, dtype=torch.float32, device=x.device)
+        parts = Parts(sums, ticket_for(x.device, config.tiles))
+    with torch.cuda.device_of(x):
+        product_kernel[(config.tiles, config.splits)](
+            rows,
+            weight,
+            scale,
+            out,
+            out,
+            parts,
+            M,
+            N,
+            K,
+            rows.stride(0),
+            config.split_len,
+            ADDS=added is not None,
+            SPLITS=config.splits,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+    return out

@@ -11,16 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdpp.attention.rotary import Angles, Place, rotate, rotate_in_place
-from fdpp.models.launches import rms_norm_gpu, swiglu_gpu
+from fdpp.models.launches import on_kernels, rms_norm_gpu, swiglu_gpu
 from fdpp.models.linear import linear
-from fdpp.selection import DTYPES
-
-
-def on_kernels(x: Tensor) -> bool:
-    """Whether our kernels take `x`: on a GPU, where no gradient is recorded and no compiler fuses."""
-    if not x.is_cuda or x.dtype not in DTYPES or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return not torch.is_autocast_enabled(x.device.type)
+from fdpp.models.weights import add_byte_product, takes_bytes
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -111,14 +104,16 @@ def plus_product(x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
     On a GPU the product adds to `x` in place. On a CPU the sum is taken in the product's memory: a new tensor of some
     MB costs more in page faults than the addition.
     """
-    if on_kernels(x) and adds_up(weight):
+    if on_kernels(x) and is_whole(weight):
         x.view(-1, x.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), weight.t())
         return x
+    if on_kernels(x) and takes_bytes(h, weight):
+        return add_byte_product(x, h, weight)
     return linear(h, weight).add_(x)
 
 
-def adds_up(weight: Tensor) -> bool:
-    """Whether a product with `weight` can add to its result: not where it is a subclass, as quantised ones are."""
+def is_whole(weight: Tensor) -> bool:
+    """Whether `weight` is no subclass of a tensor, as quantised ones are."""
     return type(weight) in (Tensor, nn.Parameter)
 
 
@@ -131,7 +126,7 @@ def block_output(
     overwritten.
     """
     attended = attended.transpose(1, 2).flatten(2)
-    if on_kernels(x) and not adds_up(out):
+    if on_kernels(x) and not (is_whole(out) or takes_bytes(attended, out)):
         h = rms_norm_gpu(x, norm, eps, added=linear(attended, out))
     else:
         x = plus_product(x, attended, out)

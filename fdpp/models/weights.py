@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fdpp.kernels.launch import PRODUCT_ROWS
+from fdpp.models.launches import byte_product_gpu, on_kernels
+
+BYTES = (torch.int8, torch.float8_e4m3fn)
 
 Parts = dict[str, Tensor]
 """The tensors that hold a weight, under the names of its attributes."""
@@ -71,7 +77,38 @@ def assembled(parts: Parts, like: Any) -> Tensor:
 
 def product(x: Tensor, weight: Any) -> Tensor:
     """`x` `[..., d]` times the transpose of a quantised `weight` `[n, d]`: `[..., n]` in the dtype of `x`."""
+    if on_kernels(x) and takes_bytes(x, weight):
+        return byte_product_gpu(x, weight.qdata, weight.scale)
     return int8_product(x, weight) if takes_int8(weight) else F.linear(x, weight)
+
+
+def takes_bytes(x: Tensor, weight: Any) -> bool:
+    """Whether our kernel, on a GPU, takes the product of `x` and `weight`: few rows, and weights of one byte.
+
+    These are int8 or float8 (e4m3), alone (inputs stay as they are) and with a scale for each row; their zero points,
+    which are zero, torchao's own products do not read either. Float8 is widened by GPUs from compute capability 8.9 on.
+    """
+    known = type(weight).__name__ in ("Int8Tensor", "Float8Tensor") and is_quantised(weight)
+    if not known or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    held, others = vars(weight), ("act_quant_kwargs", "act_pre_scale")
+    data = held["qdata"]
+    if data.dtype not in BYTES or any(held.get(name) is not None for name in others):
+        return False
+    rows = x.numel() // x.shape[-1]
+    by_row = held["scale"].shape == (data.shape[0], 1) and data.is_contiguous()
+    return by_row and rows <= PRODUCT_ROWS and (data.dtype == torch.int8 or widens_float8(data.device))
+
+
+@cache
+def widens_float8(device: torch.device) -> bool:
+    """Whether the GPU `device` has an instruction for it."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def add_byte_product(x: Tensor, h: Tensor, weight: Any) -> Tensor:
+    """`x` plus `product(h, weight)` of a weight that `takes_bytes`, in place and in one launch."""
+    return byte_product_gpu(h, weight.qdata, weight.scale, x)
 
 
 def takes_int8(weight: Any) -> bool:

@@ -52,6 +52,38 @@ class Layer:
         rotary.rotate_in_place(heads, self.heads, self.kv_heads, angles, Place(keys, values, start, fillers))
 
 
+@dataclass(frozen=True)
+class Product:
+    """A product with weights of one byte, added to or not."""
+
+    target: str
+    M: int = 32
+    N: int = 12288
+    K: int = 4096
+    weights: str = "int8"
+    dtype: str = "bfloat16"
+    adds: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}-{self.M}x{self.N}x{self.K}-{self.weights}" + "-added" * self.adds
+
+    def launch(self) -> None:
+        dtype = getattr(torch, self.dtype)
+        x, weight = like(dtype, 1, self.M, self.K), like(getattr(torch, self.weights), self.N, self.K)
+        added = like(dtype, 1, self.M, self.N) if self.adds else None
+        launches.byte_product_gpu(x, weight, like(torch.float32, self.N, 1), added)
+
+
+def products() -> list[Product]:
+    found = []
+    for target in TARGETS:
+        # The projections of LLaDA, whose last is split; few rows, and two tiles of them.
+        found += [Product(target), Product(target, N=4096, K=12288, adds=True)]
+        found += [Product(target, M=5), Product(target, M=128)]
+    return found + [Product(target, weights="float8_e4m3fn") for target in ("sm_90", "sm_100")]
+
+
 def layers() -> list[Layer]:
     found = []
     for target in TARGETS:
@@ -59,13 +91,15 @@ def layers() -> list[Layer]:
     return [*found, Layer("sm_90", dtype="float32"), Layer("sm_90", dtype="float16", d_model=8192, heads=64)]
 
 
-def compiled(variant: Layer, kernels: dict[str, Compiled]) -> list[dict[str, Any]]:
+def compiled(variant: Layer | Product, kernels: dict[str, Compiled]) -> list[dict[str, Any]]:
     triton.runtime.driver.set_active(TargetDriver(variant.target))
     variant.launch()
     found = []
     for name, kernel in kernels.items():
+        if kernel.last is None:
+            continue
         written = assembly(kernel)
-        widths = [int(vector or 1) * int(bits) // 8 for vector, bits in WIDTH.findall(written)]
+        widths = [0] + [int(vector or 1) * int(bits) // 8 for vector, bits in WIDTH.findall(written)]
         widths += [DWORDS[suffix] for suffix in AMD_WIDTH.findall(written)]
         found.append(
             {"name": f"{name}-{variant.name}", "kernel": name, "target": variant.target, "dtype": variant.dtype}
@@ -83,5 +117,11 @@ DWORDS = {"dwordx4": 16, "dwordx2": 8, "dword": 4, "ushort": 2, "u16": 2, "ubyte
 
 
 if __name__ == "__main__":
-    kernels = watched({"rms_norm_kernel": launches, "swiglu_kernel": launches, "rotate_kernel": rotary})
-    json.dump([facts for variant in layers() for facts in compiled(variant, kernels)], sys.stdout)
+    modules = {
+        "rms_norm_kernel": launches,
+        "swiglu_kernel": launches,
+        "rotate_kernel": rotary,
+        "product_kernel": launches,
+    }
+    kernels = watched(modules)
+    json.dump([facts for variant in (*layers(), *products()) for facts in compiled(variant, kernels)], sys.stdout)
