@@ -37,6 +37,7 @@ from fdpp.decoding.runners import StaticRunner
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.static import StaticSteps
 from fdpp.models.llada import LLaDABlock
+from fdpp.models.quantised import torchao_config
 from fdpp.step import gpu
 
 GPU = torch.device("cuda", 0)
@@ -146,8 +147,14 @@ def selected(logits: Tensor, **_: Any) -> tuple[int, int, int]:
     return 0, logits.shape[0] * logits.shape[1], logits.shape[2]
 
 
+def multiplied(x: Tensor, weight: Tensor, **_: Any) -> tuple[int, int, int]:
+    """FLOPs, rows and columns of a product by rows `x` `[M, K]` and `weight` `[N, K]`."""
+    return 2 * x.numel() * weight.shape[0], x.shape[0], weight.shape[0]
+
+
 KERNELS: dict[str, Callable[..., tuple[int, int, int]]] = {
     "attend_kernel": attended,
+    "product_kernel": multiplied,
     "project_kernel": projected,
     "select_kernel": selected,
 }
@@ -315,6 +322,7 @@ def launches(
     full: bool = False,
     at: int = 0,
     dtype: torch.dtype = torch.bfloat16,
+    weights: str | None = None,
     **settings: Any,
 ) -> list[Launch]:
     """What one captured step of a decode launches, in order.
@@ -326,16 +334,19 @@ def launches(
         full: the full forward that begins a block, else one of the steps after it.
         at: the block's number, on which the width of a prefix cache's steps depends.
         dtype: of the weights.
+        weights: `"int8"` or `"float8"`, as `--quantize` makes the projections of the blocks; None: all as they are.
     """
     settings = {"rule": fdpp.Frechet(0.25), "engine": "static"} | settings
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model = LLaDAModelLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    if weights is not None:
+        quantize_blocks(model, weights)
     with recorded() as record:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("meta"):
-                model = LLaDAModelLM(config).eval()
-        finally:
-            torch.set_default_dtype(before)
         asked = DiffusionGenerationConfig(new, block, cache=cache, drafts=drafts, **settings)
         ids = torch.empty(batch, prompt, dtype=torch.int64, device=GPU)
         loop = BlockLoop(model, ids, None, with_token_ids(asked, config), static=StaticSteps())
@@ -348,6 +359,13 @@ def launches(
             record.launches.clear()
             step.run(runner.arena, loop.advance)
         return list(record.launches)
+
+
+def quantize_blocks(model: LLaDAModelLM, kind: str) -> None:
+    """`fdpp.models.quantised.quantise` for a model without memory."""
+    from torchao.quantization import quantize_
+
+    quantize_(model.model.transformer["blocks"], torchao_config(kind, on_gpu=True, group=0))
 
 
 def by_place(launches: list[Launch]) -> dict[str, int]:

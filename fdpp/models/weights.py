@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -100,7 +99,6 @@ def takes_bytes(x: Tensor, weight: Any) -> bool:
     return by_row and rows <= PRODUCT_ROWS and (data.dtype == torch.int8 or widens_float8(data.device))
 
 
-@cache
 def widens_float8(device: torch.device) -> bool:
     """Whether the GPU `device` has an instruction for it."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
