@@ -137,12 +137,12 @@ class Outside(Operators):
 @pytest.mark.parametrize(
     ("rule", "drafts", "most"),
     [
-        (Quota(1), 1, 103),
-        (Quota(), 1, 103),
-        (Frechet(0.25), 1, 105),
-        (fdpp.Threshold(0.9), 1, 104),
-        (Quota(1), 2, 245),
-        (Quota(1), 4, 392),
+        (Quota(1), 1, 106),
+        (Quota(), 1, 106),
+        (Frechet(0.25), 1, 108),
+        (fdpp.Threshold(0.9), 1, 107),
+        (Quota(1), 2, 246),
+        (Quota(1), 4, 393),
     ],
     ids=str,
 )
