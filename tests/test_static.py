@@ -86,7 +86,6 @@ def test_same_decode_as_the_eager_engine(llada: LLaDAModelLM, rule: fdpp.Rule, c
         {"rule": fdpp.Quota(), "steps": 9, "cache": "prefix"},
         {"stop_at_eos": False, "cache": "none"},
         {"refresh": "recent", "drafts": 3},
-        {"refresh": "window:12:3", "cache": "prefix"},
     ],
     ids=str,
 )
@@ -170,7 +169,6 @@ REPLAYED = [
     {"head": "fused"},
     {"temperature": 0.7, "seed": 3},
     {"rule": fdpp.Klass(0.3, 0.5, 1)},
-    {"refresh": "recent", "drafts": 3},
 ]
 
 
