@@ -23,8 +23,10 @@ class Partial(NamedTuple):
 def load_plane(planes, plane, i_b, o_t, o_s, m_ts, other, B, T, SPLITS: tl.constexpr):
     """Plane `plane` of `planes` `[planes, B, T, SPLITS]` at sequence `i_b`, positions `o_t` and splits `o_s`."""
     # .cg skips this multiprocessor's L1, which may be stale: other programs wrote these.
-    offset = ((plane * B + i_b).to(tl.int64) * T + o_t[:, None]) * SPLITS + o_s[None, :]
-    return tl.load(planes + offset, mask=m_ts, other=other, cache_modifier=".cg")
+    first = (plane * B + i_b).to(tl.int64) * T * SPLITS
+    return tl.load(
+        planes + first + (o_t[:, None] * SPLITS + o_s[None, :]), mask=m_ts, other=other, cache_modifier=".cg"
+    )
 
 
 @triton.jit
@@ -45,8 +47,22 @@ def store_partial(
 
 
 @triton.jit
-def merge_splits(partial, i_b, o_t, m_t, B, T, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr, SPLITS: tl.constexpr):
-    """Each position's summary from those of its vocabulary splits (see `vocab.merge`)."""
+def merge_splits(
+    partial,
+    i_b,
+    o_t,
+    m_t,
+    m_candidate,
+    B,
+    T,
+    SAMPLED: tl.constexpr,
+    BY_ENTROPY: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Each position's summary from those of its vocabulary splits (see `vocab.merge`).
+
+    All are loaded before any is used, in one trip to L2; where there is no candidate nobody wrote what is read.
+    """
     o_s = tl.arange(0, SPLITS)
     m_ts = m_t[:, None] & (o_s >= 0)[None, :]
     b_top = load_plane(partial.planes, 0, i_b, o_t, o_s, m_ts, float("-inf"), B, T, SPLITS)
@@ -57,17 +73,22 @@ def merge_splits(partial, i_b, o_t, m_t, B, T, SAMPLED: tl.constexpr, BY_ENTROPY
     else:
         b_score, b_logit = b_top, b_top
     b_token = load_plane(partial.token, 0, i_b, o_t, o_s, m_ts, 0, B, T, SPLITS)
+    if BY_ENTROPY:
+        b_slope = load_plane(partial.planes, 4, i_b, o_t, o_s, m_ts, 0.0, B, T, SPLITS)
 
+    b_top = tl.where(m_candidate[:, None], b_top, float("-inf"))
+    b_score = tl.where(m_candidate[:, None], b_score, float("-inf"))
     top = tl.max(b_top, 1)
     score, i_best = tl.max(b_score, 1, return_indices=True, return_indices_tie_break_left=True)
     m_best = o_s[None, :] == i_best[:, None]
-    logit = tl.sum(tl.where(m_best, b_logit, 0.0), 1)
+    logit = score
+    if SAMPLED:
+        logit = tl.sum(tl.where(m_best, b_logit, 0.0), 1)
     b_decay = decay(b_top, top[:, None])
     b_other = tl.where(m_best, 0.0, decay(b_logit, top[:, None]))
     rest = tl.sum(b_rest * b_decay + b_other, 1)
     slope = tl.zeros_like(top)
     if BY_ENTROPY:
-        b_slope = load_plane(partial.planes, 4, i_b, o_t, o_s, m_ts, 0.0, B, T, SPLITS)
         b_weight = b_rest * b_decay + decay(b_logit, top[:, None])
         b_shift = tl.where(b_decay > 0.0, (top[:, None] - b_top) * b_weight, 0.0)
         slope = tl.sum(b_slope * b_decay + b_shift, 1)
@@ -131,23 +152,23 @@ def decide(
     """
     o_t = tl.arange(0, BLOCK_T)
     m_t = o_t < T
-    o_bt = i_b.to(tl.int64) * T + o_t
-    b_token = tl.load(tokens + o_bt, mask=m_t, other=-1)
+    i_bt = i_b.to(tl.int64) * T
+    # No load waits for another one.
+    b_token = tl.load(tokens + i_bt + o_t, mask=m_t, other=-1)
     m_candidate = m_t & (b_token == mask_id)
     if HAS_ACTIVE:
-        m_candidate = m_candidate & (tl.load(active + o_bt, mask=m_t, other=0) != 0)
-
-    summary = merge_splits(partial, i_b, o_t, m_candidate, B, T, SAMPLED, BY_ENTROPY, SPLITS)
-    b_mask_id = tl.zeros_like(o_t) + mask_id
-    m_mask = m_candidate & (b_mask_id >= 0) & (b_mask_id < V)
+        m_candidate = m_candidate & (tl.load(active + i_bt + o_t, mask=m_t, other=0) != 0)
+    m_mask = m_t & (mask_id >= 0) & (mask_id < V)
     b_mask_logit = tl.load(mask_logit + o_t.to(tl.int64) * stride_mt, mask=m_mask, other=float("-inf")).to(tl.float32)
+    p0 = tl.load(numbers + i_b * stride_pb)
+    p1 = tl.load(numbers + i_b * stride_pb + 1)
+    calibration = tl.load(numbers + i_b * stride_pb + 2)
+    summary = merge_splits(partial, i_b, o_t, m_t, m_candidate, B, T, SAMPLED, BY_ENTROPY, SPLITS)
+
     b_residual, b_entropy, m_usable = residual_and_entropy(summary, b_mask_logit, BY_ENTROPY)
     m_usable = m_usable & m_candidate
     b_confidence = tl.where(m_usable, 1.0 / (1.0 + b_residual), 0.0)
 
-    p0 = tl.load(numbers + i_b * stride_pb)
-    p1 = tl.load(numbers + i_b * stride_pb + 1)
-    calibration = tl.load(numbers + i_b * stride_pb + 2)
     b_key = sort_key(b_entropy, o_t, m_candidate, m_usable)
     if COUNT_RANKS:
         m_commit = commit_by_count(b_key, cost(b_entropy, calibration, BY_ENTROPY), p0, p1, ACCEPTS)
@@ -155,9 +176,9 @@ def decide(
         m_commit = commit_by_sort(b_key, calibration, p0, p1, ACCEPTS, BY_ENTROPY, BLOCK_T)
 
     b_proposal = tl.where(m_candidate, summary.token.to(tl.int64), b_token)
-    tl.store(out.tokens + o_bt, tl.where(m_commit, b_proposal, b_token), mask=m_t)
-    tl.store(out.proposal + o_bt, b_proposal, mask=m_t)
-    tl.store(out.confidence + o_bt, b_confidence, mask=m_t)
-    tl.store(out.committed + o_bt, m_commit, mask=m_t)
+    tl.store(out.tokens + i_bt + o_t, tl.where(m_commit, b_proposal, b_token), mask=m_t)
+    tl.store(out.proposal + i_bt + o_t, b_proposal, mask=m_t)
+    tl.store(out.confidence + i_bt + o_t, b_confidence, mask=m_t)
+    tl.store(out.committed + i_bt + o_t, m_commit, mask=m_t)
     tl.store(out.remaining + i_b, tl.sum((m_candidate & (m_commit == 0)).to(tl.int32), 0))
     tl.store(out.nonfinite + i_b, tl.sum((m_candidate & (m_usable == 0)).to(tl.int32), 0))

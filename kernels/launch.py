@@ -16,11 +16,18 @@ MERGE_TILE = 2048
 
 NUM_WARPS = 8
 BLOCK_V = 2048
-"""A tile is then 8 logits a thread, one 16-byte load in bfloat16. The loop takes 80 registers (100 when it samples), so
-that an sm_90 multiprocessor holds three programs; with tiles of 4096 it takes 128 and holds two."""
+"""A tile is then 8 logits a thread, one 16-byte load in bfloat16, and two tiles are loaded at a time. With one sequence
+of 32 positions the kernel takes 51 to 76 registers, so that an sm_90 multiprocessor holds three or four programs; with
+tiles of 4096 it takes 112 and holds two. Sampling has seven numbers a logit to keep instead of three, and tiles half as
+wide: with wider ones it takes 159 registers when the entropy is wanted too."""
 
-PROGRAMS = 1024
-"""Enough to fill the 132 multiprocessors of an H200 more than twice over, even with the 32 rows of one block."""
+TILES_AT_ONCE = 2
+"""Tiles a program loads together (see `vocab.summarize_row`): a split is a multiple of this many."""
+
+PROGRAMS = 512
+"""Derived, not measured. Four for each of an H200's 132 multiprocessors: all run at once, with 32 kB of logits on
+their way to each, where 4.3 TB/s at some 700 ns of latency want 23 kB. A program's start and its reduction take as many
+instructions as four of its tiles, so more programs cost more than they bring; half as many have 16 kB on their way."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +42,19 @@ class SelectLaunch:
     num_warps: int = NUM_WARPS
 
 
-def select_launch(B: int, T: int, V: int) -> SelectLaunch:
+def select_launch(B: int, T: int, V: int, sampled: bool = False) -> SelectLaunch:
     """The configuration for `B` sequences of `T` positions over `V` vocabulary entries."""
     block_t = max(triton.next_power_of_2(T), 2)
-    block_v = min(BLOCK_V, max(triton.next_power_of_2(V), 16))
-    tiles = triton.cdiv(V, block_v)
-    wanted = min(triton.cdiv(PROGRAMS, B * T), MERGE_TILE // block_t, tiles)
-    splits = 1 << max(wanted.bit_length() - 1, 0)
+    block_v = min(BLOCK_V // 2 if sampled else BLOCK_V, max(triton.next_power_of_2(V), 16))
+    turns = triton.cdiv(V, block_v * TILES_AT_ONCE)
+    # Rounded up: an empty split costs its programs little, twice the turns cost the others twice the time.
+    wanted = triton.next_power_of_2(min(triton.cdiv(PROGRAMS, B * T), turns))
+    splits = min(wanted, MERGE_TILE // block_t)
     return SelectLaunch(
         block_t=block_t,
         block_v=block_v,
         splits=splits,
-        split_len=triton.cdiv(tiles, splits) * block_v,
+        split_len=triton.cdiv(turns, splits) * TILES_AT_ONCE * block_v,
         count_ranks=block_t <= COUNT_RANKS_UP_TO,
     )
 

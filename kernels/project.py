@@ -28,8 +28,9 @@ def tile_logits(hidden, weight, o_h, m_r, o_v, m_v, D, stride_w, BLOCK_D: tl.con
 
 
 @triton.jit
-def summarize_rows(b_logit, o_v, b_seed, o_t, temperature, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr):
-    """`vocab.summarize_tile` of every row of the tile `b_logit` `[R, V]`, -inf at ids that may not be proposed."""
+def summarize_rows(b_logit, i_v, b_seed, o_t, temperature, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr):
+    """The summary of every row of a tile `[R, V]` with ids from `i_v` on, -inf at ids that may not be proposed."""
+    o_v = i_v + tl.arange(0, b_logit.shape[1])
     b_clean = tl.where(b_logit == b_logit, b_logit, float("-inf"))
     b_score = b_clean
     if SAMPLED:
@@ -37,7 +38,7 @@ def summarize_rows(b_logit, o_v, b_seed, o_t, temperature, SAMPLED: tl.constexpr
         b_noise = gumbel(b_zero.to(tl.int64) + b_seed[:, None], b_zero + o_v[None, :], b_zero + o_t[:, None])
         b_score += temperature * b_noise
     score, i_best = tl.max(b_score, 1, return_indices=True, return_indices_tie_break_left=True)
-    token = tl.min(o_v, 0) + i_best
+    token = i_v + i_best
     m_token = o_v[None, :] == token[:, None]
     if SAMPLED:
         top = tl.max(b_clean, 1)
@@ -104,7 +105,7 @@ def project_kernel(
                 b_mask_logit = tl.sum(tl.where((o_v == mask_id)[None, :], b_logit, 0.0), 1)
                 tl.store(mask_logit + o_bt, b_mask_logit, mask=m_r)
             b_logit = tl.where((m_v & (o_v != mask_id))[None, :], b_logit, float("-inf"))
-            tile = summarize_rows(b_logit, o_v, b_seed, o_t, temperature, SAMPLED, BY_ENTROPY)
+            tile = summarize_rows(b_logit, i_v, b_seed, o_t, temperature, SAMPLED, BY_ENTROPY)
             summary = merge(summary, tile)
         store_partial(partial, o_bt, i_s, m_r, summary, B, T, SAMPLED, BY_ENTROPY, SPLITS)
 

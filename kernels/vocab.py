@@ -3,6 +3,9 @@
 A `Summary` leaves the proposal out of its sum, `rest`. That keeps the residual
 r = (sum over v != proposal of exp(l_v)) / exp(l_proposal), from which 1 - c = r / (1 + r) has full relative precision;
 1 - c computed from a float32 c has none where it matters.
+
+A program reads its part of a row tile by tile, and each lane of the tile keeps `Lanes` of the ids that it meets: the
+loop is elementwise, and lanes are brought together once, behind it.
 """
 
 from typing import NamedTuple
@@ -11,6 +14,12 @@ import triton
 import triton.language as tl
 
 from fdpp.kernels.noise import gumbel
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""The lowest finite float32."""
+NO_TILE = tl.constexpr(0x7FFF0000)
+"""Plus a lane it is above every id, and still an int32."""
 
 
 class Summary(NamedTuple):
@@ -39,28 +48,100 @@ def decay(low, high):
     return tl.where(low == float("-inf"), 0.0, tl.exp(low - high))
 
 
+class Lanes(NamedTuple):
+    """What the lanes of a tile have met of a part of a row; all `[BLOCK_V]`.
+
+    Attributes:
+        top: the largest logit, `LOWEST` before there is one.
+        others: the sum of exp(l - top) over all but one of the largest logits; NaN if there was a NaN. It starts at -1,
+            what an empty sum without its largest member is: the first logit needs no case of its own.
+        slope: the sum of exp(l - top) (top - l), which only the entropy needs.
+        tile: the first id of the tile that the proposal is in, `NO_TILE` before there is one.
+        score, logit, rest: as in `Summary`. Only sampling needs them; without noise the proposal is the largest logit.
+    """
+
+    top: tl.tensor
+    others: tl.tensor
+    slope: tl.tensor
+    tile: tl.tensor
+    score: tl.tensor
+    logit: tl.tensor
+    rest: tl.tensor
+
+
 @triton.jit
-def summarize_tile(b_logit, o_v, m_v, seed, i_t, temperature, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr):
-    """The summary of one tile of logits; `o_v` are its vocabulary ids, `m_v` the ids that may be proposed."""
-    b_clean = tl.where(m_v & (b_logit == b_logit), b_logit, float("-inf"))
-    b_score = b_clean
-    if SAMPLED:
-        b_score += temperature * gumbel(seed, o_v, i_t)
-    score, i_best = tl.max(b_score, 0, return_indices=True, return_indices_tie_break_left=True)
-    token = tl.min(o_v, 0) + i_best
-    m_token = o_v == token
-    if SAMPLED:
-        top = tl.max(b_clean, 0)
-        logit = tl.sum(tl.where(m_token, b_clean, 0.0), 0)
+def load_tile(row, i_v, start, stop, mask_id, BLOCK_V: tl.constexpr):
+    """The logits `[BLOCK_V]` from id `i_v` on, -inf at `mask_id` and outside `start` to `stop`.
+
+    Ids are compared in the tiles that need it alone. The logits keep their dtype, so that nothing waits for them here.
+    """
+    o_v = i_v + tl.arange(0, BLOCK_V)
+    if (i_v < start) | (i_v + BLOCK_V > stop) | ((i_v <= mask_id) & (mask_id < i_v + BLOCK_V)):
+        b_logit = tl.load(row + o_v, mask=(o_v >= start) & (o_v < stop), other=float("-inf"))
+        b_logit = tl.where(o_v == mask_id, tl.full([BLOCK_V], float("-inf"), tl.float32).to(b_logit.dtype), b_logit)
     else:
-        top = score
-        logit = score
-    b_weight = tl.where(m_v, tl.exp(b_logit - tl.where(top == float("-inf"), 0.0, top)), 0.0)
-    rest = tl.sum(tl.where(m_token & (b_logit == b_logit), 0.0, b_weight), 0)
+        b_logit = tl.load(row + o_v)
+    return b_logit
+
+
+@triton.jit
+def meet(lanes, b_logit, i_v, seed, i_t, temperature, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr):
+    """The lanes after the tile `b_logit` `[BLOCK_V]` with ids from `i_v` on, below those of the tiles before.
+
+    One exponential serves both cases, a logit below the top and one above. A NaN compares false and stays in the sum.
+    """
+    m_new = b_logit >= lanes.top
+    b_gap = tl.abs(b_logit - lanes.top)
+    b_decay = tl.exp2(b_gap * -LOG2_E)
+    b_keep = tl.where(m_new, b_decay, 1.0)
+    b_top = tl.where(m_new, b_logit, lanes.top)
+    b_others = lanes.others * b_keep + b_decay
+    b_slope = lanes.slope
+    if BY_ENTROPY:
+        b_shift = b_gap * tl.where(m_new, b_others, b_decay)
+        b_slope = b_slope * b_keep + tl.where(b_decay > 0.0, b_shift, 0.0)
+    if SAMPLED:
+        b_score = b_logit + temperature * gumbel(seed, i_v + tl.arange(0, b_logit.shape[0]), i_t)
+        m_better = b_score >= lanes.score
+        b_loser = tl.where(m_better, lanes.logit, b_logit)
+        b_rest = lanes.rest * b_keep + tl.exp2((b_loser - b_top) * LOG2_E)
+        b_score, b_logit = tl.where(m_better, b_score, lanes.score), tl.where(m_better, b_logit, lanes.logit)
+    else:
+        m_better, b_score, b_logit, b_rest = m_new, lanes.score, lanes.logit, lanes.rest
+    return Lanes(b_top, b_others, b_slope, tl.where(m_better, i_v, lanes.tile), b_score, b_logit, b_rest)
+
+
+@triton.jit
+def gather_lanes(lanes, start, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr):
+    """The summary of all lanes; without a proposal its token is `start`.
+
+    A lane without one adds nothing: its weight, `others + 1`, is 0.
+    """
+    b_score, b_logit, b_rest = lanes.top, lanes.top, lanes.others
+    if SAMPLED:
+        b_score, b_logit, b_rest = lanes.score, lanes.logit, lanes.rest
+    o_v = lanes.tile + tl.arange(0, lanes.tile.shape[0])
+    score = tl.max(b_score, 0)
+    token = tl.min(tl.where(b_score == score, o_v, NO_TILE), 0)
+    m_best = o_v == token
+    if SAMPLED:
+        top = tl.max(lanes.top, 0)
+        logit = tl.sum(tl.where(m_best, b_logit, 0.0), 0)
+    else:
+        top, logit = score, score
+    b_decay = tl.exp2((lanes.top - top) * LOG2_E)
+    b_own = tl.exp2((b_logit - top) * LOG2_E) if SAMPLED else b_decay
+    rest = tl.sum(b_rest * b_decay + tl.where(m_best, 0.0, b_own), 0)
     slope = 0.0
     if BY_ENTROPY:
-        slope = tl.sum(tl.where(b_weight > 0.0, b_weight * (top - b_logit), 0.0), 0)
-    return Summary(top, rest, score, logit, token, slope)
+        b_shift = tl.where(b_decay > 0.0, (top - lanes.top) * (lanes.others + 1.0), 0.0)
+        slope = tl.sum((lanes.slope + b_shift) * b_decay, 0)
+    m_none = token >= NO_TILE
+    low = float("-inf")
+    # Without a proposal only lane 0 is left with its -1; a NaN stays.
+    rest = tl.where(rest < 0.0, 0.0, rest)
+    score, logit, top = tl.where(m_none, low, score), tl.where(m_none, low, logit), tl.where(m_none, low, top)
+    return Summary(top, rest, score, logit, tl.where(m_none, start, token), slope)
 
 
 @triton.jit
@@ -91,12 +172,21 @@ def summarize_row(
     BY_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The summary of `row[start:stop]`, the mask id left out."""
-    summary = Summary(float("-inf"), 0.0, float("-inf"), float("-inf"), start, 0.0)
-    for i_v in range(start, stop, BLOCK_V):
-        o_v = i_v + tl.arange(0, BLOCK_V)
-        m_v = o_v < stop
-        b_logit = tl.load(row + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
-        tile = summarize_tile(b_logit, o_v, m_v & (o_v != mask_id), seed, i_t, temperature, SAMPLED, BY_ENTROPY)
-        summary = merge(summary, tile)
-    return summary
+    """The summary of `row[start:stop]`, the mask id left out; nothing where `stop` is not above `start`.
+
+    From the last tile to the first, so that the lower id wins a tie by >=. Two tiles are on their way at a time, but
+    not when sampling, whose arithmetic takes longer than the wait.
+    """
+    b_lowest, b_zero = tl.full([BLOCK_V], LOWEST, dtype=tl.float32), tl.zeros([BLOCK_V], dtype=tl.float32)
+    b_none = tl.full([BLOCK_V], NO_TILE, dtype=tl.int32)
+    lanes = Lanes(b_lowest, b_zero - 1.0, b_zero, b_none, b_lowest, b_zero + float("-inf"), b_zero)
+    tiles = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_V)
+    for i in range(0, tiles, 1 if SAMPLED else 2):
+        i_v = start + (tiles - 1 - i) * BLOCK_V
+        b_high = load_tile(row, i_v, start, stop, mask_id, BLOCK_V)
+        if not SAMPLED:
+            b_low = load_tile(row, i_v - BLOCK_V, start, stop, mask_id, BLOCK_V)
+        lanes = meet(lanes, b_high.to(tl.float32), i_v, seed, i_t, temperature, SAMPLED, BY_ENTROPY)
+        if not SAMPLED:
+            lanes = meet(lanes, b_low.to(tl.float32), i_v - BLOCK_V, seed, i_t, temperature, SAMPLED, BY_ENTROPY)
+    return gather_lanes(lanes, start, SAMPLED, BY_ENTROPY)

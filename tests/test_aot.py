@@ -14,8 +14,9 @@ import pytest
 from inputs import TRITON
 
 SPILLS_ALLOWED = {
-    # ptxas spills 8 bytes to get down to 80 registers, which lets three programs share a multiprocessor.
-    "sm_80-Frechet-256x128x126464-bfloat16-sampled": 8,
+    # ptxas spills to get down to 128 registers, which let two programs share a multiprocessor; not in the loop.
+    "sm_90-EntropyBound-256x32x126464-bfloat16-sampled-active": 8,
+    "sm_90-EntropyBound-256x1024x126464-bfloat16-sampled-active": 24,
     # The same for 168 registers (three of its programs share one) and for 80 (six do).
     "project_kernel-sm_100-EntropyBound-1x32-bfloat16": 16,
     "attend_kernel-sm_90-1x32-1056x32x64-float16": 8,
@@ -90,19 +91,24 @@ def test_no_spills(
 
 def test_registers(builds: dict[str, dict[str, Any]]) -> None:
     """At most what was measured with Triton 3.7.1, rounded up to eight: 128 registers let two programs of 256 threads
-    share a multiprocessor of sm_90, 80 let three; 64 vector registers let eight waves share a SIMD of gfx942."""
+    share a multiprocessor of sm_90, 80 three, 64 four; 64 vector registers let eight waves share a SIMD of gfx942."""
     for name, build in builds.items():
         if build["target"] == "gfx942":
             bound = 64 if TRITON == "3.7" else 72
         elif build["sampled"] or build["T"] == 1024:
             bound = 128
+        elif build["by_entropy"]:
+            bound = 112
+        elif build["B"] > 1:
+            bound = 64
         else:
-            bound = 88 if build["active"] else 80
+            bound = 88 if build["active"] or build["V"] % 16 else 80
         assert build["registers"] <= bound, (name, build["registers"])
 
 
 def test_logits_are_read_sixteen_bytes_at_a_time(builds: dict[str, dict[str, Any]]) -> None:
-    """Where rows start on 16 bytes; a tile is 2048 logits over 256 threads."""
+    """Where rows start on 16 bytes; two tiles of 2048 logits over 256 threads, when sampling one of 1024. Each is read
+    by one of two loads: where ids must be compared, and where not."""
     for name, build in builds.items():
         if build["target"] == "gfx942":
             continue
@@ -110,10 +116,25 @@ def test_logits_are_read_sixteen_bytes_at_a_time(builds: dict[str, dict[str, Any
         loads = [operation for operation in before_ticket(build) if operation.startswith("ld.")]
         loads = loads[1 + build["active"] + build["sampled"] :]
         size = 4 if build["dtype"] == "float32" else 2
+        logits, tiles = (1024, 1) if build["sampled"] else (2048, 2)
+        width = min(logits // build["threads"] * size, 16)
         if build["V"] % 16 == 0:
-            assert loads == ["ld.global.v4.b32"] * (2048 // build["threads"] * size // 16), name
+            wanted = [f"ld.global.v{width // 4}.b32"] * (logits // build["threads"] * size // width)
         else:
-            assert loads == [f"ld.global.b{8 * size}"] * (2048 // build["threads"]), name
+            wanted = [f"ld.global.b{8 * size}"] * (logits // build["threads"])
+        assert loads == 2 * tiles * wanted, name
+
+
+def test_the_vocabulary_loop_is_short_and_elementwise(builds: dict[str, dict[str, Any]]) -> None:
+    """Instructions of eight warps for 4096 logits, as measured with Triton 3.7.1 and rounded up; the loop holds a load
+    for tiles whose ids must be compared, which few tiles take. Nothing in it crosses threads. Rows that do not start on
+    16 bytes are read one logit at a time, half as many instructions again."""
+    bounds = {(False, False): 2160, (True, False): 2800, (False, True): 18000, (True, True): 18800}
+    for name, build in builds.items():
+        if build["target"] in ("sm_90", "sm_100"):
+            assert build["loop"]["barriers"] == build["loop"]["shuffles"] == 0, name
+            bound = bounds[build["by_entropy"], build["sampled"]] * (1.0 if build["V"] % 16 == 0 else 1.5)
+            assert build["loop"]["instructions"] <= bound, (name, build["loop"])
 
 
 def test_summaries_are_stored_before_the_ticket_is_taken(builds: dict[str, dict[str, Any]]) -> None:

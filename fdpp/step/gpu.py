@@ -105,7 +105,7 @@ def select(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) 
         outputs.remaining.zero_()
         outputs.nonfinite.zero_()
         return outputs
-    config = select_launch(B, T, V)
+    config = select_launch(B, T, V, terms.sampled)
     partial = torch.empty(5, B, T, config.splits, dtype=torch.float32, device=tokens.device)
     partial_token = torch.empty(B, T, config.splits, dtype=torch.int32, device=tokens.device)
     with torch.cuda.device_of(logits):

@@ -126,13 +126,18 @@ def facts(kernel: Compiled) -> dict[str, Any]:
     return {**used, "memory": memory_operations(assembly(kernel))}
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack and local memory per thread: spills are stack."""
+def dumped(cubin: bytes, option: str) -> str:
+    """What `cuobjdump` tells with one option."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack and local memory per thread: spills are stack."""
+    report = dumped(cubin, "-res-usage")
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
     return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "local": int(found["LOCAL"])}
 
@@ -148,6 +153,29 @@ def resources_amd(assembly: str) -> dict[str, int]:
         "stack": number("private_segment_fixed_size"),
         "local": number("vgpr_spill_count"),
     }
+
+
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*)(.*?);", re.MULTILINE)
+
+
+def exponential_loop(cubin: bytes) -> list[str]:
+    """The instructions of the loop that takes exponentials, all sides of its branches, in an NVIDIA GPU's own code."""
+    found = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(dumped(cubin, "-sass"))]
+    for at, name, rest in found:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        body = [other for where, other, _ in found if target and int(target[1], 16) <= where <= at]
+        if "MUFU.EX2" in body:
+            return body
+    raise ValueError("no loop with an exponential")
+
+
+def counts_of_loop(cubin: bytes, warps: int, exponentials: int) -> dict[str, float]:
+    """Of that loop, instructions of all warps and barriers for 4096 logits that take so many exponentials each."""
+    body = exponential_loop(cubin)
+    turns = 4096 * exponentials / (body.count("MUFU.EX2") * 32 * warps)
+    counted = {"instructions": warps * len(body), "barriers": sum(name.startswith("BAR") for name in body)}
+    shuffles = {"shuffles": sum(name.startswith(("SHFL", "REDUX")) for name in body)}
+    return {name: turns * count for name, count in (counted | shuffles).items()}
 
 
 MEMORY = re.compile(
@@ -176,8 +204,11 @@ def compiled(variant: Variant, kernel: Compiled) -> dict[str, Any]:
             like(torch.int64, B) if variant.sampled else None,
         ),
     )
+    counted = variant.target in ("sm_90", "sm_100")
+    warps = kernel.last.metadata.num_warps
     return {
         "name": variant.name,
+        "loop": counts_of_loop(kernel.last.asm["cubin"], warps, 1 + variant.sampled) if counted else None,
         **{key: value for key, value in asdict(variant).items() if key != "rule"},
         "by_entropy": variant.rule.order == "entropy",
         "threads": kernel.last.metadata.num_warps * TARGETS[variant.target].warp_size,
