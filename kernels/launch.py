@@ -92,6 +92,11 @@ class ProjectLaunch:
     num_stages: int = 3
     decide_warps: int = 16
 
+    def scratch_bytes(self, rows: int) -> int:
+        """What a launch with `rows` positions allocates beside its outputs: the summaries' five float32 planes and
+        tokens, the mask id's logits, the rows' order (int64) and candidates (bool), and their number."""
+        return rows * (24 * self.splits + 4 + 8 + 1) + 8
+
 
 def project_launch(B: int, T: int, V: int, exact: bool, sampled: bool) -> ProjectLaunch:
     """The configuration for `B` sequences of `T` positions; `exact`: in float32, whose tiles are half as deep."""

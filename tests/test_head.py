@@ -14,6 +14,7 @@ from transformers import SuppressTokensLogitsProcessor
 
 import fdpp
 from fdpp import LLaDAModelLM
+from fdpp.decoding import forwards, head
 
 RULES = [fdpp.Quota(), fdpp.Threshold(0.5), fdpp.Frechet(0.1), fdpp.EntropyBound(1.0), fdpp.LocalLeap(0.6, 0.3)]
 SIZES: dict[str, Any] = {"max_new_tokens": 27, "block_length": 8}
@@ -104,7 +105,7 @@ def test_what_reads_logits_is_refused(settings, reader):
 
 def test_other_refusals(llada):
     ids, mask = ragged(llada)
-    with pytest.raises(ValueError, match="head: expected one of library, fused, got 'mine'"):
+    with pytest.raises(ValueError, match="head: expected one of library, fused, auto, got 'mine'"):
         llada.generate(ids, mask, head="mine")
     never = SuppressTokensLogitsProcessor([1], device=llada.device)
     with pytest.raises(ValueError, match="which logits_processor reads"):
@@ -138,6 +139,68 @@ def test_a_head_that_is_shared_out_is_refused(monkeypatch):
     monkeypatch.setattr(LLaDAModelLM, "vocabulary_slice", lambda self: object())
     with pytest.raises(ValueError, match="takes a whole head"):
         small_model().generate(prompts(1, 4), head="fused", **SIZES)
+
+
+@pytest.fixture
+def heads_taken(monkeypatch) -> list[bool]:
+    """Whether each decode took the fused head."""
+    taken: list[bool] = []
+    head_of = forwards.head_of
+
+    def noted(model, rule, fused):
+        taken.append(fused)
+        return head_of(model, rule, fused)
+
+    monkeypatch.setattr(forwards, "head_of", noted)
+    return taken
+
+
+@pytest.mark.parametrize(("limit", "fused"), [(None, False), (0, False), (23, False), (24, True), (999, True)])
+def test_auto_goes_by_the_rows_of_a_forward(monkeypatch, heads_taken, limit, fused):
+    """Three sequences of blocks of 8: 24 rows."""
+    model, table = small_model(), {} if limit is None else {"cpu": limit}
+    monkeypatch.setattr(head, "FUSED_UP_TO", table)
+    assert_same_as_library(model, heads_taken, head="auto")
+    assert heads_taken == [False, fused]
+
+
+def assert_same_as_library(model, heads_taken, **settings):
+    ids, mask = ragged(model)
+    library = model.generate(ids, mask, **SIZES, **settings | {"head": "library"})
+    assert model.generate(ids, mask, **SIZES, **settings).sequences.equal(library.sequences)
+
+
+@pytest.mark.parametrize(("drafts", "fused"), [(1, True), (3, True), (4, False), ("auto", False)])
+def test_auto_counts_drafted_rows(monkeypatch, heads_taken, drafts, fused):
+    monkeypatch.setattr(head, "FUSED_UP_TO", {"cpu": 72})
+    assert_same_as_library(small_model(), heads_taken, head="auto", drafts=drafts)
+    assert heads_taken == [False, fused]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rule": fdpp.Dawn()}, {"rule": fdpp.Klass()}, {"cfg_scale": 1.0}, {"logits_eos_inf": True}, {"top_k": 3}],
+    ids=str,
+)
+def test_auto_is_the_library_where_fused_is_refused(monkeypatch, heads_taken, settings):
+    monkeypatch.setattr(head, "FUSED_UP_TO", {"cpu": 10**6})
+    assert_same_as_library(small_model(), heads_taken, head="auto", **settings)
+    assert heads_taken == [False, False]
+
+
+def test_auto_is_the_library_with_a_processor_and_with_a_head_that_is_more_than_a_weight(monkeypatch, heads_taken):
+    monkeypatch.setattr(head, "FUSED_UP_TO", {"cpu": 10**6})
+    model = small_model()
+    never = SuppressTokensLogitsProcessor([1], device=model.device)
+    assert_same_as_library(model, heads_taken, head="auto", logits_processor=[never])
+    model.get_output_embeddings().register_forward_hook(lambda *_: None)
+    assert_same_as_library(model, heads_taken, head="auto")
+    assert heads_taken == [False] * 4
+
+
+def test_auto_is_the_library_on_a_gpu_that_nobody_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a new one")
+    assert head.device_kind(torch.device("cuda", 0)) == "a new one" not in head.FUSED_UP_TO
 
 
 def test_a_rule_that_can_change_is_refused():

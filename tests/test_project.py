@@ -24,6 +24,7 @@ from inputs import (
 from torch import Tensor
 
 from fdpp import EntropyBound, Frechet, LocalLeap, Quota, Rule, Selection
+from fdpp.decoding.head import SMALLEST_VOCABULARY
 from fdpp.kernels import project as kernel
 from fdpp.kernels.launch import PROJECT_MERGE_TILE, project_launch
 from fdpp.step import operators, project
@@ -432,6 +433,19 @@ def test_launch_configurations_cover_the_vocabulary(B: int, T: int, V: int, samp
     assert config.splits * config.split_len >= V and config.split_len % config.block_v == 0
     assert config.block_t >= T and config.block_t * config.splits <= PROJECT_MERGE_TILE
     assert 16 <= config.block_r <= 64
+
+
+@settings(deadline=None, max_examples=500, derandomize=True)
+@given(
+    B=st.integers(1, 300),
+    T=st.integers(1, 1024),
+    V=st.integers(SMALLEST_VOCABULARY, 1000) | st.integers(SMALLEST_VOCABULARY, 300_000),
+    exact=st.booleans(),
+    sampled=st.booleans(),
+)
+def test_scratch_takes_no_more_memory_than_logits(B: int, T: int, V: int, exact: bool, sampled: bool) -> None:
+    scratch = project_launch(B, T, V, exact, sampled).scratch_bytes(B * T)
+    assert scratch <= B * T * V * (4 if exact else 2)
 
 
 def test_launch_configurations_fill_the_device() -> None:

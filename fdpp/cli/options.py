@@ -165,7 +165,10 @@ def add_decoding_options(parser: argparse.ArgumentParser, length: str = f"{LENGT
     add("--drafts", type=drafts, default=1, metavar="N", help=text)
     text = "batch: a row for each of these states; tree: one row under a mask (default: %(default)s)"
     add("--branches", choices=BRANCHES, default="batch", help=text)
-    text = "fused: keep no logits, which saves memory and may be slower (default: %(default)s)"
+    text = (
+        "fused: keep no logits, which saves memory and may be slower; auto: fused where that was measured to be faster "
+        "(default: %(default)s)"
+    )
     add("--head", choices=HEADS, default="library", help=text)
     text = "0: the most likely tokens; above 0: sampled, more randomly the higher (default: 0)"
     add("--temperature", type=float, default=0.0, metavar="T", help=text)

@@ -14,6 +14,7 @@ from fdpp.decoding.advance import Advance, stop_ids
 from fdpp.decoding.arena import graph_size
 from fdpp.decoding.drafts import cache_for, depth_after, most_drafts
 from fdpp.decoding.filters import Filters
+from fdpp.decoding.head import settled
 from fdpp.decoding.model import DiffusionModel
 from fdpp.decoding.output import DiffusionGenerationOutput
 from fdpp.decoding.refresh import ALL
@@ -62,6 +63,7 @@ class BlockLoop:
         numbers: Tensor | None = None,
     ) -> None:
         self.mask_id, self.pad_id = token_ids(config, processor)
+        config = settled(model, config, processor, input_ids.shape[0])
         self.config, self.device, self.static = config, input_ids.device, static
         self.eos = torch.tensor(config.eos_token_id, dtype=torch.int64, device=self.device)
         self.extra = 0 if static is None else -(input_ids.shape[1] + config.max_new_tokens) % LENGTH_BUCKET

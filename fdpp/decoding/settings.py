@@ -15,7 +15,7 @@ CACHES = ("none", "prefix", "dual")
 REMASKINGS = ("low_confidence", "random")
 BRANCHES = ("batch", "tree")
 ENGINES = ("auto", "eager", "static")
-HEADS = ("library", "fused")
+HEADS = ("library", "fused", "auto")
 MAX_DRAFTS = 64
 
 
@@ -57,7 +57,9 @@ class DiffusionGenerationConfig(SavedSettings):
             "eager" runs every operation as it comes. "auto" is "static" on a CUDA device, where it can be. Same tokens.
         head: "library" is PyTorch's matrix product: on a CPU of the masked positions alone, on a GPU of the block's.
             "fused" makes the logits of masked positions tile by tile and keeps none of them (`fdpp.step.project`). It
-            saves memory and has not been timed on a GPU. Refused with what reads logits.
+            saves memory and has not been timed on a GPU. Refused with what reads logits. "auto" is "fused" where that
+            was measured to be faster on such a device and with so few rows, and nothing refuses it; until a GPU has
+            been measured, it is "library" there (`fdpp.decoding.head.FUSED_UP_TO`).
         temperature: 0 for greedy proposals.
         top_k: the k most likely tokens of a position alone are proposed; 0: all.
         top_p: the fewest most likely tokens that hold this much of the probability, 0 to 1, at least one; 1: all.
