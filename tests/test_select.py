@@ -295,6 +295,21 @@ def test_overflow_sized_logits(implementation: str, rule: Rule) -> None:
     assert_as_specified(out, problem)
 
 
+def test_the_lowest_float_is_a_logit(implementation: str) -> None:
+    """A lane of the kernel starts there, without a logit."""
+    lowest = torch.finfo(torch.float32).min
+    logits = torch.full((1, 5, 9001), -INF)
+    logits[0, 0] = lowest
+    logits[0, 1, 4500] = lowest
+    logits[0, 2, [100, 2148, 8300]] = lowest
+    logits[0, 3, [5, 2053]] = torch.tensor([lowest, lowest / 2])
+    problem = masked(logits, Quota(2))
+    out = run(implementation, problem)
+    assert out.proposal.tolist() == [[0, 4500, 100, 2053, 0]]
+    assert out.nonfinite.tolist() == [1]
+    assert_as_specified(out, problem)
+
+
 def test_half_precision_extremes(implementation: str) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         logits = random_problem(4, 1, 6, V).logits.to(dtype)
