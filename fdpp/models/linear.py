@@ -14,7 +14,7 @@ ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.back
 """oneDNN's product, which PyTorch's compiler calls. For float32 `F.linear` calls MKL: 100 GFLOP/s per core on an AMD
 EPYC with AVX-512, where oneDNN does 220."""
 
-SMALL = 1 << 20
+SMALL = 1 << 22
 """Multiplications below which MKL is faster, since a call of oneDNN costs 10 us more. On one core MKL takes 14 us and
 oneDNN 18 at half as many, 24 and 22 at as many; on two cores oneDNN wins a little later."""
 
