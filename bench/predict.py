@@ -251,6 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--cache", choices=("dual", "prefix", "none"), default="dual")
+    parser.add_argument("--weights", choices=("int8", "float8"), help="of the blocks' projections (default: bf16)")
     text = 'more settings of the decode, as JSON: \'{"head": "fused"}\''
     parser.add_argument("--settings", type=json.loads, default={}, help=text)
     parser.add_argument("--before", action="store_true", help="also what the stored counts give, and the ratios")
@@ -265,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     facts: dict[str, Any] = {"shape": "8b"} | {name: getattr(options, name) for name in names}
     config = bench_decode.SHAPES["8b"]().config
     assert config is not None
-    now = counter(config, **{name: facts[name] for name in names}, **options.settings)
+    now = counter(config, **{name: facts[name] for name in names}, weights=options.weights, **options.settings)
     if options.store is not None:
         store(options.store, now, options.batch, facts)
         print(f"written to {options.store}")
@@ -274,6 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"Predicted from counts, not measured. LLaDA-8B's shape in bf16, {options.cache} cache, {options.prompt} + "
         f"{options.new} tokens, blocks of {options.block}, {options.tokens_per_forward:g} tokens per forward"
         + "".join(f", {name}={value}" for name, value in options.settings.items())
+        + (f", weights in {options.weights}" if options.weights else "")
         + "."
     )
     if options.before:

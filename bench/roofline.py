@@ -22,14 +22,24 @@ TILE_ROWS = 128
 TILE_COLUMNS = (64, 128, 192, 256)
 """Columns of a tile; a library takes the width that leaves the fewest multiprocessors idle."""
 
-SELECT_SLOTS = 2 * 213
-"""Issue slots of a warp of `select_kernel` for 256 logits: of its 363 instructions 213 go to pipes of half the rate and
-take two slots each, beside which the others issue. Counted in its SASS for sm_90."""
+SELECT_SLOTS = {"select_kernel": 91, "select_kernel_before": 2 * 213}
+"""Issue slots of a warp for 256 logits, counted in the SASS for sm_90 (tests/helpers/aot.py). Before, 213 of the 363
+instructions went to pipes of half the rate and took two slots each, beside which the others issued."""
 
 SELECT_SHARE = 0.6
-"""Share of the slots that `select_kernel` uses, since a tile has 27 shuffles and 9 barriers. Assumed."""
+"""Share of the slots that `select_kernel` uses. Assumed."""
+
+SELECT_DECIDES_US = {"select_kernel": 4.0, "select_kernel_before": 0.0}
+"""Microseconds until the first logits are there, and after the last ones: ticket, merge, ranks, rule. Assumed; of the
+kernel before they were taken to be part of its slots' share."""
 
 ATTENTION = {"attend_kernel", "combine_kernel", "scaled_dot_product_attention"}
+OWN_PRODUCTS = {"product_kernel", "project_kernel"}
+"""Products by our kernels, whose tiles have no more rows than they need, up to 64."""
+
+OWN_RATE = 0.5
+"""Share of a library's rate of products that ours reach where they are bound by it. Assumed."""
+
 FLOAT8 = {"_scaled_mm", "_int_mm"}
 """Products at the rate of float8, which is also that of int8."""
 
@@ -87,6 +97,9 @@ def product_flops(launch: Launch, multiprocessors: float) -> float:
 
     A product with fewer tiles than multiprocessors is taken to be cut along the summed dimension until it fills them.
     """
+    if launch.name in OWN_PRODUCTS:
+        tile = min(max(1 << (launch.rows - 1).bit_length(), 16), 64)
+        return launch.flops / launch.rows * math.ceil(launch.rows / tile) * tile / OWN_RATE
     depth = launch.flops / (2 * launch.rows * launch.columns)
     strips = math.ceil(launch.rows / TILE_ROWS)
 
@@ -103,7 +116,7 @@ def seconds(launch: Launch, device: Device) -> float:
 
     - Products: bytes from memory, or the operations of whole tiles and waves (`product_flops`).
     - Attention: bytes from memory, or its operations.
-    - `select_kernel`: logits from L2, where the head has left them, or issue slots (`SELECT_SLOTS`).
+    - `select_kernel`: logits from L2, where the head has left them, or issue slots (`SELECT_SLOTS`), and its decision.
     - All others: their bytes, from L2 where they fill no more than half of it, as a launch before has left them there.
     """
     memory = launch.bytes / (device.bandwidth_tb_s * 1e12)
@@ -118,9 +131,10 @@ def seconds(launch: Launch, device: Device) -> float:
         # What `combine_kernel` reads was written just before.
         moved = l2 if launch.name == "combine_kernel" else memory
         work = launch.flops / (device.attention_tflop_s * 1e12)
-    elif launch.name == "select_kernel":
-        slots = launch.rows * launch.columns / 256 * SELECT_SLOTS / SELECT_SHARE
-        moved, work = l2, slots / (device.multiprocessors * 4) / (device.clock_ghz * 1e9)
+    elif launch.name in SELECT_SLOTS:
+        slots = launch.rows * launch.columns / 256 * SELECT_SLOTS[launch.name] / SELECT_SHARE
+        issued = slots / (device.multiprocessors * 4) / (device.clock_ghz * 1e9)
+        moved, work = 0.0, SELECT_DECIDES_US[launch.name] * 1e-6 + max(l2, issued)
     else:
         moved = l2
     return device.launch_us * 1e-6 + max(moved, work)

@@ -167,7 +167,7 @@ def test_what_a_block_step_launches() -> None:
     """Graph nodes of LLaDA-8B's shape: these stand in bench/README.md."""
     config = LLaDAConfig(mlp_hidden_size=12288)
     step = nodes.launches(config)
-    assert nodes.by_place(step) == {"layers": 288, "head": 1, "selection": 1, "rest": 64}
+    assert nodes.by_place(step) == {"layers": 288, "head": 1, "selection": 1, "rest": 52}
     weights = sum(launch.bytes for launch in step if launch.name in ("mm", "addmm_"))
     assert 15e9 < weights < 15.3e9
 
@@ -229,8 +229,16 @@ def test_attention_and_selection_have_their_own_formulas() -> None:
     keys = replace(attention, bytes=10_000_000, flops=1)
     assert roofline.seconds(keys, DEVICE) == pytest.approx(LATENCY + 10e-6, rel=1e-12)
     # 64 warps of 256 logits on 16 schedulers: four in turn, 426 slots each, at 60% of one a nanosecond.
-    selection = Launch("select_kernel", "selection", 1000, 0, 2, 8192)
+    selection = Launch("select_kernel_before", "selection", 1000, 0, 2, 8192)
     assert roofline.seconds(selection, DEVICE) == pytest.approx(LATENCY + 4 * 426 / 0.6 * 1e-9, rel=1e-12)
+    selection = Launch("select_kernel", "selection", 1000, 0, 2, 8192)
+    assert roofline.seconds(selection, DEVICE) == pytest.approx(LATENCY + 4e-6 + 4 * 91 / 0.6 * 1e-9, rel=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "tiles"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (256, 256)])
+def test_a_product_of_ours_takes_tiles_of_what_it_needs(rows: int, tiles: int) -> None:
+    launch = product(rows, 1024, 64, name="product_kernel")
+    assert roofline.product_flops(launch, 4) == 2 * tiles * 1024 * 64 / roofline.OWN_RATE
 
 
 def test_parts_hold_every_launch() -> None:
@@ -429,3 +437,19 @@ def test_measured_beside_predicted(tmp_path: Path, capsys: pytest.CaptureFixture
     path.write_text(json.dumps(results | {"rows": rows[-1:]}))
     with pytest.raises(SystemExit, match="nothing to compare"):
         predict.main(["--against", str(path)])
+
+
+@pytest.mark.parametrize("weights", ["int8", "float8"])
+def test_quantised_layers_launch_as_many(weights: str) -> None:
+    """Of few rows; a full forward's products are the library's."""
+    pytest.importorskip("torchao")
+    config = LLaDAConfig(mlp_hidden_size=12288, n_layers=3)
+    step = nodes.launches(config, weights=weights)
+    assert nodes.per_layer(step) == 9
+    products = [launch for launch in step if launch.name == "product_kernel"]
+    whole = [launch for launch in nodes.launches(config) if launch.name in ("mm", "addmm_") and "layer" in launch.where]
+    assert [p.flops for p in products] == [p.flops for p in whole]
+    assert 0.5 < sum(p.bytes for p in products) / sum(p.bytes for p in whole) < 0.55
+    assert nodes.per_layer(nodes.launches(config, weights=weights, full=True)) > 9
+    recent = nodes.launches(config, weights=weights, full=True, at=1, refresh="recent")
+    assert nodes.per_layer(recent) == 9
