@@ -450,6 +450,7 @@ def test_quantised_layers_launch_as_many(weights: str) -> None:
     whole = [launch for launch in nodes.launches(config) if launch.name in ("mm", "addmm_") and "layer" in launch.where]
     assert [p.flops for p in products] == [p.flops for p in whole]
     assert 0.5 < sum(p.bytes for p in products) / sum(p.bytes for p in whole) < 0.55
-    assert nodes.per_layer(nodes.launches(config, weights=weights, full=True)) > 9
+    full = nodes.launches(config, weights=weights, full=True)
+    assert nodes.per_layer(full) == 9 + 4 + 4, "four weights widened, four products scaled"
     recent = nodes.launches(config, weights=weights, full=True, at=1, refresh="recent")
     assert nodes.per_layer(recent) == 9

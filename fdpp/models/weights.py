@@ -77,14 +77,28 @@ def assembled(parts: Parts, like: Any) -> Tensor:
 def product(x: Tensor, weight: Any) -> Tensor:
     """`x` `[..., d]` times the transpose of a quantised `weight` `[n, d]`: `[..., n]` in the dtype of `x`."""
     if on_kernels(x) and takes_bytes(x, weight):
-        return byte_product_gpu(x, weight.qdata, weight.scale)
+        if few(x):
+            return byte_product_gpu(x, weight.qdata, weight.scale)
+        return F.linear(x, weight.qdata.to(x.dtype)).mul_(weight.scale.flatten())
     return int8_product(x, weight) if takes_int8(weight) else F.linear(x, weight)
 
 
-def takes_bytes(x: Tensor, weight: Any) -> bool:
-    """Whether our kernel, on a GPU, takes the product of `x` and `weight`: few rows, and weights of one byte.
+def add_byte_product(x: Tensor, h: Tensor, weight: Any) -> Tensor:
+    """`x` plus `product(h, weight)` of a `weight` that the kernel takes, in place."""
+    if few(h):
+        return byte_product_gpu(h, weight.qdata, weight.scale, x)
+    return x.addcmul_(F.linear(h, weight.qdata.to(h.dtype)), weight.scale.flatten())
 
-    These are int8 or float8 (e4m3), alone (inputs stay as they are) and with a scale for each row; their zero points,
+
+def few(x: Tensor) -> bool:
+    """Whether so few rows that weights are best widened within the product, not before it."""
+    return x.numel() // x.shape[-1] <= PRODUCT_ROWS
+
+
+def takes_bytes(x: Tensor, weight: Any) -> bool:
+    """Whether the product of `x` and `weight` is ours, on a GPU: one with weights of one byte.
+
+    They are int8 or float8 (e4m3), alone (inputs stay as they are) and with a scale for each row; their zero points,
     which are zero, torchao's own products do not read either. Float8 is widened by GPUs from compute capability 8.9 on.
     """
     known = type(weight).__name__ in ("Int8Tensor", "Float8Tensor") and is_quantised(weight)
@@ -94,19 +108,13 @@ def takes_bytes(x: Tensor, weight: Any) -> bool:
     data = held["qdata"]
     if data.dtype not in BYTES or any(held.get(name) is not None for name in others):
         return False
-    rows = x.numel() // x.shape[-1]
     by_row = held["scale"].shape == (data.shape[0], 1) and data.is_contiguous()
-    return by_row and rows <= PRODUCT_ROWS and (data.dtype == torch.int8 or widens_float8(data.device))
+    return by_row and (data.dtype == torch.int8 or widens_float8(data.device))
 
 
 def widens_float8(device: torch.device) -> bool:
     """Whether the GPU `device` has an instruction for it."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def add_byte_product(x: Tensor, h: Tensor, weight: Any) -> Tensor:
-    """`x` plus `product(h, weight)` of a weight that `takes_bytes`, in place and in one launch."""
-    return byte_product_gpu(h, weight.qdata, weight.scale, x)
 
 
 def takes_int8(weight: Any) -> bool:
