@@ -13,8 +13,8 @@ import triton.language as tl
 class Stored(NamedTuple):
     """Where keys and values go: two caches `[B, kv_heads, L, hd]` with the strides of their rows, heads and columns.
 
-    `columns` `[n]` int64 are those of the n positions; None: `start` and the ones behind it. A row that is True in
-    `fillers` `[B]` is not written; None: all are.
+    `columns` `[n]` int64 are those of the n positions; None: they follow each other. A row that is True in `fillers`
+    `[B]` is not written; None: all are.
     """
 
     k: tl.tensor
@@ -22,7 +22,6 @@ class Stored(NamedTuple):
     strides_k: tuple[tl.tensor, tl.tensor, tl.tensor]
     strides_v: tuple[tl.tensor, tl.tensor, tl.tensor]
     columns: tl.tensor
-    start: tl.tensor
     fillers: tl.tensor
 
 
@@ -63,12 +62,13 @@ def store_heads(cache, strides, i_b, o_h, column, o_d, m_hd, b_first, b_second, 
     tl.store(cache + o_cache + HALF, b_second, mask=m_hd)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["start", "n", "stride_ab"])
 def rotate_kernel(
     heads,
     cos,
     sin,
     stored,
+    start,
     n,
     stride_hb,
     stride_hn,
@@ -82,8 +82,8 @@ def rotate_kernel(
 ):
     """Grid (B * n, tiles of heads): rotate queries and keys of `heads` `[B, n, HEADS + 2 KV_HEADS, 2 HALF]` in place.
 
-    `cos` and `sin` `[B or 1, n, 2 HALF]` are of the second half's sign. With `STORES` keys and values are also written
-    to the cache.
+    Of `cos` and `sin` `[B or 1, n, 2 HALF]` the second half is read. With `STORES` keys and values are also written to
+    the cache, at `stored.columns` or from column `start` on.
     """
     i_bn, i_h = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_bn // n).to(tl.int64), (i_bn % n).to(tl.int64)
@@ -104,7 +104,7 @@ def rotate_kernel(
     tl.store(p_first, b_first, mask=m_hd & m_turned)
     tl.store(p_first + HALF, b_second, mask=m_hd & m_turned)
     if STORES:
-        column = i_n + stored.start if stored.columns is None else tl.load(stored.columns + i_n)
+        column = i_n + start if stored.columns is None else tl.load(stored.columns + i_n)
         is_real = True if stored.fillers is None else tl.load(stored.fillers + i_b) == 0
         m_k = (m_hd & m_turned & (o_h >= HEADS)[:, None]) & is_real
         m_v = (m_hd & (m_turned == 0)) & is_real

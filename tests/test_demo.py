@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fdpp import cli, tiny
-from fdpp.cli import held_out, live
+from fdpp.cli import held_out, live, terminal
 from fdpp.rules import Frechet, Quota
 
 RULES = ("one per step", "threshold 0.9", "factor 0.75", "Fréchet 0.5", "Fréchet 0.25", "entropy 0.1", "budget 0.05")
@@ -238,7 +238,7 @@ def test_a_text_is_wrapped_between_words_however_it_comes(size):
     """Parts end anywhere between words, as a streamer's do."""
     words = re.findall(r"\S+\s*", LONG)
     parts = ["".join(words[i : i + size]) for i in range(0, len(words), size)]
-    wrap = live.WordWrap(20)
+    wrap = terminal.WordWrap(20)
     wrapped = "".join(map(wrap, parts))
     assert [line.rstrip() for line in wrapped.split("\n")] == [
         "one two three four", "five six seven eight", "nine ten", "", "    indented line", "that goes on", "-",
@@ -250,15 +250,15 @@ def test_a_text_is_wrapped_between_words_however_it_comes(size):
 def test_wrapping_leaves_long_words_and_fenced_code_alone():
     code = "```python\nx = first + second + third + fourth\n```"
     text = f"see https://example.org/a/long/address\n{code}\nand then more words"
-    assert live.WordWrap(20)(text).split("\n") == [
+    assert terminal.WordWrap(20)(text).split("\n") == [
         "see", "https://example.org/a/long/address", "```python", "x = first + second + third + fourth", "```",
         "and then more words",
     ]  # fmt: skip
 
 
 def test_nothing_is_wrapped_in_a_pipe():
-    assert live.word_wrap(io.StringIO())(LONG) == LONG
-    assert max(map(len, live.word_wrap(Terminal())(LONG * 3).split("\n"))) <= 59, "one less than COLUMNS"
+    assert terminal.word_wrap(io.StringIO())(LONG) == LONG
+    assert max(map(len, terminal.word_wrap(Terminal())(LONG * 3).split("\n"))) <= 59, "one less than COLUMNS"
 
 
 @pytest.mark.parametrize("options", [[], ["--stream"]])
@@ -277,11 +277,11 @@ def test_generate_wraps_its_answer_in_a_terminal(options, term, monkeypatch, cap
 
 
 def test_dumb_terminals_are_not_drawn_on(monkeypatch):
-    assert live.is_live(Terminal()) and not live.is_live(io.StringIO())
+    assert terminal.is_live(Terminal()) and not terminal.is_live(io.StringIO())
     monkeypatch.setenv("TERM", "dumb")
-    assert not live.is_live(Terminal())
+    assert not terminal.is_live(Terminal())
     monkeypatch.delenv("TERM")
-    assert not live.is_live(Terminal())
+    assert not terminal.is_live(Terminal())
 
 
 def test_generate_streams_to_a_terminal(monkeypatch, capsys):

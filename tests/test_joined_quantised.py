@@ -357,6 +357,8 @@ def test_compiled_layers_take_joined_weights(kind: str, monkeypatch: pytest.Monk
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, fullgraph=True, backend="eager")
 
+    # PyTorch leaves alone what other tests compiled in too many forms.
+    torch.compiler.reset()
     made_by: dict[Any, Any] = {}
     monkeypatch.setattr(module, "compiled", lambda function: made_by.setdefault(function, compiled(function)))
     model = made(kind, torch.float32)

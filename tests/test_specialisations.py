@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from inputs import TRITON
 
-MOST = 220
-"""At half a second to two per kernel, some minutes for a run with an empty Triton cache."""
+MOST = 250
+"""At half a second to two per kernel, some minutes for a run with an empty Triton cache. 43 of them are those of layers
+and of weights of one byte."""
 
 
 @pytest.mark.skipif(TRITON == "3.6", reason="Triton 3.6 has no name for a rule's predicate")

@@ -134,10 +134,10 @@ def test_weights_are_joined_once(monkeypatch: pytest.MonkeyPatch) -> None:
     llada: LLaDAModelLM = small_model()
     made, join = [], joined.Joined.join
 
-    def slow(self: joined.Joined, weights: Any) -> Any:
+    def slow(self: joined.Joined, weights: Any, parts: Any) -> Any:
         made.append(self)
         threading.Event().wait(0.01)
-        return join(self, weights)
+        return join(self, weights, parts)
 
     monkeypatch.setattr(joined.Joined, "join", slow)
     x = prompts(1, 9)

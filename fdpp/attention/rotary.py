@@ -76,19 +76,11 @@ def rotate_in_place(heads: Tensor, n_heads: int, n_kv_heads: int, angles: Angles
     """
     b, n, _, hd = heads.shape
     cos, sin = angles
-    stored, shown = Stored(heads, heads, (0, 0, 0), (0, 0, 0), None, 0, None), n_heads + n_kv_heads
+    start, stored, shown = 0, Stored(heads, heads, (0, 0, 0), (0, 0, 0), None, None), n_heads + n_kv_heads
     if place is not None:
-        by_number = isinstance(place.start, int)
-        stored = Stored(
-            place.keys,
-            place.values,
-            place.keys.stride()[:3],
-            place.values.stride()[:3],
-            None if by_number else place.start,
-            place.start if by_number else 0,
-            place.fillers,
-        )
-        shown += n_kv_heads
+        k, v, first, fillers = place
+        start, columns = (first, None) if isinstance(first, int) else (0, first)
+        stored, shown = Stored(k, v, k.stride()[:3], v.stride()[:3], columns, fillers), shown + n_kv_heads
     block_d = max(triton.next_power_of_2(hd // 2), 16)
     block_h = max(ROTATE_PAIRS // block_d, 1)
     with torch.cuda.device_of(heads):
@@ -97,6 +89,7 @@ def rotate_in_place(heads: Tensor, n_heads: int, n_kv_heads: int, angles: Angles
             cos,
             sin,
             stored,
+            start,
             n,
             heads.stride(0),
             heads.stride(1),

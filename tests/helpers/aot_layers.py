@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from aot import TARGETS, Compiled, TargetDriver, assembly, facts, like, watched
+from aot_project import tiles
 
 from fdpp.attention import rotary
 from fdpp.attention.rotary import Place
@@ -104,6 +105,7 @@ def compiled(variant: Layer | Product, kernels: dict[str, Compiled]) -> list[dic
         found.append(
             {"name": f"{name}-{variant.name}", "kernel": name, "target": variant.target, "dtype": variant.dtype}
             | facts(kernel)
+            | tiles(kernel)
             | {"widest": max(widths)}
         )
         kernel.last = None

@@ -135,6 +135,16 @@ def blocks() -> list[Block]:
     return [*found, Block("sm_90", d=80), Block("sm_90", d=64, dtype="float16")]
 
 
+def tiles(kernel: Compiled) -> dict[str, Any]:
+    """Shared memory of the last launch, the sizes of its copies to there, and its matrix instructions."""
+    written = assembly(kernel)
+    return {
+        "shared": kernel.last.metadata.shared,
+        "copies": sorted(set(re.findall(r"cp\.async\.c\w\S* \[.*?\], \[.*?\], (0x\w+)", written))),
+        "matrix": [instruction for instruction in MATRIX if instruction in written],
+    }
+
+
 def compiled(variant: Head | Block, kernels: dict[str, Compiled]) -> list[dict[str, Any]]:
     triton.runtime.driver.set_active(TargetDriver(variant.target))
     variant.launch()
@@ -142,7 +152,6 @@ def compiled(variant: Head | Block, kernels: dict[str, Compiled]) -> list[dict[s
     for name, kernel in kernels.items():
         if kernel.last is None:
             continue
-        written = assembly(kernel)
         found.append(
             {
                 "name": f"{name}-{variant.name}",
@@ -150,9 +159,7 @@ def compiled(variant: Head | Block, kernels: dict[str, Compiled]) -> list[dict[s
                 "target": variant.target,
                 "rows": variant.rows,
                 **facts(kernel),
-                "shared": kernel.last.metadata.shared,
-                "copies": sorted(set(re.findall(r"cp\.async\.c\w\S* \[.*?\], \[.*?\], (0x\w+)", written))),
-                "matrix": [instruction for instruction in MATRIX if instruction in written],
+                **tiles(kernel),
             }
         )
         kernel.last = None

@@ -22,6 +22,9 @@ class Anything:
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self
 
+    def __or__(self, other: Any) -> Any:
+        return self
+
 
 def skipped(*arguments: Any, **keywords: Any) -> Callable[[Any], Any]:
     return pytest.mark.skip(reason="hypothesis is not installed")
