@@ -12,11 +12,12 @@ from fdpp.models.weights import is_quantised, product
 
 ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 """oneDNN's product, which PyTorch's compiler calls. For float32 `F.linear` calls MKL: 100 GFLOP/s per core on an AMD
-EPYC with AVX-512, where oneDNN does 220."""
+EPYC with AVX-512, where oneDNN does 220; on another one 95 and 103, and at 4096 x 4096 60 and 80."""
 
 SMALL = 1 << 22
-"""Multiplications below which MKL is faster, since a call of oneDNN costs 10 us more. On one core MKL takes 14 us and
-oneDNN 18 at half as many, 24 and 22 at as many; on two cores oneDNN wins a little later."""
+"""Multiplications below which MKL is faster, since a call of oneDNN costs 10 us more. Both lose where the other machine
+wins: on the faster one oneDNN is ahead from a quarter as many on, on the slower one from twice as many (M = 96, 128 x
+704: 178 us each), there with two cores from here on."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
