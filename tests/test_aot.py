@@ -27,8 +27,18 @@ SPILLS_ALLOWED = {
 }
 if TRITON == "3.6":
     SPILLS_ALLOWED |= {
-        "attend_kernel-sm_90-1x32-1056x4x128-float32": 56,
-        "attend_kernel-sm_90-1x32-1056x4x128-float32-4branches": 48,
+        "sm_90-Frechet-1x32x126464-float16-active": 8,
+        "sm_90-Frechet-1x32x126464-float32-active": 8,
+        "decide_kernel-sm_80-EntropyBound-1x32-bfloat16": 56,
+        "decide_kernel-sm_90-EntropyBound-1x32-bfloat16": 56,
+        "decide_kernel-sm_100-EntropyBound-1x32-bfloat16": 48,
+        "project_kernel-sm_90-Frechet-1x32-bfloat16": 8,
+        "project_kernel-gfx942-Frechet-1x32-bfloat16-sampled": 6,
+        "project_kernel-gfx942-EntropyBound-1x32-bfloat16-sampled": 6,
+        "attend_kernel-sm_90-1x32-1056x4x128-float32": 32,
+        "attend_kernel-sm_90-1x32-1056x4x128-float32-4branches": 32,
+        "product_kernel-sm_80-128x12288x4096-int8": 8,
+        "product_kernel-sm_90-32x4096x12288-int8-added": 8,
     }
 if TRITON == "3.8":
     SPILLS_ALLOWED |= {

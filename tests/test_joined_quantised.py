@@ -41,10 +41,23 @@ IN_BOTH += [(kind, torch.bfloat16) for kind in KINDS]
 """torchao's products of float8 by row take bfloat16 alone."""
 
 
+def multiplies_float8_by_row() -> bool:
+    """Whether PyTorch does on a CPU, as it does from 2.12 or 2.13 on."""
+    a, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(a, a.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.fixture(autouse=True)
-def float8_products_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def float8_products_on_a_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch has them there, and torchao refuses to use them."""
     monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+    given = getattr(request.node, "callspec", None)
+    if given and given.params.get("kind") == "float8-dynamic" and not multiplies_float8_by_row():
+        pytest.skip("this PyTorch multiplies no float8 by row on a CPU")
 
 
 def made(kind: str, dtype: torch.dtype = torch.bfloat16, seed: int = 4, **options: Any) -> LLaDAModelLM:
