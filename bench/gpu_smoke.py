@@ -39,8 +39,10 @@ from torch import Tensor
 import fdpp
 from fdpp import Frechet, Rule, Selection
 from fdpp.attention import split_keys
+from fdpp.attention.rotary import Angles, Place, rotary_angles, rotate, rotate_in_place
 from fdpp.decoding.arena import uncaptured
 from fdpp.decoding.static import steps_of
+from fdpp.models import launches
 from fdpp.rules import dawn
 from fdpp.rules.dawn import decide, edges
 from fdpp.rules.dawn import reference as reference_dawn
@@ -113,6 +115,67 @@ def branches_agree(dtype: torch.dtype, D: int, H: int, kv: int, n: int, S: int, 
     ours, allowed = ((x.double() - want).abs().amax().item() for x in (out, theirs))
     assert ours <= 1.5 * allowed + 2e-6, f"off by {ours:.1e}, PyTorch by {allowed:.1e}"
     return f"{[D, H, n, d]} over {S} columns, off by {ours:.1e}, PyTorch by {allowed:.1e}"
+
+
+def layer_agrees(dtype: torch.dtype, n: int, width: int, H: int, kv: int, hd: int) -> str:
+    """What a layer launches around its products: norm, SwiGLU, rotation and the write into a cache."""
+    g = generator(n + hd)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(dtype).to(DEVICE)
+
+    x, weight, gate, up = random(2, n, H * hd), random(H * hd), random(2, n, width), random(2, n, width)
+    heads, angles = random(2, n, H + 2 * kv, hd), rotary_angles(torch.arange(n, device=DEVICE)[None] + 700, hd, 1e4)
+    k, v = heads[:, :, H:].transpose(1, 2).split(kv, dim=1)
+    stored, turned = [torch.zeros(2, kv, n + 5, hd, dtype=dtype, device=DEVICE) for _ in range(2)], heads.clone()
+    rotate_in_place(turned, H, kv, angles, Place(*stored, torch.arange(3, n + 3, device=DEVICE), None))
+    assert stored[0][:, :, 3:-2].equal(turned[:, :, H : H + kv].transpose(1, 2)), "the cache's keys are others"
+    assert stored[1][:, :, 3:-2].equal(v) and not any(s[:, :, :3].any() or s[:, :, -2:].any() for s in stored)
+    wide = x.double()
+    pairs = {
+        "norm": (
+            launches.rms_norm_gpu(x, weight, 1e-5),
+            weight * F.rms_norm(x.float(), (H * hd,), eps=1e-5).to(dtype),
+            weight.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt(),
+        ),
+        "SwiGLU": (launches.swiglu_gpu(gate, up), F.silu(gate) * up, F.silu(gate.double()) * up.double()),
+        "rotation": (
+            turned[:, :, H : H + kv].transpose(1, 2),
+            rotate(k, angles),
+            exactly_rotated(k, angles),
+        ),
+    }
+    return all_as_good(pairs)
+
+
+def exactly_rotated(x: Tensor, angles: Angles) -> Tensor:
+    cos, sin = (angle.double() for angle in angles)
+    return x.double() * cos + torch.cat(x.double().chunk(2, dim=-1)[::-1], dim=-1) * sin
+
+
+def product_agrees(dtype: torch.dtype, M: int, N: int, K: int) -> str:
+    """A product with weights in int8, alone and added to."""
+    g = generator(M)
+    x, added = (torch.randn(1, M, size, generator=g).to(dtype).to(DEVICE) for size in (K, N))
+    weight = torch.randint(-128, 128, (N, K), dtype=torch.int8, generator=g).to(DEVICE)
+    scale = (torch.rand(N, 1, generator=g) / 100).to(DEVICE)
+    want = x.double() @ weight.double().T * scale.double().T
+    theirs = (x @ weight.to(dtype).T) * scale.to(dtype).T
+    alone = launches.byte_product_gpu(x, weight, scale)
+    pairs = {"alone": (alone, theirs, want)}
+    together = launches.byte_product_gpu(x, weight, scale, added.clone())
+    pairs["added to"] = together, theirs + added, want + added.double()
+    return all_as_good(pairs)
+
+
+def all_as_good(pairs: dict[str, tuple[Tensor, Tensor, Tensor]]) -> str:
+    """Ours, PyTorch's and the truth: at most 1.5 times as far from it as PyTorch in the same dtype, plus 2e-6."""
+    seen = []
+    for name, (out, theirs, want) in pairs.items():
+        ours, allowed = ((x.double() - want).abs().amax().item() for x in (out, theirs))
+        assert ours <= 1.5 * allowed + 2e-6, f"{name}: off by {ours:.1e}, PyTorch by {allowed:.1e}"
+        seen.append(f"{name} off by {ours:.1e}")
+    return ", ".join(seen)
 
 
 def edges_agree(dtype: torch.dtype, n: int, S: int) -> str:
@@ -188,6 +251,8 @@ def kernels() -> Iterator[Check]:
         name = f"block_attention, 3 branches, {dtype}"
         yield name, partial(branches_agree, dtype, 3, 4, 2, 32, long, 128 if ON_GPU else 32)
         yield f"dawn, edges, {dtype}", partial(edges_agree, dtype, 16, long)
+        yield f"layer, {dtype}", partial(layer_agrees, dtype, 4, *((12288, 32, 32, 128) if ON_GPU else (96, 4, 2, 16)))
+    yield "weights of one byte", partial(product_agrees, HALF, 32, *((4096, 12288) if ON_GPU else (130, 256)))
     yield "dawn, commits", partial(commits_agree, 32, long)
     # No size is a multiple of a tile.
     yield "select, odd sizes", partial(select_agrees, random_problem(0, 3, 7, 53, Frechet(0.1)))
@@ -195,6 +260,8 @@ def kernels() -> Iterator[Check]:
     yield "block_attention, odd sizes", partial(attention_agrees, HALF, True, 2, 6, 2, 33, 129, 20)
     yield "block_attention, branches, odd sizes", partial(branches_agree, HALF, 2, 6, 2, 9, 129, 20)
     yield "dawn, edges, odd sizes", partial(edges_agree, HALF, 19, 77)
+    yield "layer, odd sizes", partial(layer_agrees, HALF, 3, 33, 3, 1, 6)
+    yield "weights of one byte, odd sizes", partial(product_agrees, HALF, 17, 131, 77)
     yield "dawn, commits, odd sizes", partial(commits_agree, 11, 45)
 
 
