@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -43,3 +44,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(skip)
+        if re.search(r"\binterpreter\b", item.name):
+            # Tracing makes Triton's interpreter take three to five times as long.
+            item.add_marker("no_cover")

@@ -537,6 +537,7 @@ def split(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
     return seen
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize(
     "settings",

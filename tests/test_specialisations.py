@@ -20,8 +20,8 @@ and of weights of one byte."""
 def test_gpu_tests_compile_few_kernels() -> None:
     """Choose cases that share kernels (`inputs.on_gpu`) before raising the limit."""
     root = Path(__file__).parents[1]
-    # Not the settings of the run that this test is part of.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    # Not the settings of the run that this test is part of, nor its coverage, which would take twice as long.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV"))}
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "helpers" / "specialisations.py"],
         env=environment | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)},
