@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_hip
 
+from fdpp.kernels.ticket import is_last
+
 
 class Part(NamedTuple):
     """What the splits of a tile leave for the last of them: each one's weighted values, maximum and sum.
@@ -161,11 +163,7 @@ def attend_kernel(
         tl.store(part.acc + o_part[:, None] * HEAD_SIZE + o_d[None, :], b_acc, mask=m_md)
         tl.store(part.max + o_part, b_max, mask=m_m)
         tl.store(part.sum + o_part, b_sum, mask=m_m)
-        # Without this barrier nothing orders the other warps' stores before the ticket of the warp that takes it.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(part.ticket + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLITS - 1:
-            tl.store(part.ticket + tl.program_id(0), 0)
+        if is_last(part.ticket + tl.program_id(0), SPLITS):
             b_joined = joined(part, o_row, o_d, m_m, m_md, HEAD_SIZE, SPLITS, BLOCK_M, BLOCK_D)
             tl.store(out + o_row[:, None] * HEAD_SIZE + o_d[None, :], b_joined, mask=m_md)
 

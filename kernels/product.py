@@ -12,6 +12,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fdpp.kernels.ticket import is_last
+
 
 class Parts(NamedTuple):
     """What the splits of a tile leave for the last of them, float32 `[SPLITS, M, N]`; tickets are zero before and after
@@ -73,11 +75,7 @@ def product_kernel(
     else:
         o_part = o_m.to(tl.int64)[:, None] * N + o_n[None, :]
         tl.store(parts.sums + i_s * M.to(tl.int64) * N + o_part, b_sum, mask=m_mn)
-        # As in `attend_kernel`.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(parts.ticket + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLITS - 1:
-            tl.store(parts.ticket + tl.program_id(0), 0)
+        if is_last(parts.ticket + tl.program_id(0), SPLITS):
             b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
             for i_part in tl.static_range(SPLITS):
                 p_part = parts.sums + i_part * M.to(tl.int64) * N + o_part

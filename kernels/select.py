@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fdpp.kernels.decide import decide, store_partial
+from fdpp.kernels.ticket import is_last
 from fdpp.kernels.vocab import summarize_row
 
 
@@ -60,11 +61,7 @@ def select_kernel(
         i_bt = i_b.to(tl.int64) * T + i_t
         store_partial(partial, i_bt, i_s, None, summary, B, T, SAMPLED, BY_ENTROPY, SPLITS)
 
-    # Without this barrier nothing orders the other warps' stores before the ticket of the warp that takes it.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(ticket + i_b, 1, sem="acq_rel", scope="gpu")
-    if arrived == T * SPLITS - 1:
-        tl.store(ticket + i_b, 0)
+    if is_last(ticket + i_b, T * SPLITS):
         decide(
             tokens,
             active,
