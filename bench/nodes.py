@@ -36,7 +36,7 @@ from fdpp.decoding.loop import BlockLoop
 from fdpp.decoding.runners import StaticRunner
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.static import StaticSteps
-from fdpp.models.llada import LLaDABlock
+from fdpp.models.block import Block
 from fdpp.models.quantised import torchao_config
 from fdpp.step import gpu
 
@@ -283,7 +283,7 @@ def recorded() -> Iterator[Record]:
         name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20
     )
     places: list[tuple[type, str, Callable[[Any], str]]] = [
-        (LLaDABlock, "forward", lambda block: f"layer {block.layer}"),
+        (Block, "forward", lambda block: f"layer {block.layer}"),
         (LLaDAModelLM, "project_slice", lambda _: "head"),
         (Choice, "__call__", lambda _: "selection"),
     ]

@@ -13,8 +13,10 @@ from fdpp.version import __version__
 
 if TYPE_CHECKING:
     from fdpp.decoding.output import DiffusionGenerationOutput
-    from fdpp.models.configuration import LLaDAConfig
+    from fdpp.models.dream import DreamModelLM
+    from fdpp.models.dream_config import DreamConfig
     from fdpp.models.llada import LLaDAModelLM
+    from fdpp.models.llada_config import LLaDAConfig
     from fdpp.patching import patch, unpatch
 
 moved.install()
@@ -22,7 +24,9 @@ registration.install()
 
 WITH_TRANSFORMERS = {
     "DiffusionGenerationOutput": "fdpp.decoding.output",
-    "LLaDAConfig": "fdpp.models.configuration",
+    "DreamConfig": "fdpp.models.dream_config",
+    "DreamModelLM": "fdpp.models.dream",
+    "LLaDAConfig": "fdpp.models.llada_config",
     "LLaDAModelLM": "fdpp.models.llada",
     "patch": "fdpp.patching",
     "unpatch": "fdpp.patching",
@@ -35,6 +39,8 @@ __all__ = [
     "DenoisingStep",
     "DiffusionGenerationConfig",
     "DiffusionGenerationOutput",
+    "DreamConfig",
+    "DreamModelLM",
     "EntropyBound",
     "Factor",
     "Frechet",

@@ -13,8 +13,8 @@ from small import prompts, small_model
 from torch import nn
 
 from fdpp import LLaDAModelLM
+from fdpp.models import block as module
 from fdpp.models import layers
-from fdpp.models import llada as module
 
 SIZES = {"n_kv_heads": 2}
 

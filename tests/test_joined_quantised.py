@@ -365,7 +365,7 @@ def test_a_padded_row_decodes_as_if_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "int8-dynamic", "float8"])
 def test_compiled_layers_take_joined_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fdpp.models import llada as module
+    from fdpp.models import block as module
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, fullgraph=True, backend="eager")
@@ -466,7 +466,7 @@ def test_without_torchao_the_option_says_what_to_install(
 
 def test_sizes_that_torchao_cannot_quantise() -> None:
     with pytest.raises(
-        ValueError, match="int4: expected d_model and mlp_hidden_size to be multiples of 32, got 64 and 48"
+        ValueError, match=r"int4: expected hidden and intermediate sizes that are multiples of 32, got \(64, 48\)"
     ):
         made("int4", mlp_hidden_size=48)
     with pytest.raises(

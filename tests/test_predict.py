@@ -21,7 +21,7 @@ from roofline import Device
 import fdpp
 from fdpp import LLaDAConfig
 from fdpp.attention import block_attention, split_keys
-from fdpp.models.llada import LLaDABlock
+from fdpp.models.block import Block
 from fdpp.step import gpu
 
 
@@ -103,7 +103,7 @@ def test_of_a_cache_a_kernel_may_touch_a_part(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_machine_is_as_it_was_afterwards() -> None:
     def state() -> tuple[Any, ...]:
-        patched = torch.cuda.device_of, torch.cuda.current_stream, LLaDABlock.forward, torch.get_default_dtype()
+        patched = torch.cuda.device_of, torch.cuda.current_stream, Block.forward, torch.get_default_dtype()
         return *patched, list(gpu.spare)
 
     before = state()

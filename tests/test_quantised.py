@@ -287,7 +287,7 @@ def test_plain_layers_beside_a_wrapped_one_take_the_fast_product(monkeypatch: py
 
     model, fast = small_model(), []
     product = products.linear
-    monkeypatch.setattr(products, "linear", lambda x, weight: fast.append(weight) or product(x, weight))
+    monkeypatch.setattr(products, "linear", lambda x, weight, bias: fast.append(weight) or product(x, weight, bias))
     block = model.model.transformer["blocks"][0]
     block.q_proj = Wrapped(block.q_proj)
     block.up_proj.weight = Marked(block.up_proj.weight.data)

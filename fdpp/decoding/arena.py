@@ -15,7 +15,7 @@ from fdpp.decoding.drafts import cache_for
 from fdpp.decoding.evidence import Evidence
 from fdpp.decoding.filters import Filters
 from fdpp.decoding.settings import DiffusionGenerationConfig
-from fdpp.decoding.state import BlockState, Outcome, Window
+from fdpp.decoding.state import BlockState, Outcome, Window, count
 
 
 def graph_size(b: int) -> int:
@@ -67,7 +67,10 @@ class Step:
         block = columns(window.block_width())
         fed = window.fed if window.full else columns(window.width())
         inner = columns(window.block_width()) if window.full else window.inner
-        self.window = Window(fed, block, inner, -1, window.full, window.padding)
+        read = window.read
+        if window.full:
+            read = inner if window.read == window.inner else columns(count(window.read))
+        self.window = Window(fed, block, inner, read, -1, window.full, window.padding, window.own)
         self.counts = torch.empty(4, b, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self.graph: Any = None
 
@@ -75,7 +78,7 @@ class Step:
         """Move to the columns of `window`."""
         if self.window.block_start == window.block_start:
             return
-        for name in ("fed", "block", "inner"):
+        for name in ("fed", "block", "inner", "read"):
             columns, at = getattr(self.window, name), getattr(window, name)
             if isinstance(columns, Tensor):
                 torch.arange(at.start, at.stop, device=columns.device, out=columns)
@@ -122,7 +125,7 @@ class Arena:
         """The step, and whether it is new."""
         # A full window's block moves within it; of others the place is fixed, and tells a block's first from the rest.
         inner = None if window.full or isinstance(window.inner, Tensor) else window.inner.start
-        key = (window.width(), window.block_width(), inner, window.padding, drafts, fresh)
+        key = (window.width(), window.block_width(), inner, window.padding, window.own, drafts, fresh)
         new = key not in self.steps
         step = Step(window, self.state.row.shape[0], drafts, fresh, self.schedule.device) if new else self.steps[key]
         step.place(window)
@@ -162,8 +165,8 @@ class Bucket:
         eos, filters: the ids that end a sequence, and what filters read, at fixed addresses.
     """
 
-    def __init__(self, config: DiffusionGenerationConfig, device: torch.device, capacity: int) -> None:
-        self.device, self.capacity, self.cache = device, capacity, cache_for(config)
+    def __init__(self, config: DiffusionGenerationConfig, shift: int, device: torch.device, capacity: int) -> None:
+        self.device, self.capacity, self.cache = device, capacity, cache_for(config, shift)
         self.eos, self.filters = stop_ids(config, device), Filters(config, device)
         self.arenas: dict[tuple[int, int, bool], Arena] = {}
         self.graphs: Any = None

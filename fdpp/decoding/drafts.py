@@ -105,17 +105,19 @@ def most_drafts(drafts: int | str) -> int:
     return MAX_DRAFTS if drafts == "auto" else int(drafts)
 
 
-def spare_columns(config: DiffusionGenerationConfig) -> int:
-    """Columns that the cache holds for drafts in tree layout."""
+def spare_columns(config: DiffusionGenerationConfig, shift: int) -> int:
+    """Columns that the cache holds for drafts in tree layout; with a `shift` a draft has one more, before its block."""
     if config.drafts == 1 or config.branches == "batch" or config.cache == "none":
         return 0
     widest = config.max_new_tokens if config.cache == "prefix" else config.block_length
-    return (most_drafts(config.drafts) - 1) * min(widest, config.max_new_tokens)
+    return (most_drafts(config.drafts) - 1) * (min(widest, config.max_new_tokens) + shift)
 
 
-def cache_for(config: DiffusionGenerationConfig) -> BlockCache | None:
-    """The empty cache of a decode, with room for its drafts; None where it has none."""
-    return None if config.cache == "none" else BlockCache(config.branches, spare_columns(config), config.passes)
+def cache_for(config: DiffusionGenerationConfig, shift: int) -> BlockCache | None:
+    """The empty cache of a decode by a model with that `shift`, with room for its drafts; None where it has none."""
+    if config.cache == "none":
+        return None
+    return BlockCache(config.branches, spare_columns(config, shift), config.passes)
 
 
 def depth_after(accepted: int, drafts: int | str) -> int:

@@ -17,7 +17,7 @@ from fdpp.decoding.head import head_of
 from fdpp.decoding.model import DiffusionModel
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.shaping import processed, without
-from fdpp.decoding.state import BlockState, Window
+from fdpp.decoding.state import BlockState, Window, count
 from fdpp.rules import Rows, Rule, Sight
 from fdpp.step.operators import confidence, prefix_step
 
@@ -74,7 +74,7 @@ class Forwards:
             cache.pad(0 if padding is None else padding, state.fillers)
         needs, probe = self.rule.needs, None
         if needs.attention:
-            layers = self.rule.probed(self.model.config.n_layers)
+            layers = self.rule.probed(self.model.config.num_hidden_layers)
             probe = Probe(layers, cache, branches=D, layout=self.layout)
         fed, fed_tokens = state, tokens
         if self.cfg_scale > 0.0:
@@ -84,7 +84,7 @@ class Forwards:
             hidden, beside = self.with_rows(state, tokens, window)
         else:
             hidden, beside = self.hidden(fed, fed_tokens, window, probe or cache, mask, not self.reads_all), None
-        of_block = hidden[:, :, window.inner] if self.reads_all else hidden
+        of_block = aligned(hidden[:, :, window.read] if self.reads_all else hidden, fed, window)
         if self.only_masked and hidden.device.type == "cpu":
             return Evidence(self.filtered(self.project(of_block[states == self.mask_id]), state, states, window))
         logits = self.shaped(self.project(of_block), state, states, window)
@@ -102,7 +102,7 @@ class Forwards:
             mask_id=self.mask_id,
             rows=None if beside is None else self.project(beside),
             probe=probe,
-            fed_confidence=lambda: self.fed_confidence(hidden),
+            fed_confidence=lambda: self.fed_confidence(hidden, fed, window),
         )
         return Evidence(logits, self.rule.observe(sight, state.evidence))
 
@@ -126,10 +126,15 @@ class Forwards:
             logits = processed(self.processor, logits, states, before, contexts, self.mask_id)
         return self.filters.cut(without(logits, self.never) if self.never else logits)
 
-    def fed_confidence(self, hidden: Tensor) -> Tensor:
-        """The confidence that each fed position would have if it were masked: float32 `[b, D, n]`."""
+    def fed_confidence(self, hidden: Tensor, state: BlockState, window: Window) -> Tensor:
+        """The confidence that each fed position would have if it were masked: float32 `[b, D, n]`.
+
+        `hidden` `[b, D, n, d_model]` is of the sequences in `state`.
+        """
         if not self.rule.needs.fed:
             raise ValueError(f"{type(self.rule).__name__}: fed_confidence expected needs = Needs(fed=True, ...)")
+        if self.model.shift:
+            hidden = all_aligned(hidden, state, window)
         logits = self.project(hidden)
         if self.cfg_scale > 0.0:
             logits = guided(logits, self.cfg_scale)
@@ -154,7 +159,7 @@ class Forwards:
     ) -> Tensor:
         """Hidden states `[b, D, n, d_model]` of `tokens` `[b, D, n]`, which stand in the window's fed columns.
 
-        With `of_block` only those of the block's columns, `[b, D, T, d_model]`. `mask` as the model takes it.
+        With `of_block` only those that the window reads. `mask` as the model takes it.
         """
         b, D, n = tokens.shape
         positions = state.position_ids[:, window.fed]
@@ -162,7 +167,7 @@ class Forwards:
         together = (1, 2) if tree else (0, 1)
         if D > 1:
             positions = positions[:, None].expand(b, D, n).flatten(*together)
-        cut = of_block and window.block_width() < n
+        cut = of_block and count(window.read) < n
         early = cut and not tree
         hidden = self.model.model(
             tokens.flatten(*together),
@@ -170,10 +175,10 @@ class Forwards:
             position_ids=positions,
             cache=cache,
             start=window.start(),
-            wanted=window.inner if early else None,
+            wanted=window.read if early else None,
         )
         hidden = hidden.view(b, D, -1, hidden.shape[-1])
-        return hidden[:, :, window.inner] if cut and not early else hidden
+        return hidden[:, :, window.read] if cut and not early else hidden
 
     def with_rows(self, state: BlockState, tokens: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """Hidden states of `tokens` `[b, 1, n]`, a full forward's, and of the rows that the rule feeds beside them."""
@@ -212,3 +217,30 @@ class Forwards:
             return sees.expand(state.row.shape[0], 1, -1, -1)
         real = torch.nn.functional.pad(visible(state.padding, n), (0, E), value=True)
         return (sees & real[:, None])[:, None]
+
+
+def aligned(read: Tensor, state: BlockState, window: Window) -> Tensor:
+    """The hidden states that predict the block's tokens, `[b, D, T, d_model]`, of those that the window reads."""
+    if not window.own:
+        return read
+    T = window.block_width()
+    if read.shape[2] == T:  # no column is before the block
+        return torch.cat((read[:, :, :1], read[:, :, :-1]), dim=2)
+    if state.padding is None:
+        return read[:, :, :T]
+    start = window.block.start if isinstance(window.block, slice) else window.block[:1]
+    alone = (state.padding == start)[:, None, None, None]
+    return torch.cat((torch.where(alone, read[:, :, 1:2], read[:, :, :1]), read[:, :, 1:T]), dim=2)
+
+
+def all_aligned(hidden: Tensor, state: BlockState, window: Window) -> Tensor:
+    """The hidden states that predict each fed column `[b, D, n, d_model]`, where a column predicts the next one.
+
+    The first fed column, and a sequence's first token, get their own.
+    """
+    before = torch.cat((hidden[:, :, :1], hidden[:, :, :-1]), dim=2)
+    if state.padding is None:
+        return before
+    fed = window.fed
+    columns = torch.arange(fed.start, fed.stop, device=hidden.device) if isinstance(fed, slice) else fed
+    return torch.where((columns == state.padding[:, None])[:, None, :, None], hidden, before)

@@ -56,6 +56,7 @@ class DiffusionGenerationMixin:
 
     generation_config_class = DiffusionGenerationConfig
     config: Any
+    shift = 0
 
     @without_gradients
     def generate(
@@ -241,7 +242,7 @@ class DiffusionGenerationMixin:
 
     def check_window(self, ids: Tensor, mask: Tensor | None, new: int) -> None:
         longest = ids.shape[1] if mask is None else int(mask.sum(1).amax())
-        window = self.config.max_sequence_length
+        window = self.config.max_position_embeddings
         if longest + new > window:
             raise ValueError(f"prompt of {longest} tokens and {new} new ones exceed the model's window of {window}")
 

@@ -76,9 +76,14 @@ def head_of(
 
     Raises:
         ValueError: a rule that reads attention on a sharded model, no process of which sees that of all heads; `fused`
-            with a head that is sharded or more than a weight.
+            with a head that is sharded or more than a weight; a rule that feeds rows beside the sequence, with a model
+        whose columns predict the next token: a row has no column before it.
     """
     held = slice_held(model)
+    if rule.needs.rows and model.shift:
+        raise ValueError(
+            f"rule={type(rule).__name__}(...) feeds rows, and this model reads a row's token off the one before"
+        )
     if fused:
         if held is not None:
             raise ValueError("head='fused' takes a whole head, got one that tensor parallelism shares out")

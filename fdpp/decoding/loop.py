@@ -64,7 +64,7 @@ class BlockLoop:
     ) -> None:
         self.mask_id, self.pad_id = token_ids(config, processor)
         config = settled(model, config, processor, input_ids.shape[0])
-        self.config, self.device, self.static = config, input_ids.device, static
+        self.config, self.device, self.static, self.shift = config, input_ids.device, static, model.shift
         self.eos = torch.tensor(config.eos_token_id, dtype=torch.int64, device=self.device)
         self.extra = 0 if static is None else -(input_ids.shape[1] + config.max_new_tokens) % LENGTH_BUCKET
         self.prompt_length = input_ids.shape[1] + self.extra
@@ -73,6 +73,8 @@ class BlockLoop:
         self.decoded = torch.full_like(self.live, -1)
         padding = None if attention_mask is None else (~attention_mask).sum(1)
         self.padding = self.padding_of_all(padding)
+        shortest = input_ids.shape[1] if padding is None or not self.shift else input_ids.shape[1] - int(padding.amax())
+        self.bare = self.shift > 0 and shortest == 0
         self.whole = self.initial(*self.in_bucket(input_ids, padding), given, numbers)
         self.cache, stops, filters = self.memory()
         self.advance = Advance(model, config, stops, processor, filters)
@@ -97,8 +99,12 @@ class BlockLoop:
     def memory(self) -> tuple[BlockCache | None, Tensor | None, Filters]:
         """The cache, the ids that end a sequence, and the filters: those of a bucket stand at fixed addresses."""
         if self.static is None:
-            return cache_for(self.config), stop_ids(self.config, self.device), Filters(self.config, self.device)
-        self.bucket = bucket_for(self.static, self.config, self.device, self.live.shape[0], self.length)
+            return (
+                cache_for(self.config, self.shift),
+                stop_ids(self.config, self.device),
+                Filters(self.config, self.device),
+            )
+        self.bucket = bucket_for(self.static, self.config, self.shift, self.device, self.live.shape[0], self.length)
         return self.bucket.cache, self.bucket.eos, self.bucket.filters
 
     def runner(self, state: BlockState, block: int) -> EagerRunner | StaticRunner:
@@ -116,18 +122,23 @@ class BlockLoop:
         return torch.tensor(self.cache.seat(sequences.tolist()), dtype=torch.int64, device=self.device)
 
     def windows(self, block: int, before: int) -> tuple[Window, Window]:
-        """The window of a block's first forward, and that of the others; `before` is the block decoded before it."""
+        """The window of a block's first forward, and that of the others; `before` is the block decoded before it.
+
+        Where a column predicts the next token, the one before the block is fed with it, if there is one.
+        """
         columns, everything = self.block_columns(block), slice(self.padding or 0, self.length)
-        full = Window.of(everything, columns, True, self.padding)
+        reading = self.shift, self.bare and block == 0
+        full = Window.of(everything, columns, True, self.padding, *reading)
         if self.config.cache == "none":
             return full, full
-        fed = columns if self.config.cache == "dual" else slice(columns.start, self.length)
+        stop = columns.stop if self.config.cache == "dual" else self.length
+        fed = slice(max(columns.start - self.shift, 0), stop)
         padding = 0 if self.whole.padding is None else None
-        others = Window.of(fed, columns, False, padding)
+        others = Window.of(fed, columns, False, padding, *reading)
         if block == 0:
             return full, others
         first = self.config.refresh.first(block, columns, self.block_columns(before), everything, fed)
-        return full if first == everything else Window.of(first, columns, False, padding), others
+        return full if first == everything else Window.of(first, columns, False, padding, *reading), others
 
     def parts(self, block: int) -> Iterator[tuple[int, Tensor]]:
         """The sequences `[c]` that decode `block`, and which block they decoded before it.

@@ -11,10 +11,12 @@ from fdpp.step.parallel import VocabularySlice
 
 
 class DiffusionModel(Protocol):
-    """A masked-diffusion model as the block loop sees it; `fdpp.LLaDAModelLM` is one.
+    """A masked-diffusion model as the block loop sees it; `fdpp.models.language_model.DiffusionLM` is one.
 
     Attributes:
-        config: with `vocab_size`, `n_layers` and `max_sequence_length`.
+        config: with `vocab_size`, `num_hidden_layers` and `max_position_embeddings`.
+        shift: 0 where the hidden state of a column predicts the token in it, 1 where it predicts the next one. A
+            sequence's first token is then predicted by its own.
         model: the transformer without its head. `model(input_ids, attention_mask=, position_ids=, cache=, start=,
             wanted=)` of ids `[B, n]` returns hidden states `[B, n, d_model]`; with `wanted`, a slice or indices `[m]`
             of the n positions, only theirs. With a cache every layer hands its queries, keys and values to
@@ -23,6 +25,7 @@ class DiffusionModel(Protocol):
     """
 
     config: Any
+    shift: int
 
     @property
     def model(self) -> nn.Module: ...

@@ -19,6 +19,10 @@ class Window(NamedTuple):
         fed: `n` columns of the sequence that are fed to the model.
         block: the block's `T` columns of the sequence.
         inner: the block's place within what is fed.
+        read: the place of the hidden states that predict the block's tokens: `inner`, or with a shift of 1 one column
+            before it. If `own` is set one more is read, that of the block's last column, unless nothing is before the
+            block.
+        own: whether the block's first token is the first of some sequences, which its own hidden state predicts.
         block_start: the block's first column; -1 in a captured step, which serves every block.
         full: whether everything is fed.
         padding: how many columns on the left hold no token, if it is the same in all sequences and known to the host: a
@@ -28,14 +32,17 @@ class Window(NamedTuple):
     fed: slice | Tensor
     block: slice | Tensor
     inner: slice | Tensor
+    read: slice | Tensor
     block_start: int
     full: bool
     padding: int | None = 0
+    own: bool = False
 
     @classmethod
-    def of(cls, fed: slice, block: slice, full: bool, padding: int | None) -> Window:
+    def of(cls, fed: slice, block: slice, full: bool, padding: int | None, shift: int = 0, own: bool = False) -> Window:
         inner = slice(block.start - fed.start, block.stop - fed.start)
-        return cls(fed, block, inner, block.start, full, padding)
+        read = slice(max(inner.start - shift, 0), inner.stop if own else inner.stop - shift)
+        return cls(fed, block, inner, read, block.start, full, padding, own)
 
     def start(self) -> int | Tensor:
         """What `model(start=)` takes: the first fed column, or all of them."""

@@ -206,12 +206,15 @@ def hashable(value: Any) -> Any:
 
 
 def bucket_for(
-    held: StaticSteps, config: DiffusionGenerationConfig, device: torch.device, B: int, length: int
+    held: StaticSteps, config: DiffusionGenerationConfig, shift: int, device: torch.device, B: int, length: int
 ) -> Bucket:
-    """The bucket for `B` sequences of `length` columns under `config`; its cache is this decode's from now on."""
+    """The bucket for `B` sequences of `length` columns under `config`, of a model with that `shift`.
+
+    Its cache is this decode's from now on.
+    """
     settings = (getattr(config, field.name) for field in fields(config) if field.name not in UNKEYED)
-    key = (length, spare_columns(config), *map(hashable, settings))
-    bucket = held.bucket(key, graph_size(B), partial(Bucket, config, device))
+    key = (length, spare_columns(config, shift), *map(hashable, settings))
+    bucket = held.bucket(key, graph_size(B), partial(Bucket, config, shift, device))
     if bucket.cache is not None:
         bucket.cache.order = []
     return bucket

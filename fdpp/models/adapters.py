@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from fdpp.models.llada import LLaDAModelLM
+from fdpp.models.language_model import DiffusionLM
 
 
 def adapter_config(path: str) -> Any:
@@ -26,7 +26,7 @@ def adapter_config(path: str) -> Any:
     return config
 
 
-def merge_adapter(model: LLaDAModelLM, path: str) -> LLaDAModelLM:
+def merge_adapter(model: DiffusionLM, path: str) -> DiffusionLM:
     """`model`, with the adapter at `path` merged into its weights, in their dtype; it then decodes as fast as before.
 
     Where the embedding is also the head, an adapter of it is left in its layer: merged, it would change the head, too.
@@ -46,7 +46,7 @@ def merge_adapter(model: LLaDAModelLM, path: str) -> LLaDAModelLM:
         if lacking or unknown:
             found = [f"missing {key}" for key in lacking[:4]] + [f"unexpected {key}" for key in unknown[:4]]
             raise ValueError(f"the adapter does not fit the model: {', '.join(found)}")
-        if model.config.weight_tying and hasattr(model.get_input_embeddings(), "merge"):
+        if model.config.tie_word_embeddings and hasattr(model.get_input_embeddings(), "merge"):
             return model.eval()
-        merged: LLaDAModelLM = adapted.merge_and_unload()
+        merged: DiffusionLM = adapted.merge_and_unload()
         return merged.eval()

@@ -23,15 +23,19 @@ class Joined:
     (`fdpp.models.linear.is_product`) are left alone.
 
     Args:
-        modules: the block's own table of submodules, so that a layer that is replaced later is seen.
+        modules: the own table of submodules of what holds the layers, so that one that is replaced later is seen.
         names: of the layers to join.
+        biased: whether they may have biases, which the caller adds.
+        what: "weight", or "bias" for their biases as one vector.
 
     Attributes:
         allowed: False for layers that belong to somebody else's model, whose weights stay where they are.
     """
 
-    def __init__(self, modules: dict[str, nn.Module | None], *names: str) -> None:
-        self.modules, self.names = modules, names
+    def __init__(
+        self, modules: dict[str, nn.Module | None], *names: str, biased: bool = False, what: str = "weight"
+    ) -> None:
+        self.modules, self.names, self.biased, self.what = modules, names, biased, what
         self.weight: Tensor | None = None
         self.allowed = True
 
@@ -46,10 +50,10 @@ class Joined:
         weights = []
         for name in self.names:
             layer = self.modules[name]
-            if not is_product(layer):
+            if not is_product(layer, self.biased) or getattr(layer, self.what) is None:
                 self.part()  # a layer that was quantised has no use for its former weight's memory
                 return None
-            weights.append(layer.weight)
+            weights.append(getattr(layer, self.what))
         parts = parts_of_all(weights)
         if parts is None:
             self.part()
@@ -105,10 +109,10 @@ def beside_each_other(weights: list[Tensor]) -> Tensor | None:
     """The matrix of which `weights` are the rows already, as after a layer was wrapped and unwrapped; else None."""
     first, rows = weights[0], 0
     for weight in weights:
-        same = weight.dtype == first.dtype and weight.shape[1] == first.shape[1] and weight.is_contiguous()
-        offset = first.storage_offset() + rows * first.shape[1]
+        same = weight.dtype == first.dtype and weight.shape[1:] == first.shape[1:] and weight.is_contiguous()
+        offset = first.storage_offset() + rows * first.stride(0)
         storages = weight.untyped_storage().data_ptr(), first.untyped_storage().data_ptr()
         if not same or storages[0] != storages[1] or weight.storage_offset() != offset:
             return None
         rows += weight.shape[0]
-    return first.data.as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    return first.data.as_strided((rows, *first.shape[1:]), first.stride())

@@ -66,13 +66,21 @@ def keys_to_see(mask: Tensor, rows: int, queries: int, keys: int | None, heads: 
 
 
 def attention_inputs(
-    x: Tensor, norm: Tensor, weight: Tensor, angles: Angles, eps: float, n_heads: int, n_kv_heads: int
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    angles: Angles,
+    eps: float,
+    n_heads: int,
+    n_kv_heads: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries `[B, H, T, hd]`, rotated keys and values `[B, kv_heads, T, hd]` of `x` `[B, T, d_model]`.
 
-    `norm` is the norm's weight, `weight` `[(H + 2 kv_heads) hd, d_model]` that of queries, keys and values.
+    `norm` is the norm's weight, `weight` `[(H + 2 kv_heads) hd, d_model]` that of queries, keys and values, and `bias`
+    theirs.
     """
-    heads = linear(rms_norm(x, norm, eps), weight).unflatten(2, (n_heads + 2 * n_kv_heads, -1)).transpose(1, 2)
+    heads = linear(rms_norm(x, norm, eps), weight, bias).unflatten(2, (n_heads + 2 * n_kv_heads, -1)).transpose(1, 2)
     rotated = rotate(heads[:, : n_heads + n_kv_heads], angles)
     return rotated[:, :n_heads], rotated[:, n_heads:], heads[:, n_heads + n_kv_heads :]
 
@@ -86,12 +94,13 @@ def attention_inputs_gpu(
     n_heads: int,
     n_kv_heads: int,
     place_of: Callable[[Tensor], Place | None] | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
     """`attention_inputs` in three launches, and whether keys and values are stored already.
 
     `place_of` says where, given the keys; None: nowhere.
     """
-    heads = linear(rms_norm(x, norm, eps), weight).unflatten(2, (n_heads + 2 * n_kv_heads, -1))
+    heads = linear(rms_norm(x, norm, eps), weight, bias).unflatten(2, (n_heads + 2 * n_kv_heads, -1))
     q, k, v = heads.transpose(1, 2).split((n_heads, n_kv_heads, n_kv_heads), dim=1)
     place = None if place_of is None else place_of(k)
     rotate_in_place(heads, n_heads, n_kv_heads, angles, place)

@@ -20,12 +20,16 @@ wins: on the faster one oneDNN is ahead from a quarter as many on, on the slower
 704: 178 us each), there with two cores from here on."""
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x` `[..., d]` times the transpose of `weight` `[n, d]`, quantised by torchao or not: `[..., n]`."""
+PER_BLOCK = 7
+"""Linear layers of a block: queries, keys, values and the output of attention; gate, up and down of SwiGLU."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x` `[..., d]` times the transpose of `weight` `[n, d]`, quantised by torchao or not, plus `bias`: `[..., n]`."""
     if torch.compiler.is_compiling():
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     if is_quantised(weight):
-        return product(x, weight)
+        return product(x, weight) if bias is None else product(x, weight).add_(bias)
     fits = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
     if (
         not fits
@@ -34,8 +38,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         or torch.is_autocast_enabled("cpu")
         or x.numel() * weight.shape[0] < SMALL
     ):
-        return F.linear(x, weight)
-    return ONEDNN(x, weight, None, "none", [], "")
+        return F.linear(x, weight, bias)
+    return ONEDNN(x, weight, bias, "none", [], "")
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -44,12 +48,8 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def is_bare(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
-    """Whether `layer` is `nn.Linear` with a weight that is a `Parameter`, no subclass of one, and without a bias."""
-    return (
-        type(layer) is nn.Linear
-        and type(layer._parameters.get("weight")) is nn.Parameter
-        and layer._parameters["bias"] is None
-    )
+    """Whether `layer` is `nn.Linear` with a weight that is a `Parameter`, no subclass of one."""
+    return type(layer) is nn.Linear and type(layer._parameters.get("weight")) is nn.Parameter
 
 
 def is_plain(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
@@ -57,12 +57,18 @@ def is_plain(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
 
     An adapter, a quantised, sharded, offloaded or hooked layer is not plain, nor is one with a bias.
     """
-    return is_bare(layer) and is_untouched(layer)
+    return is_bare(layer) and layer._parameters["bias"] is None and is_untouched(layer)
 
 
-def is_product(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
-    """Whether calling `layer` is `F.linear` with its weight, plain or quantised by torchao, and nothing else."""
-    if type(layer) is not nn.Linear or layer._parameters["bias"] is not None or not is_untouched(layer):
+def is_product(layer: nn.Module | None, biased: bool = False) -> TypeGuard[nn.Linear]:
+    """Whether calling `layer` is `F.linear` with its weight, plain or quantised by torchao, and nothing else.
+
+    With `biased` it may also add its bias.
+    """
+    if type(layer) is not nn.Linear or not is_untouched(layer):
+        return False
+    bias = layer._parameters["bias"]
+    if bias is not None and not (biased and type(bias) is nn.Parameter):
         return False
     weight = layer._parameters.get("weight")
     return type(weight) is nn.Parameter or is_quantised(weight)
@@ -70,6 +76,6 @@ def is_product(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
 
 def apply(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`, by `linear` where the layer is a product and nothing but its result is wanted."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_product(layer):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_product(layer, biased=True):
         return layer(x)
-    return linear(x, layer.weight)
+    return linear(x, layer.weight, layer.bias)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fdpp.models.linear import is_bare
+from fdpp.models.linear import PER_BLOCK, is_bare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from fdpp.models.llada import LLaDAModelLM
+    from fdpp.models.language_model import DiffusionLM
 
 KINDS = ("int8", "int8-dynamic", "float8", "float8-dynamic", "int4")
 """What `quantise` knows, by torchao: weights alone, or with the inputs of every product quantised as it comes."""
@@ -72,7 +72,7 @@ def torchao_config(kind: str, on_gpu: bool, group: int) -> Any:
     return getattr(quantization, name)(set_inductor_config=False, **options)
 
 
-def quantise(model: LLaDAModelLM, kind: str, device: torch.device) -> LLaDAModelLM:
+def quantise(model: DiffusionLM, kind: str, device: torch.device) -> DiffusionLM:
     """`model` on `device`, the projections of its blocks quantised in place as `kind` of `KINDS` says.
 
     Layer by layer, so that no device holds more than one in both forms. The embedding and the head stay whole, as with
@@ -85,18 +85,18 @@ def quantise(model: LLaDAModelLM, kind: str, device: torch.device) -> LLaDAModel
     check_kind(kind, device, model.dtype)
     from torchao.quantization import quantize_
 
-    fitting = [group for group in GROUPS if config.d_model % group == config.mlp_hidden_size % group == 0]
+    sizes = config.hidden_size, config.intermediate_size
+    fitting = [group for group in GROUPS if all(size % group == 0 for size in sizes)]
     if kind == "int4" and not fitting:
         raise ValueError(
-            f"int4: expected d_model and mlp_hidden_size to be multiples of {GROUPS[-1]}, "
-            f"got {config.d_model} and {config.mlp_hidden_size}"
+            f"int4: expected hidden and intermediate sizes that are multiples of {GROUPS[-1]}, got {sizes}"
         )
-    blocks = model.model.transformer["blocks"]
+    blocks: Any = model.model.blocks
     quantize_(blocks, torchao_config(kind, device.type == "cuda", fitting[0] if fitting else 0), device=device)
     whole = [name for name, module in blocks.named_modules() if is_bare(module)]
     if whole:
-        sizes = tuple(blocks.get_submodule(whole[0]).weight.shape)
-        raise ValueError(f"{kind}: expected torchao to quantise every layer, it left {len(whole)} such as {sizes}")
+        left = tuple(blocks.get_submodule(whole[0]).weight.shape)
+        raise ValueError(f"{kind}: expected torchao to quantise every layer, it left {len(whole)} such as {left}")
     model.to(device)
     model.join_weights()
     return model
@@ -124,8 +124,14 @@ def check_loaded(model: PreTrainedModel, layers: int) -> None:
         if not any(re.search(name, path) for path in whole):
             raise ValueError(
                 f"quantization_config: expected names of layers to leave out, got {name!r}, which leaves out none; "
-                "the head is 'model.transformer.ff_out', a block's last layer 'model.transformer.blocks.0.ff_out'"
+                f"{examples(model)}"
             )
+
+
+def examples(model: PreTrainedModel) -> str:
+    """Names as a quantisation's configuration takes them: of the head, and of the first block's last layer."""
+    names = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return f"the head is {names[-1]!r}, a block's last layer {names[PER_BLOCK - 1]!r}"
 
 
 def check_saveable(model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""LLaDA in transformers' `Auto` classes, without importing transformers before somebody does."""
+"""Our families in transformers' `Auto` classes, without importing transformers before somebody does."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+from fdpp.models.families import CONFIGURATIONS, MODELS
+
 REGISTERED_BY = {
-    "transformers.models.auto.configuration_auto": "fdpp.models.configuration",
-    "transformers.models.auto.modeling_auto": "fdpp.models.llada",
+    "transformers.models.auto.configuration_auto": CONFIGURATIONS,
+    "transformers.models.auto.modeling_auto": MODELS,
 }
-"""Modules that hold `Auto` classes, and the module that registers LLaDA with them when it is imported."""
+"""Modules that hold `Auto` classes, and the modules that register families with them when they are imported."""
 
 
 class Registration(MetaPathFinder):
@@ -29,16 +31,22 @@ class Registration(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            import_module(REGISTERED_BY[fullname])
+            register(fullname)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
+def register(module: str) -> None:
+    """Register all families with the `Auto` classes of `module`."""
+    for registers in REGISTERED_BY[module]:
+        import_module(registers)
+
+
 def install() -> None:
     """Register now where the `Auto` classes are there already, else as soon as they are imported."""
-    for module, registers in REGISTERED_BY.items():
+    for module in REGISTERED_BY:
         if module in sys.modules:
-            import_module(registers)
+            register(module)
     if not any(isinstance(finder, Registration) for finder in sys.meta_path):
         sys.meta_path.insert(0, Registration())

@@ -24,6 +24,7 @@ MOVED = {
     "fdpp.gpu": "fdpp.step.gpu",
     "fdpp.klass": "fdpp.moved.klass",
     "fdpp.live": "fdpp.cli.live",
+    "fdpp.models.configuration": "fdpp.models.llada_config",
     "fdpp.noise": "fdpp.step.noise",
     "fdpp.ops": "fdpp.moved.ops",
     "fdpp.parallel": "fdpp.step.parallel",

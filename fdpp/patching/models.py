@@ -22,8 +22,8 @@ from torch import nn
 
 from fdpp.decoding.adapters import check_adapters
 from fdpp.decoding.settings import DiffusionGenerationConfig
-from fdpp.models.configuration import LLaDAConfig
 from fdpp.models.llada import LLaDAModelLM
+from fdpp.models.llada_config import LLaDAConfig
 from fdpp.step.module import DenoisingStep
 
 SUPPORTED = "a LLaDAModelLM of the published remote code (model.transformer.wte, .blocks, .ln_f and .ff_out)"

@@ -1,4 +1,4 @@
-"""Small random LLaDAs whose confidences spread over (0, 1), for tests that need a model but not a trained one."""
+"""Small random models whose confidences spread over (0, 1), for tests that need a model but not a trained one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import fdpp
-from fdpp import LLaDAConfig, LLaDAModelLM
+from fdpp import DreamConfig, DreamModelLM, LLaDAConfig, LLaDAModelLM
+from fdpp.models.language_model import DiffusionLM
 
 V, PAD, MASK, EOS = 64, 61, 62, 63
 RULES = (
@@ -35,11 +36,41 @@ def small_model(seed: int = 0, **config: Any) -> LLaDAModelLM:
         return LLaDAModelLM(LLaDAConfig(**{**sizes, **ids, "max_sequence_length": 256, **config})).eval()
 
 
+def small_dream(seed: int = 0, **config: Any) -> DreamModelLM:
+    """`small_model` of Dream's architecture, with biases that count."""
+    sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "initializer_range": 0.5}
+    ids = {"mask_token_id": MASK, "eos_token_id": EOS, "pad_token_id": PAD}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = DreamModelLM(DreamConfig(**{**sizes, **ids, "max_position_embeddings": 256, **config})).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+SMALL = {"LLaDA": small_model, "Dream": small_dream}
+"""A small model of every family, by name."""
+
+
 def exact_model(seed: int = 0, **config: Any) -> LLaDAModelLM:
     """`small_model` that computes in float64, so that no rounding of a batched matmul can decide a commit."""
-    model = small_model(seed, **config).double()
-    model.project = lambda hidden: LLaDAModelLM.project(model, hidden).float()
+    model = small_model(seed, **config)
+    make_exact(model)
     return model
+
+
+def exact(family: str, seed: int = 0, **config: Any) -> DiffusionLM:
+    """`exact_model` of a family in `SMALL`."""
+    model = SMALL[family](seed, **config)
+    make_exact(model)
+    return model
+
+
+def make_exact(model: DiffusionLM) -> None:
+    model.double()
+    model.project = lambda hidden: type(model).project(model, hidden).float()
 
 
 def prompts(B: int, P: int, seed: int = 0) -> Tensor:

@@ -70,6 +70,7 @@ class LLaDAConfig(PretrainedConfig):
         "num_key_value_heads": "n_kv_heads",
         "intermediate_size": "mlp_hidden_size",
         "max_position_embeddings": "max_sequence_length",
+        "initializer_range": "init_std",
     }
 
     def __init__(
@@ -107,6 +108,8 @@ class LLaDAConfig(PretrainedConfig):
             "max_sequence_length": max_sequence_length,
         }
         for alias, name in self.attribute_map.items():
+            if name not in sizes:
+                continue
             value = kwargs.pop(alias, None)
             if value is not None and sizes[name] not in (None, value):
                 raise ValueError(f"LLaDA config: {alias}={value} contradicts {name}={sizes[name]}")
