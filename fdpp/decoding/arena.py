@@ -156,7 +156,8 @@ def shapes(evidence: Evidence) -> list[torch.Size]:
 class Bucket:
     """Arenas of one length and setting; all use the front rows of one cache.
 
-    They differ by batch size, by block length, and by whether some tokens of the response are given.
+    They differ by batch size, by block length, by whether some tokens of the response are given, and by whether the
+    prompts are embeddings.
 
     The first forward, which allocates the cache, must be one of `capacity` sequences.
 
@@ -168,13 +169,13 @@ class Bucket:
     def __init__(self, config: DiffusionGenerationConfig, shift: int, device: torch.device, capacity: int) -> None:
         self.device, self.capacity, self.cache = device, capacity, cache_for(config, shift)
         self.eos, self.filters = stop_ids(config, device), Filters(config, device)
-        self.arenas: dict[tuple[int, int, bool], Arena] = {}
+        self.arenas: dict[tuple[int, int, bool, bool], Arena] = {}
         self.graphs: Any = None
         self.sound = False
 
     def arena(self, state: BlockState, schedule: Tensor) -> Arena:
         """The arena of the state's form, loaded with it."""
-        key = (state.row.shape[0], schedule.shape[0], state.may_end is not None)
+        key = (state.row.shape[0], schedule.shape[0], state.may_end is not None, state.embeds is not None)
         if key not in self.arenas:
             self.arenas[key] = Arena(state, schedule, None if self.cache is None else self.cache.front(key[0]))
         arena = self.arenas[key]

@@ -10,6 +10,7 @@ from torch import Tensor
 from fdpp.attention import BlockCache, Probe, visible
 from fdpp.attention.cache import seen
 from fdpp.decoding.contexts import contexts_of
+from fdpp.decoding.embedded import embeddings
 from fdpp.decoding.evidence import Evidence
 from fdpp.decoding.filters import Filters
 from fdpp.decoding.guidance import guided, with_unconditional
@@ -169,6 +170,10 @@ class Forwards:
             positions = positions[:, None].expand(b, D, n).flatten(*together)
         cut = of_block and count(window.read) < n
         early = cut and not tree
+        embeds = {}
+        if state.embeds is not None:
+            fed = embeddings(self.model.get_input_embeddings(), tokens, state, window)
+            embeds["inputs_embeds"] = fed.flatten(*together)
         hidden = self.model.model(
             tokens.flatten(*together),
             attention_mask=mask,
@@ -176,6 +181,7 @@ class Forwards:
             cache=cache,
             start=window.start(),
             wanted=window.read if early else None,
+            **embeds,
         )
         hidden = hidden.view(b, D, -1, hidden.shape[-1])
         return hidden[:, :, window.read] if cut and not early else hidden

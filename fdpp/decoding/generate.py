@@ -25,6 +25,7 @@ from fdpp.decoding.arguments import (
     settings_of,
     warn_once,
 )
+from fdpp.decoding.embedded import check_embeds, check_settings, copied
 from fdpp.decoding.filters import check_filtered_ids
 from fdpp.decoding.head import slice_held
 from fdpp.decoding.infill import blanks, groups, output_of
@@ -70,6 +71,7 @@ class DiffusionGenerationMixin:
         custom_generate: Callable[..., Any] | None = None,
         num_return_sequences: int | None = None,
         tokenizer: Any = None,
+        inputs_embeds: Tensor | None = None,
         **overrides: Any,
     ) -> Any:
         """Decode a response block by block.
@@ -101,6 +103,10 @@ class DiffusionGenerationMixin:
                 one of the criteria.
             num_return_sequences: responses to every prompt, next to each other; more than one takes sampling.
             tokenizer: the model's, for `stop_strings`.
+            inputs_embeds: `[B, P, d_model]`, prompts as embeddings, such as a vision model's own code makes of text and
+                pictures. Without `input_ids` the prompts have no ids: the returned sequences are the responses alone,
+                a streamer is given a prompt of no columns, and processors and criteria find masks in its place. With
+                `input_ids` `[B, P]` these are what is returned and what penalties count.
             overrides: settings by name. `do_sample`, `max_length` and values that change nothing are read as in
                 transformers, see `fdpp.decoding.arguments.settings_of`.
 
@@ -116,8 +122,19 @@ class DiffusionGenerationMixin:
         """
         own = taken_by(custom_generate, overrides)
         overrides = {name: overrides[name] for name in overrides.keys() - own.keys()}
+        model = cast(DiffusionModel, self)
+        embeds = None if inputs_embeds is None else check_embeds(inputs_embeds, model)
+        unnamed = embeds is not None and input_ids is None and "inputs" not in overrides
+        if unnamed and embeds is not None:
+            input_ids = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         ids, mask, config = self.asked(input_ids, attention_mask, generation_config, overrides, num_return_sequences)
-        masks = bool(blanks(ids, mask, cast(int, config.mask_token_id)).any())
+        if embeds is not None:
+            check_settings(config)
+            embeds = copied(embeds, ids, num_return_sequences or 1)
+        if unnamed:
+            ids = torch.full_like(ids, cast(int, config.mask_token_id))
+        masks = not unnamed and bool(blanks(ids, mask, cast(int, config.mask_token_id)).any())
         if config.max_new_tokens == 0 and custom_generate is None:
             if not masks:
                 raise ValueError("max_new_tokens=0 fills the masks of a prompt, got one without: expected at least 1")
@@ -139,13 +156,16 @@ class DiffusionGenerationMixin:
                 logits_processor=processors,
                 stopping_criteria=criteria,
                 **({} if streamer is None else {"streamer": streamer}),
+                **({} if embeds is None else {"inputs_embeds": embeds}),
                 **own,
             )
-        model = cast(DiffusionModel, self)
         with steps_for(model, config, ids.device, processors or None) as static:
-            loop = BlockLoop(model, ids, mask, config, processors or None, static)
-            decode(loop, streamer, criteria, ids, stops)
-        return loop.output() if config.return_dict_in_generate else loop.sequences
+            loop = BlockLoop(model, ids, mask, config, processors or None, static, embeds=embeds)
+            decode(loop, streamer, criteria, ids[:, :0] if unnamed else ids, stops)
+        out = loop.output()
+        if unnamed:
+            out.sequences = loop.sequences[:, ids.shape[1] :]
+        return out if config.return_dict_in_generate else out.sequences
 
     @without_gradients
     def infill(

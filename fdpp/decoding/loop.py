@@ -13,6 +13,7 @@ from fdpp.attention import BlockCache
 from fdpp.decoding.advance import Advance, stop_ids
 from fdpp.decoding.arena import graph_size
 from fdpp.decoding.drafts import cache_for, depth_after, most_drafts
+from fdpp.decoding.embedded import for_all_columns
 from fdpp.decoding.filters import Filters
 from fdpp.decoding.head import settled
 from fdpp.decoding.model import DiffusionModel
@@ -43,6 +44,7 @@ class BlockLoop:
 
     Args:
         given: `[B, max_new_tokens]` int64, the response to fill: its tokens count as committed. None: masks alone.
+        embeds: `[B, P, d_model]`, fed in the place of the embeddings of `input_ids`; None: ids alone.
         numbers: `[B]` int64, which noise streams after the seed's the sequences draw from; None: 0, 1, ...
 
     Attributes:
@@ -61,6 +63,7 @@ class BlockLoop:
         static: StaticSteps | None = None,
         given: Tensor | None = None,
         numbers: Tensor | None = None,
+        embeds: Tensor | None = None,
     ) -> None:
         self.mask_id, self.pad_id = token_ids(config, processor)
         config = settled(model, config, processor, input_ids.shape[0])
@@ -76,6 +79,9 @@ class BlockLoop:
         shortest = input_ids.shape[1] if padding is None or not self.shift else input_ids.shape[1] - int(padding.amax())
         self.bare = self.shift > 0 and shortest == 0
         self.whole = self.initial(*self.in_bucket(input_ids, padding), given, numbers)
+        if embeds is not None:
+            held, embedded = for_all_columns(embeds, self.extra, self.length)
+            self.whole = self.whole._replace(embeds=held, embedded=embedded)
         self.cache, stops, filters = self.memory()
         self.advance = Advance(model, config, stops, processor, filters)
 

@@ -22,6 +22,7 @@ class DiffusionModel(Protocol):
             of the n positions, only theirs. With a cache every layer hands its queries, keys and values to
             `cache.attend`. The n positions stand at its columns from `start` on or, if `start` is an int64 tensor, at
             these columns. Without a cache a bool mask `[B, 1, n, n]` says what a position may see; None: everything.
+            Where a prompt comes as embeddings, `inputs_embeds` `[B, n, d_model]` is passed too and counts, not the ids.
     """
 
     config: Any
@@ -29,6 +30,9 @@ class DiffusionModel(Protocol):
 
     @property
     def model(self) -> nn.Module: ...
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding, asked for where a prompt comes as embeddings."""
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., d_model]`, of the whole vocabulary."""

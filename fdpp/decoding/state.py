@@ -78,6 +78,8 @@ class BlockState(NamedTuple):
         fillers: `[b]` bool, rows that only fill up the batch, copies of the first: nothing is stored for them. None:
             there are none.
         streams: `[b]` int64, the noise streams of a decode that samples.
+        embeds: `[b, L, d_model]`, the embeddings of a prompt that has some; None: ids alone.
+        embedded: `[b]` int64, how many columns from the left these are for.
         offered, accepted: `[b, drafts - 1]` int64, how many drafts were offered and accepted, by depth.
         evidence: of the state before the current one, `[b, 1, ...]`, where drafts or the rule need it; None before a
             block's first forward.
@@ -96,6 +98,8 @@ class BlockState(NamedTuple):
     may_end: Tensor | None = None
     fillers: Tensor | None = None
     streams: Tensor | None = None
+    embeds: Tensor | None = None
+    embedded: Tensor | None = None
     offered: Tensor | None = None
     accepted: Tensor | None = None
     evidence: Evidence | None = None
