@@ -12,7 +12,8 @@ from fdpp.kernels.vocab import Summary, decay
 class Partial(NamedTuple):
     """Scratch for the summaries of all splits: `planes` float32 `[5, B, T, SPLITS]`, `token` int32 `[B, T, SPLITS]`.
 
-    The planes are top, rest, score, logit and slope; only those that the launch needs are written and read.
+    The planes are top, rest, score, logit and, by entropy, slope or, by margin, second; only those that the launch
+    needs are written and read.
     """
 
     planes: tl.tensor
@@ -31,7 +32,7 @@ def load_plane(planes, plane, i_b, o_t, o_s, m_ts, other, B, T, SPLITS: tl.const
 
 @triton.jit
 def store_partial(
-    partial, o_bt, i_s, m_bt, summary, B, T, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr, SPLITS: tl.constexpr
+    partial, o_bt, i_s, m_bt, summary, B, T, SAMPLED: tl.constexpr, ORDER: tl.constexpr, SPLITS: tl.constexpr
 ):
     """Write the summaries of split `i_s` where `load_plane` reads them; `o_bt`: one flat position or a tile of them."""
     plane = B.to(tl.int64) * T * SPLITS
@@ -41,8 +42,10 @@ def store_partial(
     if SAMPLED:
         tl.store(partial.planes + 2 * plane + offset, summary.score, mask=m_bt)
         tl.store(partial.planes + 3 * plane + offset, summary.logit, mask=m_bt)
-    if BY_ENTROPY:
+    if ORDER == "entropy":
         tl.store(partial.planes + 4 * plane + offset, summary.slope, mask=m_bt)
+    if ORDER == "margin":
+        tl.store(partial.planes + 4 * plane + offset, summary.second, mask=m_bt)
     tl.store(partial.token + offset, summary.token, mask=m_bt)
 
 
@@ -56,7 +59,7 @@ def merge_splits(
     B,
     T,
     SAMPLED: tl.constexpr,
-    BY_ENTROPY: tl.constexpr,
+    ORDER: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Each position's summary from those of its vocabulary splits (see `vocab.merge`).
@@ -73,8 +76,10 @@ def merge_splits(
     else:
         b_score, b_logit = b_top, b_top
     b_token = load_plane(partial.token, 0, i_b, o_t, o_s, m_ts, 0, B, T, SPLITS)
-    if BY_ENTROPY:
+    if ORDER == "entropy":
         b_slope = load_plane(partial.planes, 4, i_b, o_t, o_s, m_ts, 0.0, B, T, SPLITS)
+    if ORDER == "margin":
+        b_second = load_plane(partial.planes, 4, i_b, o_t, o_s, m_ts, float("-inf"), B, T, SPLITS)
 
     b_top = tl.where(m_candidate[:, None], b_top, float("-inf"))
     b_score = tl.where(m_candidate[:, None], b_score, float("-inf"))
@@ -84,26 +89,45 @@ def merge_splits(
     logit = score
     if SAMPLED:
         logit = tl.sum(tl.where(m_best, b_logit, 0.0), 1)
+    m_left_out = m_best
+    if SAMPLED and ORDER == "margin":
+        _, i_top = tl.max(b_top, 1, return_indices=True, return_indices_tie_break_left=True)
+        m_left_out, b_logit = o_s[None, :] == i_top[:, None], b_top
     b_decay = decay(b_top, top[:, None])
-    b_other = tl.where(m_best, 0.0, decay(b_logit, top[:, None]))
+    b_other = tl.where(m_left_out, 0.0, decay(b_logit, top[:, None]))
     rest = tl.sum(b_rest * b_decay + b_other, 1)
+    second = top
+    if ORDER == "margin":
+        b_second = tl.where(m_candidate[:, None], b_second, float("-inf"))
+        second = tl.max(tl.where(m_left_out, b_second, b_top), 1)
     slope = tl.zeros_like(top)
-    if BY_ENTROPY:
+    if ORDER == "entropy":
         b_weight = b_rest * b_decay + decay(b_logit, top[:, None])
         b_shift = tl.where(b_decay > 0.0, (top[:, None] - b_top) * b_weight, 0.0)
         slope = tl.sum(b_slope * b_decay + b_shift, 1)
-    return Summary(top, rest, score, logit, tl.sum(tl.where(m_best, b_token, 0), 1), slope)
+    return Summary(top, rest, score, logit, tl.sum(tl.where(m_best, b_token, 0), 1), slope, second)
 
 
 @triton.jit
-def residual_and_entropy(summary, b_mask_logit, BY_ENTROPY: tl.constexpr):
-    """Residual, entropy in nats and whether the row is usable, with the mask id's logit added to the normaliser."""
+def residual_and_rank(summary, b_mask_logit, ORDER: tl.constexpr, SAMPLED: tl.constexpr):
+    """Residual, what positions are ranked by, and whether the row is usable, with the mask id's logit added to the
+    normaliser.
+
+    They are ranked by the residual, by the entropy in nats, or by the odds against the margin.
+    """
     top, rest, logit = summary.top, summary.rest, summary.logit
     m_usable = (rest == rest) & (top > float("-inf")) & (top < float("inf")) & (b_mask_logit < float("inf"))
+    rank = rest
+    if ORDER == "margin":
+        rank = tl.where(m_usable, odds(rest, top, summary.second, b_mask_logit), float("inf"))
+        if SAMPLED:
+            # The proposal is one of the others, so that the difference is at least 0.
+            rest = tl.where(logit == top, rest, 1.0 + (rest - tl.exp(logit - top)))
     residual = rest * tl.exp(top - logit) + tl.exp(b_mask_logit - logit)
     residual = tl.where(m_usable, residual, float("inf"))
-    entropy = residual
-    if BY_ENTROPY:
+    if ORDER == "confidence":
+        rank = residual
+    if ORDER == "entropy":
         # Relative to the largest logit of all: relative to an unlikely proposal, a weight would overflow.
         peak = tl.maximum(top, b_mask_logit)
         scale, mask_weight = decay(top, peak), decay(b_mask_logit, peak)
@@ -112,8 +136,21 @@ def residual_and_entropy(summary, b_mask_logit, BY_ENTROPY: tl.constexpr):
         spread = scale * summary.slope + tl.where(scale > 0.0, (peak - top) * weight, 0.0)
         spread += tl.where(mask_weight > 0.0, (peak - b_mask_logit) * mask_weight, 0.0)
         log_total = tl.where(logit == peak, log1p(residual), tl.log(total))
-        entropy = tl.where(m_usable, tl.maximum(log_total + spread / total, 0.0), float("inf"))
-    return residual, entropy, m_usable
+        rank = tl.where(m_usable, tl.maximum(log_total + spread / total, 0.0), float("inf"))
+    return residual, rank, m_usable
+
+
+@triton.jit
+def odds(rest, top, second, b_mask_logit):
+    """(1 - m) / m of the margin m = p1 - p2, float32: (r + e2) / (1 - e2) with e2 = exp(second - top) and the residual
+    r of the largest logit; +inf where the two tie.
+
+    Through float64: 1 - e2 of a float32 e2 has no precision where the two are close.
+    """
+    # A row of one token has no second one, and nothing left.
+    e2 = tl.exp(tl.where(rest > 0.0, second - top, float("-inf")).to(tl.float64))
+    residual = (rest + tl.exp(b_mask_logit - top)).to(tl.float64)
+    return ((residual + e2) / (1.0 - e2)).to(tl.float32)
 
 
 @triton.jit
@@ -138,7 +175,7 @@ def decide(
     stride_pb,
     mask_id,
     ACCEPTS: tl.constexpr,
-    BY_ENTROPY: tl.constexpr,
+    ORDER: tl.constexpr,
     SAMPLED: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -163,17 +200,17 @@ def decide(
     p0 = tl.load(numbers + i_b * stride_pb)
     p1 = tl.load(numbers + i_b * stride_pb + 1)
     calibration = tl.load(numbers + i_b * stride_pb + 2)
-    summary = merge_splits(partial, i_b, o_t, m_t, m_candidate, B, T, SAMPLED, BY_ENTROPY, SPLITS)
+    summary = merge_splits(partial, i_b, o_t, m_t, m_candidate, B, T, SAMPLED, ORDER, SPLITS)
 
-    b_residual, b_entropy, m_usable = residual_and_entropy(summary, b_mask_logit, BY_ENTROPY)
+    b_residual, b_rank_by, m_usable = residual_and_rank(summary, b_mask_logit, ORDER, SAMPLED)
     m_usable = m_usable & m_candidate
     b_confidence = tl.where(m_usable, 1.0 / (1.0 + b_residual), 0.0)
 
-    b_key = sort_key(b_entropy, o_t, m_candidate, m_usable)
+    b_key = sort_key(b_rank_by, o_t, m_candidate, m_usable)
     if COUNT_RANKS:
-        m_commit = commit_by_count(b_key, cost(b_entropy, calibration, BY_ENTROPY), p0, p1, ACCEPTS)
+        m_commit = commit_by_count(b_key, cost(b_rank_by, calibration, ORDER), p0, p1, ACCEPTS)
     else:
-        m_commit = commit_by_sort(b_key, calibration, p0, p1, ACCEPTS, BY_ENTROPY, BLOCK_T)
+        m_commit = commit_by_sort(b_key, calibration, p0, p1, ACCEPTS, ORDER, BLOCK_T)
 
     b_proposal = tl.where(m_candidate, summary.token.to(tl.int64), b_token)
     tl.store(out.tokens + i_bt + o_t, tl.where(m_commit, b_proposal, b_token), mask=m_t)

@@ -28,7 +28,7 @@ def tile_logits(hidden, weight, o_h, m_r, o_v, m_v, D, stride_w, BLOCK_D: tl.con
 
 
 @triton.jit
-def summarize_rows(b_logit, i_v, b_seed, o_t, temperature, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr):
+def summarize_rows(b_logit, i_v, b_seed, o_t, temperature, SAMPLED: tl.constexpr, ORDER: tl.constexpr):
     """The summary of every row of a tile `[R, V]` with ids from `i_v` on, -inf at ids that may not be proposed."""
     o_v = i_v + tl.arange(0, b_logit.shape[1])
     b_clean = tl.where(b_logit == b_logit, b_logit, float("-inf"))
@@ -46,12 +46,19 @@ def summarize_rows(b_logit, i_v, b_seed, o_t, temperature, SAMPLED: tl.constexpr
     else:
         top = score
         logit = score
+    m_left_out = m_token
+    if SAMPLED and ORDER == "margin":
+        _, i_best = tl.max(b_clean, 1, return_indices=True, return_indices_tie_break_left=True)
+        m_left_out = o_v[None, :] == (i_v + i_best)[:, None]
     b_weight = tl.exp(b_logit - tl.where(top == float("-inf"), 0.0, top)[:, None])
-    rest = tl.sum(tl.where(m_token & (b_logit == b_logit), 0.0, b_weight), 1)
+    rest = tl.sum(tl.where(m_left_out & (b_logit == b_logit), 0.0, b_weight), 1)
+    second = top
+    if ORDER == "margin":
+        second = tl.max(tl.where(m_left_out, float("-inf"), b_clean), 1)
     slope = tl.zeros_like(top)
-    if BY_ENTROPY:
+    if ORDER == "entropy":
         slope = tl.sum(tl.where(b_weight > 0.0, b_weight * (top[:, None] - b_logit), 0.0), 1)
-    return Summary(top, rest, score, logit, token, slope)
+    return Summary(top, rest, score, logit, token, slope, second)
 
 
 @triton.jit(do_not_specialize=["B", "T", "V", "mask_id"], do_not_specialize_on_alignment=["seeds"])
@@ -73,7 +80,7 @@ def project_kernel(
     split_len,
     mask_id,
     temperature,
-    BY_ENTROPY: tl.constexpr,
+    ORDER: tl.constexpr,
     SAMPLED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -96,7 +103,7 @@ def project_kernel(
         start = i_s * split_len
         stop = tl.minimum(start + split_len, V)
         b_low, b_zero = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32), tl.zeros([BLOCK_R], dtype=tl.float32)
-        summary = Summary(b_low, b_zero, b_low, b_low, tl.zeros([BLOCK_R], dtype=tl.int32) + start, b_zero)
+        summary = Summary(b_low, b_zero, b_low, b_low, tl.zeros([BLOCK_R], dtype=tl.int32) + start, b_zero, b_low)
         for i_v in range(start, stop, BLOCK_V):
             o_v = i_v + tl.arange(0, BLOCK_V)
             m_v = o_v < stop
@@ -105,9 +112,9 @@ def project_kernel(
                 b_mask_logit = tl.sum(tl.where((o_v == mask_id)[None, :], b_logit, 0.0), 1)
                 tl.store(mask_logit + o_bt, b_mask_logit, mask=m_r)
             b_logit = tl.where((m_v & (o_v != mask_id))[None, :], b_logit, float("-inf"))
-            tile = summarize_rows(b_logit, i_v, b_seed, o_t, temperature, SAMPLED, BY_ENTROPY)
-            summary = merge(summary, tile)
-        store_partial(partial, o_bt, i_s, m_r, summary, B, T, SAMPLED, BY_ENTROPY, SPLITS)
+            tile = summarize_rows(b_logit, i_v, b_seed, o_t, temperature, SAMPLED, ORDER)
+            summary = merge(summary, tile, ORDER)
+        store_partial(partial, o_bt, i_s, m_r, summary, B, T, SAMPLED, ORDER, SPLITS)
 
 
 # As in `select_kernel`.
@@ -128,7 +135,7 @@ def decide_kernel(
     stride_pb,
     mask_id,
     ACCEPTS: tl.constexpr,
-    BY_ENTROPY: tl.constexpr,
+    ORDER: tl.constexpr,
     SAMPLED: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -156,7 +163,7 @@ def decide_kernel(
         stride_pb,
         mask_id,
         ACCEPTS,
-        BY_ENTROPY,
+        ORDER,
         SAMPLED,
         HAS_ACTIVE,
         SPLITS,

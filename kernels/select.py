@@ -32,7 +32,7 @@ def select_kernel(
     mask_id,
     temperature,
     ACCEPTS: tl.constexpr,
-    BY_ENTROPY: tl.constexpr,
+    ORDER: tl.constexpr,
     SAMPLED: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -57,9 +57,9 @@ def select_kernel(
         row = logits + i_b.to(tl.int64) * stride_lb + i_t.to(tl.int64) * stride_lt
         start = i_s * split_len
         stop = tl.minimum(start + split_len, V)
-        summary = summarize_row(row, start, stop, mask_id, seed, i_t, temperature, SAMPLED, BY_ENTROPY, BLOCK_V)
+        summary = summarize_row(row, start, stop, mask_id, seed, i_t, temperature, SAMPLED, ORDER, BLOCK_V)
         i_bt = i_b.to(tl.int64) * T + i_t
-        store_partial(partial, i_bt, i_s, None, summary, B, T, SAMPLED, BY_ENTROPY, SPLITS)
+        store_partial(partial, i_bt, i_s, None, summary, B, T, SAMPLED, ORDER, SPLITS)
 
     if is_last(ticket + i_b, T * SPLITS):
         decide(
@@ -77,7 +77,7 @@ def select_kernel(
             stride_pb,
             mask_id,
             ACCEPTS,
-            BY_ENTROPY,
+            ORDER,
             SAMPLED,
             HAS_ACTIVE,
             SPLITS,

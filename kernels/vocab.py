@@ -27,11 +27,13 @@ class Summary(NamedTuple):
 
     Attributes:
         top: the part's largest logit.
-        rest: the sum of exp(l - top) over all of the part but the proposal; NaN if it holds a NaN.
+        rest: the sum of exp(l - top) over all of the part but the proposal; NaN if it holds a NaN. By margin it leaves
+            out one of the largest logits instead, which sampling need not propose.
         score: the proposal's logit with its noise.
         logit: the proposal's logit.
         token: the proposal.
         slope: the sum of exp(l - top) (top - l), which only the entropy needs.
+        second: the largest logit but one, equal to `top` where two tie, which only the margin needs.
     """
 
     top: tl.tensor
@@ -40,6 +42,7 @@ class Summary(NamedTuple):
     logit: tl.tensor
     token: tl.tensor
     slope: tl.tensor
+    second: tl.tensor
 
 
 @triton.jit
@@ -56,13 +59,16 @@ class Lanes(NamedTuple):
         others: the sum of exp(l - top) over all but one of the largest logits; NaN if there was a NaN. It starts at -1,
             what an empty sum without its largest member is: the first logit needs no case of its own.
         slope: the sum of exp(l - top) (top - l), which only the entropy needs.
+        second: the largest logit but one, at least `LOWEST` once there is one logit; only the margin needs it.
         tile: the first id of the tile that the proposal is in, `NO_TILE` before there is one.
         score, logit, rest: as in `Summary`. Only sampling needs them; without noise the proposal is the largest logit.
+            By margin `others` is what `rest` is.
     """
 
     top: tl.tensor
     others: tl.tensor
     slope: tl.tensor
+    second: tl.tensor
     tile: tl.tensor
     score: tl.tensor
     logit: tl.tensor
@@ -85,7 +91,7 @@ def load_tile(row, i_v, start, stop, mask_id, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def meet(lanes, b_logit, i_v, seed, i_t, temperature, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr):
+def meet(lanes, b_logit, i_v, seed, i_t, temperature, SAMPLED: tl.constexpr, ORDER: tl.constexpr):
     """The lanes after the tile `b_logit` `[BLOCK_V]` with ids from `i_v` on, below those of the tiles before.
 
     One exponential serves both cases, a logit below the top and one above. A NaN compares false and stays in the sum.
@@ -97,22 +103,27 @@ def meet(lanes, b_logit, i_v, seed, i_t, temperature, SAMPLED: tl.constexpr, BY_
     b_top = tl.where(m_new, b_logit, lanes.top)
     b_others = lanes.others * b_keep + b_decay
     b_slope = lanes.slope
-    if BY_ENTROPY:
+    if ORDER == "entropy":
         b_shift = b_gap * tl.where(m_new, b_others, b_decay)
         b_slope = b_slope * b_keep + tl.where(b_decay > 0.0, b_shift, 0.0)
+    b_second = lanes.second
+    if ORDER == "margin":
+        b_second = tl.maximum(b_second, tl.minimum(b_logit, lanes.top))
     if SAMPLED:
         b_score = b_logit + temperature * gumbel(seed, i_v + tl.arange(0, b_logit.shape[0]), i_t)
         m_better = b_score >= lanes.score
-        b_loser = tl.where(m_better, lanes.logit, b_logit)
-        b_rest = lanes.rest * b_keep + tl.exp2((b_loser - b_top) * LOG2_E)
+        b_rest = lanes.rest
+        if ORDER != "margin":
+            b_loser = tl.where(m_better, lanes.logit, b_logit)
+            b_rest = b_rest * b_keep + tl.exp2((b_loser - b_top) * LOG2_E)
         b_score, b_logit = tl.where(m_better, b_score, lanes.score), tl.where(m_better, b_logit, lanes.logit)
     else:
         m_better, b_score, b_logit, b_rest = m_new, lanes.score, lanes.logit, lanes.rest
-    return Lanes(b_top, b_others, b_slope, tl.where(m_better, i_v, lanes.tile), b_score, b_logit, b_rest)
+    return Lanes(b_top, b_others, b_slope, b_second, tl.where(m_better, i_v, lanes.tile), b_score, b_logit, b_rest)
 
 
 @triton.jit
-def gather_lanes(lanes, start, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr):
+def gather_lanes(lanes, start, SAMPLED: tl.constexpr, ORDER: tl.constexpr):
     """The summary of all lanes; without a proposal its token is `start`.
 
     A lane without one adds nothing: its weight, `others + 1`, is 0.
@@ -129,11 +140,18 @@ def gather_lanes(lanes, start, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr):
         logit = tl.sum(tl.where(m_best, b_logit, 0.0), 0)
     else:
         top, logit = score, score
+    if SAMPLED and ORDER == "margin":
+        # Any lane with the largest logit may be the one that `rest` leaves out.
+        b_rest, b_logit = lanes.others, lanes.top
+        m_best = o_v == tl.min(tl.where(lanes.top == top, o_v, 0x7FFFFFFF), 0)
     b_decay = tl.exp2((lanes.top - top) * LOG2_E)
     b_own = tl.exp2((b_logit - top) * LOG2_E) if SAMPLED else b_decay
     rest = tl.sum(b_rest * b_decay + tl.where(m_best, 0.0, b_own), 0)
+    second = 0.0
+    if ORDER == "margin":
+        second = tl.max(tl.where(m_best, lanes.second, lanes.top), 0)
     slope = 0.0
-    if BY_ENTROPY:
+    if ORDER == "entropy":
         b_shift = tl.where(b_decay > 0.0, (top - lanes.top) * (lanes.others + 1.0), 0.0)
         slope = tl.sum((lanes.slope + b_shift) * b_decay, 0)
     m_none = token >= NO_TILE
@@ -141,11 +159,11 @@ def gather_lanes(lanes, start, SAMPLED: tl.constexpr, BY_ENTROPY: tl.constexpr):
     # Without a proposal only lane 0 is left with its -1; a NaN stays.
     rest = tl.where(rest < 0.0, 0.0, rest)
     score, logit, top = tl.where(m_none, low, score), tl.where(m_none, low, logit), tl.where(m_none, low, top)
-    return Summary(top, rest, score, logit, tl.where(m_none, start, token), slope)
+    return Summary(top, rest, score, logit, tl.where(m_none, start, token), slope, second)
 
 
 @triton.jit
-def merge(a, b):
+def merge(a, b, ORDER: tl.constexpr):
     """The summary of two parts of a row; `a` holds the lower ids, so it wins a tie."""
     top = tl.maximum(a.top, b.top)
     decay_a, decay_b = decay(a.top, top), decay(b.top, top)
@@ -154,9 +172,13 @@ def merge(a, b):
     slope += tl.where(decay_b > 0.0, (top - b.top) * (decay_b * b.rest + decay(b.logit, top)), 0.0)
     first = a.score >= b.score
     loser = tl.where(first, b.logit, a.logit)
+    second = a.second
+    if ORDER == "margin":
+        loser = tl.minimum(a.top, b.top)
+        second = tl.maximum(tl.maximum(a.second, b.second), loser)
     rest = decay_a * a.rest + decay_b * b.rest + decay(loser, top)
     score, logit = tl.where(first, a.score, b.score), tl.where(first, a.logit, b.logit)
-    return Summary(top, rest, score, logit, tl.where(first, a.token, b.token), slope)
+    return Summary(top, rest, score, logit, tl.where(first, a.token, b.token), slope, second)
 
 
 @triton.jit
@@ -169,7 +191,7 @@ def summarize_row(
     i_t,
     temperature,
     SAMPLED: tl.constexpr,
-    BY_ENTROPY: tl.constexpr,
+    ORDER: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """The summary of `row[start:stop]`, the mask id left out; nothing where `stop` is not above `start`.
@@ -179,14 +201,16 @@ def summarize_row(
     """
     b_lowest, b_zero = tl.full([BLOCK_V], LOWEST, dtype=tl.float32), tl.zeros([BLOCK_V], dtype=tl.float32)
     b_none = tl.full([BLOCK_V], NO_TILE, dtype=tl.int32)
-    lanes = Lanes(b_lowest, b_zero - 1.0, b_zero, b_none, b_lowest, b_zero + float("-inf"), b_zero)
+    lanes = Lanes(
+        b_lowest, b_zero - 1.0, b_zero, b_zero + float("-inf"), b_none, b_lowest, b_zero + float("-inf"), b_zero
+    )
     tiles = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_V)
     for i in range(0, tiles, 1 if SAMPLED else 2):
         i_v = start + (tiles - 1 - i) * BLOCK_V
         b_high = load_tile(row, i_v, start, stop, mask_id, BLOCK_V)
         if not SAMPLED:
             b_low = load_tile(row, i_v - BLOCK_V, start, stop, mask_id, BLOCK_V)
-        lanes = meet(lanes, b_high.to(tl.float32), i_v, seed, i_t, temperature, SAMPLED, BY_ENTROPY)
+        lanes = meet(lanes, b_high.to(tl.float32), i_v, seed, i_t, temperature, SAMPLED, ORDER)
         if not SAMPLED:
-            lanes = meet(lanes, b_low.to(tl.float32), i_v - BLOCK_V, seed, i_t, temperature, SAMPLED, BY_ENTROPY)
-    return gather_lanes(lanes, start, SAMPLED, BY_ENTROPY)
+            lanes = meet(lanes, b_low.to(tl.float32), i_v - BLOCK_V, seed, i_t, temperature, SAMPLED, ORDER)
+    return gather_lanes(lanes, start, SAMPLED, ORDER)

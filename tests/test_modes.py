@@ -262,7 +262,7 @@ def slices(rule: fdpp.Rule) -> Callable[[], Any]:
     def merged() -> Any:
         terms = Terms(pack(rule, rows.device), rule.key(), 8, 0.8, streams(3, 4, rows.device))
         summaries = [parallel.summarize(part.clone(), terms, at, at, first) for first, part in parts]
-        return parallel.merge(torch.stack(summaries), True, rule.order == "entropy")
+        return parallel.merge(torch.stack(summaries), True, rule.order)
 
     return merged
 

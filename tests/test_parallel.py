@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import assert_as_specified, assert_equal
+from inputs import Lead, assert_as_specified, assert_equal
 from small import prompts, small_model
 from two_processes import DECODES, MODELS, QUESTIONS, answers, decode, in_float64, problems
 
-from fdpp import EntropyBound, Frechet, LLaDAConfig, LLaDAModelLM, tiny
+from fdpp import EntropyBound, Frechet, LLaDAConfig, LLaDAModelLM, Rule, tiny
 from fdpp.step import cpu, parallel
 from fdpp.step.terms import Terms, pack
 
@@ -80,8 +80,8 @@ def test_three_numbers_per_row_are_exchanged(selected: list[dict[str, Any]]) -> 
     for name, (problem, _) in problems().items():
         _, numbers, unchanged = selected[1][name]
         rows = int(problem.candidate.sum())
-        entropy = 3 * isinstance(problem.rules[0], EntropyBound)
-        assert numbers == ([rows * (3 + (problem.temperature > 0) + entropy)] if rows else []), name
+        more = {"confidence": 0, "margin": 2, "entropy": 3}[problem.rules[0].order]
+        assert numbers == ([rows * (3 + (problem.temperature > 0) + more)] if rows else []), name
         assert unchanged, name
 
 
@@ -103,32 +103,35 @@ def test_only_a_tensor_parallel_head_is_a_slice(selected: list[dict[str, Any]]) 
     seed=st.integers(0, 10_000),
     cuts=st.lists(st.integers(0, 30), min_size=1, max_size=5),
     temperature=st.sampled_from((0.0, 1.5, 80.0)),
-    by_entropy=st.booleans(),
+    rule=st.sampled_from((Frechet(0.1), EntropyBound(0.1), Lead(0.1))),
     levels=st.sampled_from((1.0, 8.0, 1e4)),
     scale=st.sampled_from((3.0, 200.0)),
 )
 def test_summaries_of_any_slices_merge_to_that_of_the_row(
-    seed: int, cuts: list[int], temperature: float, by_entropy: bool, levels: float, scale: float
+    seed: int, cuts: list[int], temperature: float, rule: Rule, levels: float, scale: float
 ) -> None:
     V, mask_id = 30, seed % 31
     g = torch.Generator().manual_seed(seed)
     rows = (torch.randn(6, V, generator=g) * levels).round() / levels * scale  # coarse levels tie
     rows[rows < -1.5 * scale] = -torch.inf
     seeds, positions, rows_of = torch.randint(0, 99, (6,), generator=g), torch.arange(6), torch.arange(6)
-    rule = EntropyBound(0.1) if by_entropy else Frechet(0.1)
     terms = Terms(pack(rule), rule.key(), mask_id, temperature, seeds)
     edges = [0, *sorted(cuts), V]
     slices = [(first_id, rows[:, first_id:stop]) for first_id, stop in itertools.pairwise(edges) if stop > first_id]
     summaries = torch.stack(
         [parallel.summarize(part.clone(), terms, rows_of, positions, first_id) for first_id, part in slices]
     )
-    merged = parallel.merge(summaries.flip(0), temperature > 0, by_entropy)
+    merged = parallel.merge(summaries.flip(0), temperature > 0, rule.order)
     whole = cpu.summarize(rows.clone(), terms, rows_of, positions)
     assert merged[0].equal(whole[0])
     # An exponential of x is exact to 1e-7 (1 + |x|), and the logits of one row are up to 800 apart.
     found, truth = (residual.clamp(min=1e-37).log() for residual in (merged[1], whole[1]))
     torch.testing.assert_close(found, truth, rtol=2e-7, atol=2e-6, equal_nan=True)
-    if by_entropy:
+    if rule.order == "margin":
+        found, truth = (odds.clamp(min=1e-37).log() for odds in (merged[2], whole[2]))
+        usable = ~whole[1].isnan()
+        torch.testing.assert_close(found[usable], truth[usable], rtol=2e-7, atol=2e-6)
+    if rule.order == "entropy":
         torch.testing.assert_close(merged[2], whole[2], rtol=2e-6, atol=1e-6, equal_nan=True)
 
 

@@ -31,6 +31,8 @@ from torch import Tensor
 from fdpp.attention.probe import Probe
 from fdpp.selection import Selection, recommit
 
+ORDERS = ("confidence", "margin", "entropy")
+
 
 class Needs(NamedTuple):
     """What a rule has to see beyond the logits of masked positions; a decode asks this and not the rule's class.
@@ -211,7 +213,9 @@ class Rule:
     Attributes of the class:
         predicate: the prefix test.
         order: "confidence" sorts by confidence, descending, and a position costs 1 - c, or min(1, 1 - c + calibration);
-            "entropy" sorts by entropy, ascending, and a position costs its entropy in nats.
+            "margin" sorts by m = p1 - p2, the probabilities of the two most likely tokens, descending, and a position
+            costs 1 - m so; "entropy" sorts by entropy, ascending, and a position costs its entropy in nats. The mask id
+            is none of the two, whatever is proposed.
         needs: what it has to see.
         revokes: whether `decide` may take back or edit a token that an earlier step of the block committed. Then an EOS
             ends a sequence only once its block is finished, and the commit step of a position taken back is -1.
@@ -237,8 +241,8 @@ class Rule:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if cls.order not in ("confidence", "entropy"):
-            raise ValueError(f'{cls.__name__}.order: expected "confidence" or "entropy", got {cls.order!r}')
+        if cls.order not in ORDERS:
+            raise ValueError(f"{cls.__name__}.order: expected one of {', '.join(ORDERS)}, got {cls.order!r}")
         if not callable(getattr(cls, "predicate", None)):
             raise TypeError(f"{cls.__name__} must name a @triton.jit predicate(n, last, total, p0, p1)")
         if hasattr(cls, "extend"):
@@ -382,7 +386,10 @@ class Rule:
         return None
 
     def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
-        """The predicate's specification in float64, given a sorted prefix's r, where c = 1 / (1 + r), and H in nats."""
+        """The predicate's specification in float64, given a sorted prefix's r, where c = 1 / (1 + r), and H in nats.
+
+        By margin the r are the odds against it: m = 1 / (1 + r).
+        """
         costs = entropies if self.order == "entropy" else [min(1.0, shortfall(r) + self.calibration) for r in residuals]
         predicate = getattr(type(self).predicate, "fn", type(self).predicate)
         return bool(predicate(len(residuals), costs[-1], sum(costs), *self.params()))

@@ -68,7 +68,9 @@ def exp_(x: Tensor) -> Tensor:
 
 
 def summarize(rows: Tensor, terms: Terms, b: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Proposal, residual and entropy (nats) `[n]` of `rows` `[n, V]` float32, which are overwritten.
+    """Proposal, residual and what the rule ranks by `[n]` of `rows` `[n, V]` float32, which are overwritten.
+
+    Ranked are residuals, entropies in nats, or the odds against margins (`reference.odds`).
 
     The rows are of positions `t` `[n]` in sequences `b` `[n]`.
     """
@@ -76,21 +78,54 @@ def summarize(rows: Tensor, terms: Terms, b: Tensor, t: Tensor) -> tuple[Tensor,
     column = proposal[:, None]
     if terms.sampled:
         logit = rows.gather(1, column)[:, 0]
-    if terms.by_entropy:
+    if terms.order == "margin":
+        return by_margin(rows, logit, proposal, mask_logit, terms.sampled)
+    if terms.order == "entropy":
         top = torch.maximum(rows.amax(1), mask_logit)
         distance = torch.cat((rows - top[:, None], (mask_logit - top)[:, None]), dim=1)
     residual = exp_(rows.sub_(logit[:, None])).scatter_(1, column, 0.0).sum(1).add_(exp_(mask_logit - logit))
-    # Finite only if all factors are: then every row is usable, which is the rule, and costs one operator to know.
-    if not math.isfinite(residual.dot(logit)):
-        usable = (logit.abs() < torch.inf) & (mask_logit < torch.inf)
-        residual.masked_fill_(~usable, torch.nan)
-    if not terms.by_entropy:
+    mark_unusable(residual, logit, mask_logit)
+    if terms.order == "confidence":
         return proposal, residual, residual
     weight = exp_(distance.clone())
     Z = weight.sum(1)
     slope = -(weight * distance.clamp_(min=-1e4)).sum(1)
     log_z = torch.where(logit == top, residual.log1p(), Z.log())
     return proposal, residual, (log_z + slope / Z).clamp_(min=0.0)
+
+
+def mark_unusable(residual: Tensor, logit: Tensor, mask_logit: Tensor) -> None:
+    """Put NaN in the place of the `residual` `[n]` of unusable rows with these logits of the proposal and the mask."""
+    # Finite only if all factors are: then every row is usable, which is the rule, and costs one operator to know.
+    if not math.isfinite(residual.dot(logit)):
+        usable = (logit.abs() < torch.inf) & (mask_logit < torch.inf)
+        residual.masked_fill_(~usable, torch.nan)
+
+
+def by_margin(
+    rows: Tensor, logit: Tensor, proposal: Tensor, mask_logit: Tensor, sampled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`summarize` by margin, given what `propose` left in `rows` and the proposal's `logit` `[n]`."""
+    top, largest = first_argmax(rows) if sampled else (logit, proposal)
+    second = rows.scatter_(1, largest[:, None], -torch.inf).amax(1)
+    others = exp_(rows.sub_(top[:, None])).sum(1).add_(exp_(mask_logit - top))
+    residual = proposals_residual(others, top, logit) if sampled else others.clone()
+    mark_unusable(residual, logit, mask_logit)
+    return proposal, residual, odds(others, second - top)
+
+
+def proposals_residual(others: Tensor, top: Tensor, logit: Tensor) -> Tensor:
+    """The residual of a proposal with this `logit`, given that of the largest logit `top`.
+
+    The proposal is one of the others unless it is the largest: 1 + (others - exp(logit - top)) loses no precision.
+    """
+    return torch.where(logit == top, others, (1.0 + (others - (logit - top).exp())) * (top - logit).exp())
+
+
+def odds(others: Tensor, gap: Tensor) -> Tensor:
+    """(1 - m) / m of the margin m, given the residual of the largest logit and `gap`, from it to the second."""
+    # Not by the sign: of a tie it would make -inf.
+    return (others + gap.exp()) / gap.expm1().abs()
 
 
 def rows_of(logits: Tensor, b: Tensor, t: Tensor) -> Tensor:
@@ -136,13 +171,13 @@ def select_parts(
     The logits are overwritten.
     """
     summaries = [summarize(rows, terms, b, t) for b, t, rows in parts]
-    proposal, residual, entropy = (
+    proposal, residual, rank = (
         torch.cat(values) if len(values) > 1 else values[0] for values in zip(*summaries, strict=True)
     )
     unknown = torch.full(tokens.shape, torch.inf, dtype=torch.float32, device=tokens.device)
     proposals = tokens.masked_scatter(candidate, proposal)
     residuals = unknown.masked_scatter(candidate, residual)
-    rank_by = unknown.masked_scatter(candidate, entropy) if terms.by_entropy else residuals
+    rank_by = residuals if terms.order == "confidence" else unknown.masked_scatter(candidate, rank)
     return decide(proposals, residuals, rank_by, tokens, candidate, terms)
 
 
@@ -173,7 +208,7 @@ def commit(rank_by: Tensor, candidate: Tensor, unusable: Tensor, terms: Terms) -
     key, order = key.sort(dim=1, stable=True)
     p0, p1, calibration = terms.params[:, :, None].unbind(1)
     # What is unusable or absent comes last, where it changes no other position's sum.
-    last = key if terms.by_entropy else (key / (key + 1.0)).add_(calibration).clamp_(max=1.0)
+    last = key if terms.order == "entropy" else (key / (key + 1.0)).add_(calibration).clamp_(max=1.0)
     n = torch.arange(1, key.shape[1] + 1, device=key.device)
     accepts = getattr(kind.predicate, "fn", kind.predicate)
     ok = accepts(n, last, last.cumsum(1), p0, p1) & (key < UNUSABLE)

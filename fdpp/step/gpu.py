@@ -128,7 +128,7 @@ def select(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) 
             terms.mask_id,
             float(terms.temperature),
             ACCEPTS=terms.kind.predicate,
-            BY_ENTROPY=terms.by_entropy,
+            ORDER=terms.order,
             SAMPLED=terms.sampled,
             HAS_ACTIVE=active is not None,
             SPLITS=config.splits,

@@ -83,7 +83,7 @@ def project_gpu(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor |
     partial = torch.empty(5, B, T, config.splits, dtype=torch.float32, device=device)
     partial_token = torch.empty(B, T, config.splits, dtype=torch.int32, device=device)
     mask_logit = torch.empty(B, T, dtype=torch.float32, device=device)
-    kinds = {"BY_ENTROPY": terms.by_entropy, "SAMPLED": terms.sampled, "SPLITS": config.splits}
+    kinds = {"ORDER": terms.order, "SAMPLED": terms.sampled, "SPLITS": config.splits}
     with torch.cuda.device_of(hidden):
         project_kernel[(triton.cdiv(B * T, config.block_r), config.splits)](
             hidden,

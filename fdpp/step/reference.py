@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,29 @@ def entropy(logits: Tensor) -> float:
     """H = -sum_v p_v log p_v in nats."""
     log_p = logits.double().log_softmax(-1)
     return float(-(log_p.exp() * log_p).nan_to_num(nan=0.0).sum())
+
+
+def odds(logits: Tensor, mask_id: int) -> float:
+    """R = (1 - m) / m = (r + e) / (1 - e) of the margin m = p1 - p2 between the two largest logits but the mask's.
+
+    r is the residual of the largest and e = exp(l2 - l1), 0 where there is one token alone.
+    """
+    rivals = logits.double().clone()
+    if 0 <= mask_id < len(rivals):
+        rivals[mask_id] = -torch.inf
+    (first, *second), (token, *_) = (part.tolist() for part in rivals.topk(min(2, len(rivals))))
+    gap = second[0] - first if second else -math.inf
+    missing = -math.expm1(gap)
+    return (residual(logits, token) + math.exp(gap)) / missing if missing else math.inf
+
+
+def costs(logits: Tensor, proposal: int, mask_id: int, order: str, t: int) -> tuple[float, int, float, float]:
+    """What position `t` is sorted by, `t`, and its `residuals` and `entropies` for `Rule.accepts`."""
+    if order == "entropy":
+        h = entropy(logits)
+        return h, t, residual(logits, proposal), h
+    r = odds(logits, mask_id) if order == "margin" else residual(logits, proposal)
+    return r, t, r, 0.0
 
 
 def accepted(rule: Rule, residuals: list[float], entropies: list[float]) -> int:
@@ -60,7 +85,8 @@ def prefix_step(
 
     1. A masked position's proposal is its largest logit, the mask id left out (the lowest id of equals); with a
        temperature, the largest of logit + temperature * Gumbel noise.
-    2. The profile is sorted by confidence (or entropy), the lower position first among equals, unusable rows last.
+    2. The profile is sorted by confidence (or margin or entropy), the lower position first among equals, unusable rows
+       last.
     3. The longest accepted prefix of the usable part is committed, and at least one position.
     """
     B, T, V = logits.shape
@@ -85,9 +111,8 @@ def prefix_step(
                 unusable[b] += 1
                 profile.append((True, 0.0, t, torch.inf, torch.inf))
                 continue
-            r, h = residual(row, choice), entropy(row) if rule.order == "entropy" else 0.0
-            confidence[b, t] = 1.0 / (1.0 + r)
-            profile.append((False, h if rule.order == "entropy" else r, t, r, h))
+            confidence[b, t] = 1.0 / (1.0 + residual(row, choice))
+            profile.append((False, *costs(row, choice, mask_id, rule.order, t)))
         profile.sort()
         usable = [entry for entry in profile if not entry[0]]
         n = accepted(rule, [entry[3] for entry in usable], [entry[4] for entry in usable])

@@ -33,8 +33,8 @@ class Terms(NamedTuple):
         return Rule.registry[self.rule]
 
     @property
-    def by_entropy(self) -> bool:
-        return self.kind.order == "entropy"
+    def order(self) -> str:
+        return self.kind.order
 
     @property
     def sampled(self) -> bool:

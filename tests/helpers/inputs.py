@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -37,6 +38,13 @@ def on_gpu(where: Callable[..., bool]) -> pytest.MarkDecorator:
     return pytest.mark.cases(where=where)
 
 
+@dataclass(frozen=True)
+class Lead(Threshold):
+    """All positions whose best token leads the next one by at least `tau`."""
+
+    order: ClassVar = "margin"
+
+
 RULES = (
     Quota(3),
     Threshold(0.5),
@@ -45,6 +53,7 @@ RULES = (
     Frechet(0.0, calibration=0.05),
     EntropyBound(0.5),
     Budget(0.6, 0.3),
+    Lead(0.3),
 )
 CLOSE = 1e-6
 """Relative distance of two residuals below which float32 may order or judge them otherwise than float64."""
@@ -173,8 +182,7 @@ def is_close_call(problem: Problem, truth: Selection, b: int) -> bool:
         row, proposal = logits[t].double(), int(truth.proposal[b, t])
         if row.isnan().any() or (row == torch.inf).any() or row[proposal] == -torch.inf:
             continue
-        r, h = reference.residual(row, proposal), reference.entropy(row)
-        profile.append((h if rule.order == "entropy" else r, t, r, h))
+        profile.append(reference.costs(row, proposal, problem.mask_id, rule.order, t))
     profile.sort()
     if not profile:
         return False
