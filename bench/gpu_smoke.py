@@ -237,6 +237,8 @@ def kernels() -> Iterator[Check]:
     yield "select, sampled", partial(select_agrees, random_problem(5, 2, 8, vocabulary, Frechet(0.1), temperature=0.8))
     by_entropy = random_problem(2, 4, 40, vocabulary, fdpp.EntropyBound(2.0))
     yield "select, by entropy, sorted ranks", partial(select_agrees, by_entropy)
+    by_margin = random_problem(7, 2, 8, vocabulary, fdpp.TopkMargin(3), temperature=0.8)
+    yield "select, by margin, sampled", partial(select_agrees, by_margin)
     if ON_GPU:
         whole = random_problem(4, 1, 32, 126464, Frechet(0.25), dtype=half)
         yield "select, LLaDA's vocabulary", partial(select_agrees, whole)

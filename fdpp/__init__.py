@@ -6,7 +6,23 @@ from typing import TYPE_CHECKING, Any
 from fdpp import moved
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.models import registration
-from fdpp.rules import Budget, Dawn, EntropyBound, Factor, Frechet, Klass, LocalLeap, Quota, Rule, Threshold
+from fdpp.rules import (
+    Budget,
+    Dawn,
+    Drawn,
+    EntropyBound,
+    Factor,
+    Frechet,
+    Klass,
+    LeastEntropy,
+    LocalLeap,
+    MaskgitPlus,
+    Origin,
+    Quota,
+    Rule,
+    Threshold,
+    TopkMargin,
+)
 from fdpp.selection import Selection
 from fdpp.step import DenoisingStep, select
 from fdpp.version import __version__
@@ -39,6 +55,7 @@ __all__ = [
     "DenoisingStep",
     "DiffusionGenerationConfig",
     "DiffusionGenerationOutput",
+    "Drawn",
     "DreamConfig",
     "DreamModelLM",
     "EntropyBound",
@@ -47,11 +64,15 @@ __all__ = [
     "Klass",
     "LLaDAConfig",
     "LLaDAModelLM",
+    "LeastEntropy",
     "LocalLeap",
+    "MaskgitPlus",
+    "Origin",
     "Quota",
     "Rule",
     "Selection",
     "Threshold",
+    "TopkMargin",
     "__version__",
     "patch",
     "select",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 from inputs import TRITON
 
+from fdpp.rules.rule import ORDERS
+
 SPILLS_ALLOWED = {
     # ptxas spills to get down to 128 registers, which let two programs share a multiprocessor; not in the loop.
     "sm_90-EntropyBound-256x32x126464-bfloat16-sampled-active": 8,
@@ -21,6 +24,9 @@ SPILLS_ALLOWED = {
     "decide_kernel-sm_80-EntropyBound-1x32-bfloat16": 40,
     "decide_kernel-sm_90-EntropyBound-1x32-bfloat16": 40,
     "decide_kernel-sm_100-EntropyBound-1x32-bfloat16": 40,
+    "decide_kernel-sm_80-TopkMargin-1x32-bfloat16": 24,
+    "decide_kernel-sm_90-TopkMargin-1x32-bfloat16": 16,
+    "decide_kernel-sm_100-TopkMargin-1x32-bfloat16": 32,
     # ptxas spills to get to 168 registers (three of its programs share one) and to 80 (six do).
     "project_kernel-sm_100-EntropyBound-1x32-bfloat16": 16,
     "attend_kernel-sm_90-1x32-1056x32x64-float16": 8,
@@ -89,8 +95,8 @@ def before_ticket(build: dict[str, Any]) -> list[str]:
 
 def test_every_target_and_kind_is_built(builds: dict[str, dict[str, Any]]) -> None:
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        kinds = {(b["by_entropy"], b["sampled"]) for b in builds.values() if b["target"] == target}
-        assert kinds == {(False, False), (True, False), (True, True), (False, True)}, target
+        kinds = {(b["order"], b["sampled"]) for b in builds.values() if b["target"] == target}
+        assert kinds == set(itertools.product(ORDERS, (False, True))), target
 
 
 def test_no_spills(
@@ -109,7 +115,7 @@ def test_registers(builds: dict[str, dict[str, Any]]) -> None:
             bound = 64 if TRITON == "3.7" else 72
         elif build["sampled"] or build["T"] == 1024:
             bound = 128
-        elif build["by_entropy"]:
+        elif build["order"] != "confidence":
             bound = 112
         elif build["B"] > 1:
             bound = 64
@@ -141,11 +147,18 @@ def test_the_vocabulary_loop_is_short_and_elementwise(builds: dict[str, dict[str
     """Instructions of eight warps for 4096 logits, as measured with Triton 3.7.1 and rounded up; the loop holds a load
     for tiles whose ids must be compared, which few tiles take. Nothing in it crosses threads. Rows that do not start on
     16 bytes are read one logit at a time, half as many instructions again."""
-    bounds = {(False, False): 2160, (True, False): 2800, (False, True): 18000, (True, True): 18800}
+    bounds = {
+        ("confidence", False): 2160,
+        ("margin", False): 2400,
+        ("entropy", False): 2800,
+        ("confidence", True): 18000,
+        ("margin", True): 17300,
+        ("entropy", True): 18800,
+    }
     for name, build in builds.items():
         if build["target"] in ("sm_90", "sm_100"):
             assert build["loop"]["barriers"] == build["loop"]["shuffles"] == 0, name
-            bound = bounds[build["by_entropy"], build["sampled"]] * (1.0 if build["V"] % 16 == 0 else 1.5)
+            bound = bounds[build["order"], build["sampled"]] * (1.0 if build["V"] % 16 == 0 else 1.5)
             assert build["loop"]["instructions"] <= bound, (name, build["loop"])
 
 
@@ -154,7 +167,7 @@ def test_summaries_are_stored_before_the_ticket_is_taken(builds: dict[str, dict[
     for name, build in builds.items():
         operations = before_ticket(build)
         kinds = ["barrier" if "bar" in op else "store" if "st." in op or "store" in op else "load" for op in operations]
-        stores = 3 + 2 * build["sampled"] + build["by_entropy"]
+        stores = 3 + 2 * build["sampled"] + (build["order"] != "confidence")
         assert kinds.count("store") == stores, name
         assert kinds[-1] == "barrier" and kinds[-1 - stores : -1] == ["store"] * stores, name
         tickets = [operation for operation in build["memory"] if "atom" in operation]
@@ -166,7 +179,7 @@ def test_other_programs_summaries_are_not_read_from_l1(builds: dict[str, dict[st
     for name, build in builds.items():
         if build["target"] != "gfx942":
             after = build["memory"][len(before_ticket(build)) :]
-            planes = 3 + 2 * build["sampled"] + build["by_entropy"]
+            planes = 3 + 2 * build["sampled"] + (build["order"] != "confidence")
             assert sum(operation.startswith("ld.global.cg") for operation in after) >= planes, name
 
 

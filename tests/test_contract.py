@@ -56,7 +56,7 @@ def kept(rule: fdpp.Rule, cache: str = "dual") -> str:
 
 
 def decode(model: fdpp.LLaDAModelLM, *prompt: Tensor, rule: fdpp.Rule, **settings: Any) -> Any:
-    return model.generate(*prompt, **{"cache": kept(rule), **SIZES, "rule": rule, **settings})
+    return model.generate(*prompt, **{"cache": kept(rule), **SIZES, "rule": rule, "seed": 0, **settings})
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -130,7 +130,7 @@ def test_a_row_in_a_batch_is_the_row_alone(llada: fdpp.LLaDAModelLM, rule: fdpp.
     together = decode(llada, prompt, mask, rule=rule, cache=kept(rule, cache))
     for b in range(prompt.shape[0]):
         own = prompt[b : b + 1, mask[b] == 1]
-        alone = decode(llada, own, rule=rule, cache=kept(rule, cache))
+        alone = decode(llada, own, rule=rule, cache=kept(rule, cache), seed=b)
         assert together.sequences[b, prompt.shape[1] :].equal(alone.sequences[0, own.shape[1] :])
         assert together.commit_step[b].equal(alone.commit_step[0]) and together.nfe[b] == alone.nfe[0]
 
@@ -141,9 +141,9 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     commits: list[int] = []
     take = Choice.__call__
 
-    def step(choice: Choice, evidence: Any, states: Tensor, terms: Any, block: Any) -> fdpp.Selection:
-        chosen = take(choice, evidence, states, terms, block)
-        truth = specified(choice.rule, evidence, states, terms, block)
+    def step(choice: Choice, evidence: Any, states: Tensor, terms: Any, *more: Any) -> fdpp.Selection:
+        chosen = take(choice, evidence, states, terms, *more)
+        truth = specified(choice.rule, evidence, states, terms, *more)
         for name in ("tokens", "committed", "remaining", "proposal"):
             ours, theirs = getattr(chosen, name).flatten(0, 1), getattr(truth, name)
             if name == "proposal":  # a rule may propose anything at committed positions
@@ -276,7 +276,7 @@ def test_the_command_line_takes_its_numbers(rule: fdpp.Rule) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trace_shows_it(llada: fdpp.LLaDAModelLM, kind: type[fdpp.Rule]) -> None:
     rule = kind()
-    config = fdpp.DiffusionGenerationConfig(rule=rule, cache=kept(rule), **SIZES)
+    config = fdpp.DiffusionGenerationConfig(rule=rule, cache=kept(rule), seed=0, **SIZES)
     trace = record(llada, prompts(1, 6), config)
     assert trace.output.sequences.equal(decode(llada, prompts(1, 6), rule=rule).sequences)
     data = data_of(trace, tiny.load()[1], "small")

@@ -118,6 +118,11 @@ class Advance:
             params = schedule
         else:
             params = schedule[(index - state.first_step[:, None]).clamp(max=schedule.shape[0] - 1).flatten()]
-        seeds = None if state.streams is None else (state.streams[:, None] + index * STEP_STRIDE).flatten()
+        seeds = streams = None
+        if state.streams is not None:
+            seeds = (state.streams[:, None] + index * STEP_STRIDE).flatten()
+            # Of its first step: no other block of the sequence has it, whatever the padding.
+            first = state.streams + state.first_step * STEP_STRIDE
+            streams = first[:, None].expand_as(index).flatten()
         terms = Terms(params, self.rule.key(), self.mask_id, self.config.temperature, seeds)
-        return self.step(evidence, states, terms, window.block)
+        return self.step(evidence, states, terms, window.block, streams)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdpp.decoding.evidence import Evidence
 from fdpp.decoding.settings import DiffusionGenerationConfig
-from fdpp.decoding.shaping import drawn, ranked_last
+from fdpp.decoding.shaping import drawn, ranked_last, uniform
 from fdpp.rules import Proposed, Rule
 from fdpp.selection import Selection, candidates, recommit
 from fdpp.step import cpu
@@ -31,10 +31,17 @@ class Choice:
         self.random = config.remasking == "random"
         self.decides = type(config.rule).decide is not Rule.decide
 
-    def __call__(self, evidence: Evidence, states: Tensor, terms: Terms, block: slice | Tensor) -> Selection:
+    def __call__(
+        self,
+        evidence: Evidence,
+        states: Tensor,
+        terms: Terms,
+        block: slice | Tensor,
+        streams: Tensor | None = None,
+    ) -> Selection:
         """One step on each of the `states` `[b, D, T]` of the columns `block`; fields of shape `[b, D, ...]`.
 
-        `terms` are for the `b * D` states.
+        `terms` are for the `b * D` states; `streams` `[b * D]` int64 are noise streams that a block's steps share.
         """
         tokens = states.flatten(0, 1)
         only_masked = evidence.logits.dim() == 2
@@ -51,10 +58,18 @@ class Choice:
             chosen = self.step(logits, tokens, None, terms)
         if self.decides:
             candidate = candidates(tokens, terms.mask_id)
-            chosen = self.rule.decide(Proposed(chosen, tokens, candidate, terms.mask_id, flat.memory, block))
+            fixed, fresh = (self.uniform(seeds, tokens.shape[1]) for seeds in (streams, terms.seeds))
+            proposed = Proposed(
+                chosen, tokens, candidate, terms.mask_id, flat.memory, block, terms.params, fixed, fresh
+            )
+            chosen = self.rule.decide(proposed)
         if self.random:
             chosen = self.drawn(chosen, tokens, terms)
         return Selection(*(field.view(*states.shape[:2], *field.shape[1:]) for field in chosen))
+
+    def uniform(self, seeds: Tensor | None, T: int) -> Tensor | None:
+        """Numbers of T positions for a rule that draws."""
+        return uniform(seeds, T) if self.rule.draws and seeds is not None else None
 
     def drawn(self, step: Selection, tokens: Tensor, terms: Terms) -> Selection:
         """`step` with its k positions drawn at random."""

@@ -41,8 +41,9 @@ class DiffusionGenerationConfig(SavedSettings):
         rule: which proposals of a step are committed; also a preset ("careful", "balanced", "fast"), a name, "frechet",
             or a name and numbers, {"name": "Frechet", "margin": 0.25}. The default, `Frechet(0.25)`, is bold: it loses
             answers on every task that was measured here (docs/rules.md).
-        steps: for `Quota()` alone, the steps of the whole response (LLaDA's schedule): they are shared out evenly over
-            its blocks, and a block's masks over its steps. None commits one position a step.
+        steps: for `Quota()`, the steps of the whole response (LLaDA's schedule): they are shared out evenly over its
+            blocks, and a block's masks over its steps. None commits one position a step. The rules of Dream have a
+            schedule of their own for a block's steps.
         cache: "none" (every forward is a full one), "prefix" or "dual" (Fast-dLLM, arXiv 2505.22618).
         refresh: what a block's first forward feeds under a cache: "all" (everything), "recent" (the block decoded
             before and the block), "block" (the block alone: for measurements, it loses answers), or a `Recent` or a
@@ -71,8 +72,9 @@ class DiffusionGenerationConfig(SavedSettings):
         suppress_tokens: ids that are never proposed.
         stop_strings: a string or several; a response ends before the first of them (see `fdpp.decoding.stops`).
             `generate` then needs a `tokenizer`.
-        seed: with a temperature or random remasking, sequence b samples from the stream seed + b. None draws a seed
-            from PyTorch's CPU generator, so `torch.manual_seed` and transformers' `set_seed` reproduce the decode.
+        seed: with a temperature, random remasking or a rule that draws, sequence b samples from the stream seed + b.
+            None draws a seed from PyTorch's CPU generator, so `torch.manual_seed` and transformers' `set_seed`
+            reproduce the decode.
         remasking: which positions keep their masks. "low_confidence": those that the rule does not commit. "random": a
             `Quota` uniformly draws the positions that it commits.
         cfg_scale: above 0, classifier-free guidance: every sequence is also fed with its prompt masked, and the logits
@@ -152,7 +154,9 @@ class DiffusionGenerationConfig(SavedSettings):
         if type(self.rule).__hash__ is None:
             raise ValueError(f"rule: expected a dataclass with frozen=True, {type(self.rule).__name__} can change")
         if self.steps is not None and not self.rule.takes_steps():
-            raise ValueError(f"steps={self.steps} is a schedule for rule=Quota(); {self.rule} decides by itself")
+            raise ValueError(
+                f"steps={self.steps} is a schedule for rule=Quota() and Dream's; {self.rule} decides by itself"
+            )
         if self.cache not in CACHES:
             raise ValueError(f"cache: expected one of {', '.join(CACHES)}, got {self.cache!r}")
         if self.drafts != "auto" and not (is_int(self.drafts) and 1 <= self.drafts <= MAX_DRAFTS):
@@ -182,6 +186,8 @@ class DiffusionGenerationConfig(SavedSettings):
                 raise ValueError(f"{name}: expected a bool, got {getattr(self, name)!r}")
         if self.confidence_eos_eot_inf and self.rule.order != "confidence":
             raise ValueError(f"confidence_eos_eot_inf: {self.rule} ranks positions by {self.rule.order}")
+        if self.confidence_eos_eot_inf and self.rule.draws:
+            raise ValueError(f"confidence_eos_eot_inf: {self.rule} draws positions and ranks none")
         if self.remasking != "random":
             return
         if not self.rule.counts:
@@ -232,7 +238,7 @@ class DiffusionGenerationConfig(SavedSettings):
     @property
     def draws(self) -> bool:
         """Whether steps draw noise."""
-        return self.temperature > 0.0 or self.remasking == "random"
+        return self.temperature > 0.0 or self.remasking == "random" or self.rule.draws
 
     @property
     def passes(self) -> int:

@@ -123,7 +123,16 @@ def drawn(tokens: Tensor, k: Tensor, seeds: Tensor, mask_id: int) -> Tensor:
     A row's choice depends on its seed `[n]` and its own masks alone.
     """
     masked = tokens == mask_id
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    bits = philox_bits(seeds[:, None], torch.full_like(positions, NO_TOKEN), positions)
-    order = bits.masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True)
+    order = position_bits(seeds, tokens.shape[1]).masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True)
     return masked & (order.argsort(dim=1) < k[:, None])
+
+
+def position_bits(seeds: Tensor, T: int) -> Tensor:
+    """32 random bits of every position, int64 `[n, T]`, of the noise streams `seeds` `[n]`."""
+    positions = torch.arange(T, device=seeds.device)[None]
+    return philox_bits(seeds[:, None], torch.full_like(positions, NO_TOKEN), positions)
+
+
+def uniform(seeds: Tensor, T: int) -> Tensor:
+    """A random number in (0, 1) of every position, float64 `[n, T]`, of the noise streams `seeds` `[n]`."""
+    return (position_bits(seeds, T).double() + 0.5) * 2.0**-32

@@ -2,6 +2,7 @@
 
 from fdpp.rules.budget import Budget
 from fdpp.rules.dawn import Dawn
+from fdpp.rules.dream import Drawn, LeastEntropy, MaskgitPlus, Origin, TopkMargin
 from fdpp.rules.entropy_bound import EntropyBound
 from fdpp.rules.factor import Factor
 from fdpp.rules.frechet import Frechet
@@ -16,19 +17,24 @@ __all__ = [
     "PRESETS",
     "Budget",
     "Dawn",
+    "Drawn",
     "EntropyBound",
     "Factor",
     "Frechet",
     "Klass",
+    "LeastEntropy",
     "LocalLeap",
+    "MaskgitPlus",
     "MostConfident",
     "Needs",
+    "Origin",
     "Proposed",
     "Quota",
     "Rows",
     "Rule",
     "Sight",
     "Threshold",
+    "TopkMargin",
     "number",
     "whole",
 ]

@@ -56,10 +56,8 @@ class Quota(Rule):
         """LLaDA's schedule: a block's steps are proportional to its length, and its masks are shared out over them."""
         if self.k is not None:
             return [self]
-        N, total = length, steps or length
-        counts = shares(stop - start, max(total * stop // N - total * start // N, 1))
-        changes = [i for i in range(1, len(counts)) if counts[i] != counts[i - 1]]
-        return [Quota(k) for k in counts[: max(changes, default=0) + 1]]
+        counts = shares(stop - start, steps_of_block(start, stop, length, steps))
+        return [Quota(k) for k in without_repeats(counts)]
 
     def label(self, steps: int | None = None) -> str:
         if self.k is not None:
@@ -74,3 +72,18 @@ def shares(total: int, parts: int) -> list[int]:
     """`total` split into at most `parts` positive ints that differ by at most 1, the larger ones first."""
     base, larger = divmod(total, parts)
     return [base + (part < larger) for part in range(min(parts, total))]
+
+
+def steps_of_block(start: int, stop: int, length: int, steps: int | None) -> int:
+    """How many of the `steps` of a response of `length` its positions `start` to `stop` get, at least 1.
+
+    None: as many steps as positions.
+    """
+    total = steps or length
+    return max(total * stop // length - total * start // length, 1)
+
+
+def without_repeats(counts: list[int]) -> list[int]:
+    """`counts` without those at the end that repeat the one before."""
+    changes = [i for i in range(1, len(counts)) if counts[i] != counts[i - 1]]
+    return counts[: max(changes, default=0) + 1]

@@ -115,6 +115,11 @@ class Proposed(NamedTuple):
         mask_id: the id that marks a masked position.
         memory: of these states, `[N, ...]`; None if the rule keeps none, and outside of a decode (`fdpp.select`).
         block: the block's columns, a slice or an int64 tensor `[T]`; None outside of a decode.
+        numbers: `[N, 3]` or `[1, 3]` float64, `params` and `calibration` of the step's rule (see `Rule.successive`);
+            None outside of a decode.
+        fixed, fresh: `[N, T]` float64, random numbers, uniform in (0, 1), for a rule that `draws`: a position has one
+            for all steps of its block, and one for this step. A sequence's depend on its seed, and on no other row.
+            None for other rules and outside of a decode.
 
     In a decode with `Needs.block` the prefix test takes all positions as masked. Committed ones then have a proposal,
     their most likely token, and its confidence. `step.tokens`, `committed` and `remaining` are those of a block of
@@ -127,6 +132,9 @@ class Proposed(NamedTuple):
     mask_id: int
     memory: Memory | None = None
     block: slice | Tensor | None = None
+    numbers: Tensor | None = None
+    fixed: Tensor | None = None
+    fresh: Tensor | None = None
 
     def commit(self, committed: Tensor) -> Selection:
         """`step` with another commit mask `[N, T]`, of candidates alone."""
@@ -219,6 +227,7 @@ class Rule:
         needs: what it has to see.
         revokes: whether `decide` may take back or edit a token that an earlier step of the block committed. Then an EOS
             ends a sequence only once its block is finished, and the commit step of a position taken back is -1.
+        draws: whether `decide` reads random numbers, so that a decode needs a seed.
         counts: whether `p0` is the number of positions to commit; `remasking="random"` then draws them.
         name: its name in commands; None: they don't offer it.
         title: its name in tables and plots, before its first number.
@@ -229,6 +238,7 @@ class Rule:
     order: ClassVar[str] = "confidence"
     needs: ClassVar[Needs] = Needs()
     revokes: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     counts: ClassVar[bool] = False
     name: ClassVar[str | None] = None
     title: ClassVar[str | None] = None

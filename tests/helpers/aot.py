@@ -53,18 +53,20 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    entropy = fdpp.EntropyBound(0.1)
-    rules = (fdpp.Quota(2), fdpp.Threshold(0.9), fdpp.Factor(0.75), fdpp.Frechet(0.25, 0.1), entropy)
+    entropy, margin = fdpp.EntropyBound(0.1), fdpp.TopkMargin(2)
+    rules = (fdpp.Quota(2), fdpp.Threshold(0.9), fdpp.Factor(0.75), fdpp.Frechet(0.25, 0.1), entropy, margin)
     found = [Variant("sm_90", rule) for rule in rules]
     found += [Variant("sm_90", dtype=dtype, active=True) for dtype in ("float16", "float32")]
     found += [Variant("sm_90", V=126349), Variant("sm_90", V=126349, dtype="float32", sampled=True)]
     for T in (32, 64, 128, 256, 1024):
         found.append(Variant("sm_90", B=256, T=T))
         found.append(Variant("sm_90", entropy, B=256, T=T, sampled=True, active=True))
+        found.append(Variant("sm_90", margin, B=256, T=T, sampled=True, active=True))
     for T in (64, 128, 256):
         found.append(Variant("sm_90", T=T))
     for target in ("sm_80", "sm_100", "gfx942"):
         found += [Variant(target), Variant(target, entropy), Variant(target, entropy, sampled=True)]
+        found += [Variant(target, margin), Variant(target, margin, sampled=True)]
         found += [Variant(target, B=256, T=128, sampled=True)]
     found += [Variant("sm_80", T=1024), Variant("gfx942", T=1024), Variant("sm_100", T=1024)]
     return found
@@ -206,11 +208,13 @@ def compiled(variant: Variant, kernel: Compiled) -> dict[str, Any]:
     )
     counted = variant.target in ("sm_90", "sm_100")
     warps = kernel.last.metadata.num_warps
+    # By margin the proposal's own sum is not kept.
+    exponentials = 1 + (variant.sampled and variant.rule.order != "margin")
     return {
         "name": variant.name,
-        "loop": counts_of_loop(kernel.last.asm["cubin"], warps, 1 + variant.sampled) if counted else None,
+        "loop": counts_of_loop(kernel.last.asm["cubin"], warps, exponentials) if counted else None,
         **{key: value for key, value in asdict(variant).items() if key != "rule"},
-        "by_entropy": variant.rule.order == "entropy",
+        "order": variant.rule.order,
         "threads": kernel.last.metadata.num_warps * TARGETS[variant.target].warp_size,
         "fp_fusion": kernel.last.metadata.enable_fp_fusion,
         **facts(kernel),

@@ -65,15 +65,17 @@ class Head:
 
 
 def heads() -> list[Head]:
-    entropy, found = fdpp.EntropyBound(0.1), []
+    entropy, margin, found = fdpp.EntropyBound(0.1), fdpp.TopkMargin(2), []
     for target in TARGETS:
         # One short tile, one of the common block, several full ones.
         for B, T in ((1, 16), (1, 32), (8, 32)):
             found.append(Head(target, B=B, T=T))
             found.append(Head(target, entropy, B=B, T=T))
+            found.append(Head(target, margin, B=B, T=T))
         found += [Head(target, B=B, sampled=True) for B in (1, 8)]
-        found += [Head(target, entropy, B=B, sampled=True) for B in (1, 8)]
+        found += [Head(target, rule, B=B, sampled=True) for B in (1, 8) for rule in (entropy, margin)]
         found += [Head(target, T=1024), Head(target, entropy, T=1024, sampled=True)]
+        found += [Head(target, margin, T=1024, sampled=True)]
     found += [Head("sm_90", B=B, dtype="float32", sampled=sampled) for B in (1, 8) for sampled in (False, True)]
     return found
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fdpp
 from fdpp.decoding.evidence import Evidence
+from fdpp.decoding.shaping import uniform
 from fdpp.rules.rule import Number, Proposed
 from fdpp.step import reference
 from fdpp.step.terms import Terms
@@ -40,9 +41,14 @@ def settings_of(kind: type[fdpp.Rule]) -> list[fdpp.Rule]:
 
 
 def specified(
-    rule: fdpp.Rule, evidence: Evidence, states: Tensor, terms: Terms, block: slice | Tensor
+    rule: fdpp.Rule,
+    evidence: Evidence,
+    states: Tensor,
+    terms: Terms,
+    block: slice | Tensor,
+    streams: Tensor | None = None,
 ) -> fdpp.Selection:
-    """The step from each of the `states` `[b, D, T]` as the rule specifies it, without noise; fields `[b * D, ...]`."""
+    """The step from each of the `states` `[b, D, T]` as the rule specifies it, greedily; fields `[b * D, ...]`."""
     tokens = states.flatten(0, 1)
     candidate = tokens == terms.mask_id
     if evidence.logits.dim() == 2:
@@ -58,7 +64,10 @@ def specified(
     steps = []
     for n in range(tokens.shape[0]):
         params = terms.params[min(n, terms.params.shape[0] - 1)]
-        own = dataclasses.replace(rule, k=int(params[0])) if rule.takes_steps() else rule  # type: ignore[type-var]
+        scheduled = "k" in rule.numbers and rule.takes_steps()
+        own = dataclasses.replace(rule, k=int(params[0])) if scheduled else rule  # type: ignore[type-var]
         steps.append(reference.prefix_step(logits[n : n + 1], asked[n : n + 1], own, terms.mask_id))
     step = fdpp.Selection(*map(torch.cat, zip(*steps, strict=True)))
-    return rule.reference(Proposed(step, tokens, candidate, terms.mask_id, memory, block))
+    seeds = (streams, terms.seeds) if rule.draws else (None, None)
+    fixed, fresh = (None if of_row is None else uniform(of_row, tokens.shape[1]) for of_row in seeds)
+    return rule.reference(Proposed(step, tokens, candidate, terms.mask_id, memory, block, terms.params, fixed, fresh))

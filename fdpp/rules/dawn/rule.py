@@ -102,7 +102,7 @@ class Dawn(Rule):
         return Dependencies(edges, anchors if mask is None else anchors.masked_fill(~mask[:, None], 0.0))
 
     def decide(self, proposed: Proposed) -> Selection:
-        step, tokens, candidate, _, memory, block = proposed
+        step, tokens, candidate, _, memory, block, *_ = proposed
         if memory is None:
             return step
         assert isinstance(block, slice)
@@ -119,7 +119,7 @@ class Dawn(Rule):
         )
 
     def reference(self, proposed: Proposed) -> Selection:
-        step, tokens, candidate, _, memory, block = proposed
+        step, tokens, candidate, _, memory, block, *_ = proposed
         if memory is None:
             return step
         assert isinstance(block, slice)
