@@ -9,74 +9,17 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from golden import Trajectory, model, seen_by_rows, trajectories
+from published import LeftToRight, PublishedFactor, Recorder
 from torch import Tensor
 
 import fdpp
-from fdpp.rules import Proposed
-from fdpp.selection import Selection
 
 MASK = 500
-
-
-def published_factor(n: Tensor, last: Tensor, total: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
-    """The factor rule as published code has it, over profiles `[B, T]` on the CPU.
-
-    It accepts equality, and a first failure at the profile's last position looks like no failure. Columns past the end
-    of a profile cost nothing.
-    """
-    accepted = ((n + 1) * last <= p0) | (n == 1)
-    size = (last > 0).sum(1, keepdim=True)
-    return accepted | (accepted | (n >= size)).all(1, keepdim=True)
-
-
-@dataclass(frozen=True)
-class PublishedFactor(fdpp.Rule):
-    f: float
-    predicate: ClassVar[Any] = published_factor
-
-    def params(self) -> tuple[float, float]:
-        return self.f, 0.0
-
-
-@dataclass(frozen=True)
-class LeftToRight(fdpp.Rule):
-    """FreeDave's `alg_temp=-1`: the leading masked positions whose confidence is at least `tau`, or the first one."""
-
-    tau: float
-    predicate: ClassVar[Any] = published_factor
-
-    def decide(self, proposed: Proposed) -> Selection:
-        candidate = proposed.candidate
-        leading = (~candidate | (proposed.step.confidence >= self.tau)).cumprod(1).bool()
-        return proposed.commit(candidate & (leading | (candidate.cumsum(1) == 1)))
-
-
-class Recorder:
-    """A streamer that notes which forward decided every position of the response."""
-
-    def __init__(self) -> None:
-        self.forwards = 0
-        self.blocks: list[Tensor] = []
-        self.step_of: Tensor | None = None
-
-    def put(self, value: Tensor) -> None:
-        if self.step_of is not None:
-            self.blocks.append(self.step_of)
-        self.step_of = None
-
-    def put_draft(self, value: Tensor) -> None:
-        if self.step_of is None:
-            self.step_of = torch.full_like(value, -1)
-        self.step_of[(value != MASK) & (self.step_of < 0)] = self.forwards
-        self.forwards += 1
-
-    def end(self) -> None:
-        self.step_of = torch.cat(self.blocks, dim=1)
 
 
 @dataclass(frozen=True)

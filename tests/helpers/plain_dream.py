@@ -148,7 +148,7 @@ def one_per_step() -> Choose:
 
 @dataclass
 class PlainDecode:
-    """`sequence` `[P + new]`, the forward that decided each new position, and how many forwards and fed columns."""
+    """`sequence` and the forward that decided each of its positions `[L]` (-1: given); forwards, and columns fed."""
 
     sequence: Tensor
     step_of: Tensor
@@ -158,16 +158,16 @@ class PlainDecode:
 
 def plain_decode(
     model: PlainDream,
-    prompt: Tensor,
+    text: Tensor,
+    start: int,
     choose: Choose,
     *,
-    new: int = 64,
-    block: int = 64,
+    block: int,
     cache: str = "none",
     first: str = "rule",
     before: bool = True,
 ) -> PlainDecode:
-    """Decode one prompt `[P]` block by block.
+    """Fill the masks of one `text` `[L]` from column `start` on, block by block.
 
     Args:
         first: what a block's full forward commits under a cache: "rule", what `choose` says; "alone", the block's first
@@ -175,10 +175,9 @@ def plain_decode(
         before: whether the other forwards also feed the column before the block, whose row predicts its first position.
             If not, that position has its own row, as published.
     """
-    P, L = len(prompt), len(prompt) + new
-    x = torch.cat((prompt, torch.full((new,), MASK)))
+    x, L = text.clone(), len(text)
     step_of, forwards, queries = torch.full((L,), -1), 0, 0
-    for s in range(P, L, block):
+    for s in range(start, L, block):
         e, held, step = min(s + block, L), Held(), 0
         while (x[s:e] == MASK).any():
             full = step == 0 or cache == "none"
@@ -196,4 +195,4 @@ def plain_decode(
             x[s:e] = torch.where(committed, p.argmax(-1), x[s:e])
             step_of[s:e][committed] = forwards
             forwards, queries, step = forwards + 1, queries + end - begin, step + 1
-    return PlainDecode(x, step_of[P:], forwards, queries)
+    return PlainDecode(x, step_of, forwards, queries)
