@@ -68,6 +68,11 @@ def forward_facts() -> dict[str, Any]:
     return json.loads((DATA / "trajectories/forward.json").read_text())
 
 
+def schedule_tables() -> list[dict[str, Any]]:
+    """`masks`, `steps`, `eps` and the published `counts` of every step."""
+    return json.loads((DATA / "trajectories/schedule.json").read_text())["tables"]
+
+
 @functools.cache
 def runs(peer: str) -> list[DreamRun]:
     """The decodes of one published project, those that raised as well."""
