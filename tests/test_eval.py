@@ -6,6 +6,7 @@ import math
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 import fdpp
 from fdpp import cli, tiny
 from fdpp.cli import eval as eval_command
-from fdpp.cli.options import config_of
+from fdpp.cli.options import CommandError, config_of
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.integrations.evaluation import likelihood, progress
 from fdpp.integrations.evaluation.evaluator import Evaluator, Request
@@ -266,6 +267,21 @@ class TestEvaluator:
     def test_bos_is_not_added_twice(self, model):
         evaluator = Evaluator(model, word_tokenizer(bos_token="w7"))
         assert evaluator.encode("w1 w2") == evaluator.encode("w7 w1 w2") == [7, 1, 2]
+
+    def test_bos_is_put_before_prompts_where_the_tokenizer_puts_none(self, model, tmp_path):
+        tokenizer = word_tokenizer()
+        tokenizer.bos_token = "w7"
+        plain, added = (
+            Evaluator(model, tokenizer, CONFIG, add_bos_token=add, resume=tmp_path) for add in (False, True)
+        )
+        assert plain.encode("w1 w2") == [1, 2]
+        assert added.encode("w1 w2") == added.encode("w7 w1 w2") == [7, 1, 2]
+        assert added.pair_of("w1 ", "w2") == Pair([7, 1], [2]) and added.pair_of("", "w2") == Pair([7], [2])
+        [text], [before] = added.responses(requests([4])), plain.responses(requests([4]))
+        [ids] = ragged([4])
+        assert plain.responses([Request("task", words([7, *ids]), {"max_gen_toks": 32})]) == [text] != [before]
+        with pytest.raises(ValueError, match="add_bos_token: expected a tokenizer with a BOS token"):
+            Evaluator(model, word_tokenizer(), add_bos_token=True)
 
     def test_refuses_settings_by_name(self, model, tokenizer):
         with pytest.raises(ValueError, match="batch_size: expected an int of at least 1, got 0"):
@@ -545,6 +561,81 @@ class TestCommand:
         assert not got.stop_at_eos and got.drafts == 1
         assert config_of(self.resolved("--preset", "dawn/humaneval")).rule == fdpp.Dawn(tau_low=0.8)
 
+    @pytest.mark.parametrize(
+        ("name", "task", "shots", "rule", "cache", "length", "drafts", "model", "chat"),
+        [
+            ("fast-dllm++/dream-base/gsm8k", "gsm8k", 5, fdpp.Frechet(0.25), "prefix", 256, 1, "Base", False),
+            ("fast-dllm++/dream-base/humaneval", "humaneval_chat", 0, fdpp.Frechet(), "prefix", 256, 1, "Base", False),
+            ("fast-dllm/dream-base/mbpp", "mbpp", 3, fdpp.Threshold(0.9), "prefix", 256, 1, "Base", False),
+            (
+                "dawn/dream-base/gsm8k",
+                *("gsm8k", 5),
+                fdpp.Dawn(tau_sink=0.03, tau_edge=0.05, tau_induce=0.75, tau_low=0.75, layers=4),
+                *("none", 256, 1, "Base", False),
+            ),
+            (
+                "dawn/dream-base/minerva_math",
+                *("minerva_math", 4),
+                fdpp.Dawn(tau_sink=0.03, tau_edge=0.05, tau_induce=0.75, tau_low=0.8, layers=4),
+                *("none", 256, 1, "Base", False),
+            ),
+            (
+                "dawn/dream-instruct/humaneval",
+                *("humaneval", 0),
+                fdpp.Dawn(tau_sink=0.03, tau_edge=0.1, tau_induce=0.75, tau_low=0.8, layers=4),
+                *("none", 256, 1, "Instruct", False),
+            ),
+            ("freedave/dream-instruct/gsm8k", "gsm8k", 5, fdpp.Quota(1), "dual", 1024, 8, "Instruct", True),
+            (
+                "freedave++/dream-instruct/mbpp_instruct",
+                *("mbpp_instruct", 3, fdpp.Threshold(0.95), "dual", 1024, 8, "Instruct", True),
+            ),
+        ],
+    )
+    def test_presets_of_dream_are_the_published_settings(
+        self, name, task, shots, rule, cache, length, drafts, model, chat
+    ):
+        args = self.resolved("--preset", name)
+        got = config_of(args)
+        assert (args.tasks, args.num_fewshot, args.chat_template, args.multiturn) == (task, shots, chat, chat)
+        assert (got.rule, got.cache, got.max_new_tokens, got.drafts) == (rule, cache, length, drafts)
+        assert got.block_length == 32 and got.stop_at_eos == chat and args.add_bos_token
+        assert PRESETS[name].model == (f"Dream-org/Dream-v0-{model}-7B", "Dream")
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_the_model_of_a_preset_is_in_its_name(self, name):
+        _, *variant, task = name.split("/")
+        preset = PRESETS[name]
+        size = {"": "LLaDA-8B-Instruct", "dream-base": "Dream-v0-Base-7B", "dream-instruct": "Dream-v0-Instruct-7B"}
+        assert preset.model.name.split("/")[1] == size["".join(variant)]
+        assert preset.model.model_type == ("Dream" if variant else "llada")
+        assert preset.add_bos_token == bool(variant) and task.startswith(preset.task.removesuffix("_chat"))
+
+    @pytest.mark.parametrize(
+        ("name", "model_type", "fitting"),
+        [
+            ("dawn/dream-base/mbpp", "llada", "fast-dllm++/mbpp, fast-dllm/mbpp, dawn/mbpp"),
+            (
+                "fast-dllm/mbpp",
+                "Dream",
+                "fast-dllm++/dream-base/mbpp, fast-dllm/dream-base/mbpp, dawn/dream-base/mbpp, ",
+            ),
+            ("fast-dllm++/gsm8k-1024", "Dream", "none"),
+        ],
+    )
+    def test_a_preset_of_another_family_is_refused_with_those_of_the_table_that_fit(self, name, model_type, fitting):
+        args = self.resolved("--preset", name, "--model", "some/model")
+        preset = PRESETS[name].model
+        eval_command.check_preset(args, SimpleNamespace(config=SimpleNamespace(model_type=preset.model_type)))
+        with pytest.raises(CommandError) as error:
+            eval_command.check_preset(args, SimpleNamespace(config=SimpleNamespace(model_type=model_type)))
+        assert (
+            f"is of {preset.name}: expected a model of type {preset.model_type}, got {model_type} (some/model)"
+            in str(error.value)
+        )
+        assert f"presets of {name.split('/')[-1]} are {fitting}" in str(error.value)
+        eval_command.check_preset(self.resolved("--tasks", "gsm8k"), None)
+
     @pytest.mark.parametrize("name", PRESETS)
     def test_every_preset_is_what_its_options_decode(self, name):
         preset, args = PRESETS[name], self.resolved("--preset", name)
@@ -554,6 +645,11 @@ class TestCommand:
             preset.gen_length,
             preset.block_length,
             preset.stop_early,
+        )
+        assert (args.chat_template, args.multiturn, args.add_bos_token) == (
+            preset.chat_template,
+            preset.multiturn,
+            preset.add_bos_token,
         )
 
     @pytest.mark.parametrize("preset_first", [True, False])

@@ -41,6 +41,7 @@ EXAMPLES = """examples:
   fdpp eval --model GSAI-ML/LLaDA-8B-Instruct --tasks gsm8k,minerva_math,humaneval,mbpp --rule frechet
     --chat-template --gen-length 256 --resume runs/frechet --output frechet.json --confirm-run-unsafe-code
   fdpp eval --model GSAI-ML/LLaDA-8B-Instruct --preset fast-dllm++/gsm8k --rule factor
+  fdpp eval --model Dream-org/Dream-v0-Base-7B --preset fast-dllm++/dream-base/gsm8k
   accelerate launch --multi_gpu --num_processes 8 -m fdpp eval --model GSAI-ML/LLaDA-8B-Instruct
     --preset fast-dllm++/gsm8k
 
@@ -78,8 +79,8 @@ def add(commands: Any) -> None:
     option("--tasks", metavar="NAMES", help=text)
     option("--include-path", type=Path, metavar="DIR", help="folder with more tasks")
     text = (
-        "the settings of a published table, see below: task, few-shot examples, rule, cache, lengths, drafts and chat "
-        "template; other options take precedence"
+        "the settings of a published table, see below: task, few-shot examples, rule, cache, lengths, drafts, chat "
+        "template and BOS; other options take precedence; a model of another family than the table's is refused"
     )
     option("--preset", choices=tuple(PRESETS), metavar="NAME", help=text)
     option("--num-fewshot", type=whole(0), metavar="N", help="few-shot examples (default: the task's)")
@@ -96,6 +97,7 @@ def add(commands: Any) -> None:
     option(
         "--multiturn", action="store_true", help="few-shot examples as turns of the chat, not in one with the prompt"
     )
+    option("--add-bos-token", action="store_true", help="BOS before every prompt, where the tokenizer puts none")
     text = "run the programs that the model writes, without a sandbox (humaneval, mbpp)"
     option("--confirm-run-unsafe-code", action="store_true", help=text)
     option = of_evaluation = parser.add_argument_group("evaluation").add_argument
@@ -159,7 +161,8 @@ def resolve(args: argparse.Namespace) -> None:
             args.tasks = preset.task
         if args.num_fewshot is None:
             args.num_fewshot = preset.shots
-        args.chat_template, args.multiturn = True, args.multiturn or preset.multiturn
+        for field in ("chat_template", "multiturn", "add_bos_token"):
+            setattr(args, field, getattr(args, field) or getattr(preset, field))
         if isinstance(args.rule, Default):
             args.rule = preset.rule.name
             for field, number in preset.rule.numbers.items():
@@ -232,6 +235,25 @@ def find_tasks(args: argparse.Namespace, lm: Any) -> tuple[Any, list[str]]:
     return manager, names
 
 
+def check_preset(args: argparse.Namespace, model: Any) -> None:
+    """Refuse a preset of another family of models, and name those of the same table that there are for this one."""
+    if args.preset is None:
+        return
+    model_of_preset, came = PRESETS[args.preset].model, model.config.model_type
+    if came != model_of_preset.model_type:
+        table = args.preset.rpartition("/")[2]
+        fitting = [
+            name
+            for name, other in PRESETS.items()
+            if name.rpartition("/")[2] == table and other.model.model_type == came
+        ]
+        raise CommandError(
+            f"--preset {args.preset} is of {model_of_preset.name}: expected a model of type "
+            f"{model_of_preset.model_type}, got {came} ({args.model}), whose presets of {table} are "
+            f"{', '.join(fitting) or 'none'}"
+        )
+
+
 def check_folders(args: argparse.Namespace) -> None:
     """Refuse files and folders that cannot be used, before hours of decoding and not after."""
     if args.include_path is not None and not args.include_path.is_dir():
@@ -299,6 +321,7 @@ def evaluate(args: argparse.Namespace) -> int:
     with reported(ModuleNotFoundError):
         processes()
     model, tokenizer = load_model(args)
+    check_preset(args, model)
     if args.chat_template and not tokenizer.chat_template:
         raise CommandError(f"--chat-template: the tokenizer of --model {args.model} has none")
     with reported(OSError, ValueError, KeyError, ImportError, FloatingPointError, torch.OutOfMemoryError):
@@ -311,6 +334,7 @@ def evaluate(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             mc_num=args.mc_num,
             check_greedy=args.check_greedy,
+            add_bos_token=args.add_bos_token,
             resume=args.resume,
         )
         manager, tasks = find_tasks(args, model_of_harness)
@@ -344,6 +368,7 @@ def evaluate(args: argparse.Namespace) -> int:
         "decoding": decoding,
         "gen_length": gen_length,
         "preset": args.preset,
+        "add_bos_token": args.add_bos_token,
         "by_task": by_task,
         "costs": costs,
     }

@@ -106,7 +106,9 @@ class FdppLM(LM):
             settings.setdefault("block_length", task.block_length)
         rule = fdpp.Rule.of({"name": name, **numbers} if numbers else name)
         config = DiffusionGenerationConfig(rule=rule, **settings)
-        unknown = sorted(given.keys() - {"gen_length", "batch_size", "mc_num", "check_greedy", "resume"})
+        unknown = sorted(
+            given.keys() - {"gen_length", "batch_size", "mc_num", "check_greedy", "add_bos_token", "resume"}
+        )
         if unknown:
             raise ValueError(f"model_args: unknown {unknown} with rule={name}")
         processes()

@@ -90,6 +90,8 @@ class Evaluator:
         mc_num: samples of a likelihood's Monte Carlo estimate.
         check_greedy: say for every likelihood whether decoding one token per step gives the target. Without it the
             answer is False, as in the published evaluation: few tasks ask.
+        add_bos_token: put BOS before every prompt and context where the tokenizer does not, as the published evaluation
+            of Dream does.
         resume: folder of the journal of finished requests; what it holds already is not decoded again.
         rank: number of this process among those that share the requests; the first shows the progress
             on standard error.
@@ -110,12 +112,15 @@ class Evaluator:
         batch_size: int = 1,
         mc_num: int = 128,
         check_greedy: bool = False,
+        add_bos_token: bool = False,
         resume: str | os.PathLike[str] | None = None,
         rank: int = 0,
     ) -> None:
         for name, value in (("gen_length", gen_length), ("batch_size", batch_size), ("mc_num", mc_num)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+        if add_bos_token and not tokenizer.bos_token:
+            raise ValueError("add_bos_token: expected a tokenizer with a BOS token, got one without")
         model = model_within(model)
         self.model, self.tokenizer = model.eval(), tokenizer
         config = DiffusionGenerationConfig() if config is None else config
@@ -123,6 +128,7 @@ class Evaluator:
         self.given = set(differing(config) if given is None else given)
         self.gen_length, self.batch_size, self.mc_num = gen_length, batch_size, mc_num
         self.check_greedy, self.rank = check_greedy, rank
+        self.add_bos_token = add_bos_token
         self.journal = Journal(resume, rank)
         self.model_key = f"{fdpp.__version__} {fingerprint(model)}"
         self.tallies: dict[str, Tally] = {}
@@ -133,8 +139,9 @@ class Evaluator:
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with special tokens unless the text already begins with BOS, as from a chat template."""
-        bos = self.tokenizer.bos_token
-        return self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        bos, first = self.tokenizer.bos_token, self.tokenizer.bos_token_id
+        ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        return [first, *ids] if self.add_bos_token and ids[:1] != [first] else ids
 
     def fit(self, ids: list[int], room: int) -> list[int]:
         """The last ids of a prompt, as many as fit into the model's window with `room` others."""
