@@ -18,6 +18,9 @@ CONFIGURATIONS = ("fdpp.models.llada_config", "fdpp.models.dream_config")
 MODELS = ("fdpp.models.llada", "fdpp.models.dream")
 """Modules that register a family."""
 
+TOKENIZERS = ("fdpp.models.dream_tokenizer",)
+"""Modules that register a tokenizer in the place of the code that published repositories bring for it."""
+
 REGISTERED: dict[str, type[DiffusionLM]] = {}
 """The model classes that exist, by `model_type`."""
 

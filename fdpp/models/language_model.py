@@ -47,7 +47,7 @@ class DiffusionLM(DiffusionGenerationMixin, DiffusionPreTrainedModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.config_class is getattr(cls.__base__, "config_class", None):
+        if any(cls.config_class is getattr(base, "config_class", None) for base in cls.__bases__):
             return
         config: Any = cls.config_class
         # Not above: the import of `AutoModel` ends with the registration of all families, which needs this class.

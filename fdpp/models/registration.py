@@ -9,11 +9,12 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-from fdpp.models.families import CONFIGURATIONS, MODELS
+from fdpp.models.families import CONFIGURATIONS, MODELS, TOKENIZERS
 
 REGISTERED_BY = {
     "transformers.models.auto.configuration_auto": CONFIGURATIONS,
     "transformers.models.auto.modeling_auto": MODELS,
+    "transformers.models.auto.tokenization_auto": TOKENIZERS,
 }
 """Modules that hold `Auto` classes, and the modules that register families with them when they are imported."""
 
