@@ -1,7 +1,8 @@
-"""Answer one prompt, with the embedded model or with any LLaDA.
+"""Answer one prompt, with the embedded model or with any LLaDA or Dream.
 
 python examples/decode.py
 python examples/decode.py GSAI-ML/LLaDA-8B-Instruct "Why is the sky blue?"
+python examples/decode.py Dream-org/Dream-v0-Instruct-7B "Why is the sky blue?"
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from transformers import AutoTokenizer
 
 import fdpp
 from fdpp import tiny
+from fdpp.models import families
+from fdpp.models.language_model import DiffusionLM
 
 # Any rule of fdpp, and one of your own (own_rule.py), goes in the place of this one.
 SETTINGS = {"max_new_tokens": 128, "block_length": 32, "rule": fdpp.Frechet(margin=0.25), "cache": "dual"}
 
 
-def load(path: str) -> tuple[fdpp.LLaDAModelLM, Any]:
+def load(path: str) -> tuple[DiffusionLM, Any]:
     """A checkpoint as it is published, on the GPU if there is one."""
     device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
-    model = fdpp.LLaDAModelLM.from_pretrained(path, dtype=dtype).eval().to(device)
+    model = families.load(path, dtype=dtype).eval().to(device)
     return model, AutoTokenizer.from_pretrained(path)
 
 

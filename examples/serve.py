@@ -23,6 +23,7 @@ from torch import Tensor
 
 import fdpp
 from fdpp import tiny
+from fdpp.models.language_model import DiffusionLM
 
 MOST_BYTES = 1 << 20
 SECONDS = 10
@@ -138,7 +139,7 @@ class Server(ThreadingHTTPServer):
     timeout = 0.5
     """How many seconds it waits for a request before it looks whether it is stopped."""
 
-    def __init__(self, address: tuple[str, int], model: fdpp.LLaDAModelLM, tokenizer: Any, settings: Any) -> None:
+    def __init__(self, address: tuple[str, int], model: DiffusionLM, tokenizer: Any, settings: Any) -> None:
         super().__init__(address, Handler)
         self.model, self.tokenizer, self.settings, self.stopping = model, tokenizer, settings, False
 
@@ -155,7 +156,7 @@ class Server(ThreadingHTTPServer):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a LLaDA checkpoint (default: the embedded model)")
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="a LLaDA or Dream (default: the embedded model)")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
     options = parser.parse_args()

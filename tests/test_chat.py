@@ -14,13 +14,16 @@ from fcntl import ioctl
 from pathlib import Path
 from struct import pack
 
+import dream_files
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import fdpp
 from fdpp import cli, tiny
 from fdpp.cli.chat import greet
 from fdpp.cli.conversation import Chat
+from fdpp.cli.live import LiveView
 from fdpp.decoding.settings import DiffusionGenerationConfig
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +66,29 @@ def test_turns_are_remembered_where_the_tokenizer_has_a_template(model, tokenize
     assert [turn["role"] for turn in chat.turns] == ["user", "assistant"] * 2
     chat.forget()
     assert ask(chat, PROBLEMS[1]).text == decode(model, tokenizer, f"{PROBLEMS[1]} Answer")
+
+
+def test_an_answer_ends_with_its_turn(model, tokenizer):
+    """At the special token that the template writes behind an answer, without the tokens after it."""
+    whole = decode(model, tokenizer, f"{PROBLEMS[0]} Answer")
+    tokenizer.add_special_tokens({"additional_special_tokens": [","]})
+    turn = "{{ message['content'] }}{{ ' ,' if message['role'] == 'assistant' else '' }} "
+    tokenizer.chat_template = "{% for message in messages %}" + turn + "{% endfor %}Answer"
+    chat = Chat(model, tokenizer, DiffusionGenerationConfig(**SETTINGS))
+    answer = ask(chat, PROBLEMS[0])
+    assert answer.text == whole.split(" ,")[0] and "," in whole
+    assert answer.tokens == len(answer.text.split()) == 4
+
+
+def test_special_tokens_are_not_shown_while_they_come(tmp_path):
+    """Those that the tokenizer does not list neither."""
+    dream_files.write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "Dream"}')
+    out, hello = io.StringIO(), dream_files.WORDS.index("hello")
+    view = LiveView(AutoTokenizer.from_pretrained(tmp_path), dream_files.MASK, out)
+    view.put(torch.tensor([[hello]]))
+    view.put_draft(torch.tensor([[hello, dream_files.TURN, dream_files.EOS, dream_files.MASK]]))
+    assert "hello" in out.getvalue() and "|" not in out.getvalue() and "1 tokens" in out.getvalue()
 
 
 def test_every_question_by_itself_without_a_template(model, tokenizer):

@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dream_files
 import pytest
 import torch
+from small import small_dream
+from transformers import AutoTokenizer
 
 import fdpp
 from fdpp import cli, tiny
 from fdpp.cli import eval as eval_command
-from fdpp.cli.options import config_of, hint_for
+from fdpp.cli.options import config_of, ended_by_turn, hint_for
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.tiny import stories, sudoku
 
@@ -34,6 +37,14 @@ def checkpoint(tmp_path_factory):
     tokenizer.chat_template = CHAT
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dream(tmp_path_factory):
+    """A folder like a published Dream's."""
+    folder = tmp_path_factory.mktemp("dream")
+    dream_files.write_checkpoint(folder, small_dream(**dream_files.IDS))
     return folder
 
 
@@ -301,6 +312,50 @@ def test_checkpoint_folder_with_chat_template(checkpoint, capsys):
     assert said[False] == answer("Mia has 12 apples . now")[0]
 
 
+@pytest.mark.parametrize("raw", [[], ["--raw"]], ids=["chat", "raw"])
+def test_a_dream_answers(dream, raw, capsys):
+    """From its folder alone: nothing but `--model` says what it is."""
+    assert cli.main(["generate", "--model", str(dream), "--prompt", "hello hello", *SHORT, *raw]) == 0
+    out, err = capsys.readouterr()
+    model, tokenizer = fdpp.DreamModelLM.from_pretrained(dream), AutoTokenizer.from_pretrained(dream)
+    text, ends = "hello hello", [dream_files.EOS]
+    if not raw:
+        text = "<|im_start|>user\nhello hello<|im_end|>\n<|im_start|>assistant\n"
+        ends.append(dream_files.TURN)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    expected = model.generate(ids, max_new_tokens=32, eos_token_id=ends)
+    assert out == tokenizer.decode(expected.sequences[0, ids.shape[1] :], skip_special_tokens=True).strip() + "\n"
+    assert f"{int(expected.nfe)} forwards (NFE)" in err
+
+
+def test_a_dream_fills_blanks_and_is_traced(dream, tmp_path, capsys):
+    assert cli.main(["generate", "--model", str(dream), "--fill", "hello <mask> hello", *SHORT]) == 0
+    assert capsys.readouterr().out.startswith("hello ")
+    page = tmp_path / "dream.html"
+    assert cli.main(["trace", "--model", str(dream), "--prompt", "hello", "-o", str(page), *SHORT]) == 0
+    assert "<|im_start|>assistant" in page.read_text().replace("\\u003c", "<")
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends"),
+    [
+        ({}, [dream_files.EOS, dream_files.TURN]),
+        ({"eos_token_id": 7}, [7, dream_files.TURN]),
+        ({"eos_token_id": [dream_files.TURN]}, [dream_files.TURN]),
+        ({"stop_at_eos": False}, None),
+        ({"logits_eos_inf": True}, None),
+    ],
+    ids=str,
+)
+def test_a_turn_ends_with_what_the_template_writes_behind_an_answer(dream, settings, ends):
+    model, tokenizer = fdpp.DreamModelLM.from_pretrained(dream), AutoTokenizer.from_pretrained(dream)
+    config = DiffusionGenerationConfig(**settings)
+    assert ended_by_turn(config, model, tokenizer).eos_token_id == ends
+    for template in (None, CHAT, "{% for message in messages %}{{ message['content'] }}{% endfor %}"):
+        tokenizer.chat_template = template
+        assert ended_by_turn(config, model, tokenizer) is config
+
+
 def test_bfloat16(capsys):
     assert cli.main(["generate", "--prompt", PROMPT, *SHORT, "--dtype", "bfloat16"]) == 0
     assert "NFE" in capsys.readouterr().err
@@ -392,7 +447,7 @@ def test_folders_that_are_no_llada_checkpoint(checkpoint, tmp_path, capsys):
         return err
 
     config = json.loads((checkpoint / "config.json").read_text())
-    assert "got gpt2" in complaint("other", config=json.dumps({"model_type": "gpt2"}))
+    assert "model_type llada or Dream, got gpt2" in complaint("other", config=json.dumps({"model_type": "gpt2"}))
     assert "got none" in complaint("configless", config=None)
     assert "not a valid JSON" in complaint("broken", config="{")
     assert "missing keys" in complaint("deeper", config=json.dumps({**config, "n_layers": config["n_layers"] + 1}))

@@ -7,22 +7,26 @@ import importlib.util
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import remote_like
 import torch
 from golden import SelectorCase, model, selector_case, selector_index, trajectories
-from small import MASK, prompts, small_model
+from small import MASK, prompts, small_dream, small_model
 from torch import Tensor, nn
 
 import fdpp
 from fdpp import patching
+from fdpp.models.families import families
+from fdpp.models.language_model import DiffusionLM
 from fdpp.patching import scripts
 
 NAMES = tuple(scripts.SELECTORS)
+pytestmark = pytest.mark.filterwarnings("ignore:.*rope_scaling. is deprecated")  # the published configuration has it
 
 
 @pytest.fixture
@@ -369,15 +373,80 @@ def test_the_operator_is_registered_properly() -> None:
     )
 
 
-# LLaDA with remote code
+# Models with remote code
+
+
+class Kind(NamedTuple):
+    """A family: our small model, the published class and its configuration, and where the layers are.
+
+    `places` are of an embedding, a query's layer, a norm, an up projection, the last norm and the head, each with the
+    size of what it returns.
+    """
+
+    small: Callable[..., Any]
+    published: Any
+    config: Any
+    kv: dict[str, Any]
+    places: dict[str, int]
+    head: str
+
+    def ours(self, seed: int = 0, **config: Any) -> Any:
+        return self.small(seed, **config)
+
+    def remote(self, seed: int = 0, **config: Any) -> Any:
+        """The stand-in for the checkpoint's code, with the weights of our small model."""
+        ours = self.small(seed, **config)
+        theirs = self.published(self.config(**ours.config.to_dict())).eval()
+        theirs.load_state_dict(ours.state_dict(), strict=not ours.config.tie_word_embeddings)
+        return theirs
+
+    def logits(self, theirs: Any, ids: Tensor) -> Tensor:
+        """Of the tokens in the columns of `ids`."""
+        rows: Tensor = theirs(ids).logits
+        return self.small().aligned(rows)
+
+
+KINDS = {
+    "LLaDA": Kind(
+        small_model,
+        remote_like.LLaDAModelLM,
+        remote_like.LLaDAConfig,
+        {"n_kv_heads": 2},
+        {
+            "model.transformer.wte": 32,
+            "model.transformer.blocks.0.q_proj": 32,
+            "model.transformer.blocks.1.attn_norm": 32,
+            "model.transformer.blocks.1.up_proj": 48,
+            "model.transformer.ln_f": 32,
+            "model.transformer.ff_out": 64,
+        },
+        "model.transformer.ff_out",
+    ),
+    "Dream": Kind(
+        small_dream,
+        remote_like.DreamModel,
+        remote_like.DreamConfig,
+        {"num_key_value_heads": 2},
+        {
+            "model.embed_tokens": 32,
+            "model.layers.0.self_attn.q_proj": 32,
+            "model.layers.1.input_layernorm": 32,
+            "model.layers.1.mlp.up_proj": 48,
+            "model.norm": 32,
+            "lm_head": 64,
+        },
+        "lm_head",
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def family(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
 
 
 def remote(seed: int = 0, **config: Any) -> Any:
-    """The stand-in for the checkpoint's code, with the weights of `small_model`."""
-    ours = small_model(seed, **config)
-    theirs = remote_like.LLaDAModelLM(remote_like.LLaDAConfig(**ours.config.to_dict())).eval()
-    theirs.load_state_dict(ours.state_dict(), strict=not ours.config.weight_tying)
-    return theirs
+    return KINDS["LLaDA"].remote(seed, **config)
 
 
 SETTINGS = {"max_new_tokens": 24, "block_length": 8, "stop_at_eos": False}
@@ -385,8 +454,8 @@ SETTINGS = {"max_new_tokens": 24, "block_length": 8, "stop_at_eos": False}
 
 @pytest.mark.parametrize("engine", ["eager", "static"])
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-def test_decodes_as_our_model(cache: str, engine: str) -> None:
-    theirs, ours = remote(n_kv_heads=2), small_model(n_kv_heads=2)
+def test_decodes_as_our_model(family: Kind, cache: str, engine: str) -> None:
+    theirs, ours = family.remote(**family.kv), family.ours(**family.kv)
     before = everything(theirs)
     ids, mask = prompts(3, 6), torch.ones(3, 6, dtype=torch.int64)
     mask[1, :2] = 0
@@ -412,8 +481,8 @@ def test_other_heads_and_configurations(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("engine", ["eager", "static"])
-def test_no_weight_is_copied_or_moved(engine: str) -> None:
-    theirs = remote()
+def test_no_weight_is_copied_or_moved(family: Kind, engine: str) -> None:
+    theirs = family.remote()
     pointers = {name: weight.data_ptr() for name, weight in theirs.named_parameters()}
     fdpp.patch(theirs)
     theirs.generate(prompts(1, 5), engine=engine, **SETTINGS)
@@ -425,22 +494,22 @@ def test_no_weight_is_copied_or_moved(engine: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["to", "assign", "in place", "hook"])
-def test_later_changes_of_the_weights_are_seen(change: str) -> None:
-    theirs, ids = remote(), prompts(2, 5)
+def test_later_changes_of_the_weights_are_seen(family: Kind, change: str) -> None:
+    theirs, ids = family.remote(), prompts(2, 5)
     fdpp.patch(theirs)
     before = theirs.generate(ids, **SETTINGS).sequences
-    expected = small_model(1).generate(ids, **SETTINGS).sequences
+    expected = family.ours(1).generate(ids, **SETTINGS).sequences
     if change == "to":
         theirs.to(torch.bfloat16)
-        expected = fdpp.patch(remote().to(torch.bfloat16)).target.generate(ids, **SETTINGS).sequences
+        expected = fdpp.patch(family.remote().to(torch.bfloat16)).target.generate(ids, **SETTINGS).sequences
         assert theirs.generate.__self__.dtype == torch.bfloat16
     elif change == "hook":
-        theirs.load_state_dict(small_model(1).state_dict())
-        head = theirs.model.transformer.blocks[0].q_proj
+        theirs.load_state_dict(family.ours(1).state_dict())
+        layer = theirs.get_submodule(list(family.places)[1])
         calls: list[int] = []
-        head.register_forward_hook(lambda *_: calls.append(1))
+        layer.register_forward_hook(lambda *_: calls.append(1))
     else:
-        theirs.load_state_dict(small_model(1).state_dict(), assign=change == "assign")
+        theirs.load_state_dict(family.ours(1).state_dict(), assign=change == "assign")
     out = theirs.generate(ids, **SETTINGS)
     assert out.sequences.equal(expected) and not out.sequences.equal(before)
     assert change != "hook" or len(calls) >= out.nfe.max()
@@ -462,20 +531,17 @@ class Shifted(nn.Module):
         return self.inner(x) + self.shift
 
 
-PLACES = {"wte": 32, "blocks.0.q_proj": 32, "blocks.1.attn_norm": 32, "blocks.1.up_proj": 48, "ln_f": 32, "ff_out": 64}
-
-
 @pytest.mark.parametrize("engine", ["eager", "static"])
-@pytest.mark.parametrize("place", PLACES)
-def test_a_layer_that_is_replaced_later_is_called(place: str, engine: str) -> None:
-    theirs, ids = remote(), prompts(2, 5)
+@pytest.mark.parametrize("place", range(6), ids=["embedding", "queries", "norm", "up", "last norm", "head"])
+def test_a_layer_that_is_replaced_later_is_called(family: Kind, place: int, engine: str) -> None:
+    theirs, ids = family.remote(), prompts(2, 5)
     fdpp.patch(theirs)
     before = theirs.generate(ids, engine=engine, **SETTINGS).sequences
-    path = f"model.transformer.{place}"
+    path, size = list(family.places.items())[place]
     layer = theirs.get_submodule(path)
-    theirs.set_submodule(path, Shifted(layer, PLACES[place]))
-    ours = small_model()
-    ours.set_submodule(path, Shifted(ours.get_submodule(path), PLACES[place]))
+    theirs.set_submodule(path, Shifted(layer, size))
+    ours = family.ours()
+    ours.set_submodule(path, Shifted(ours.get_submodule(path), size))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
     for _ in range(2):
@@ -485,31 +551,33 @@ def test_a_layer_that_is_replaced_later_is_called(place: str, engine: str) -> No
     assert theirs.generate(ids, engine=engine, **SETTINGS).sequences.equal(before)
 
 
-def test_a_body_that_is_replaced_later_is_decoded() -> None:
-    theirs, ids = remote(), prompts(2, 5)
+def test_a_body_that_is_replaced_later_is_decoded(family: Kind) -> None:
+    theirs, ids = family.remote(), prompts(2, 5)
     generate = fdpp.patch(theirs).target.generate
-    theirs.model = remote(1).model
-    expected = small_model(1).generate(ids, **SETTINGS).sequences
+    other, ours = family.remote(1), family.ours(1)
+    theirs.model = other.model
+    ours.set_output_embeddings(theirs.get_submodule(family.head))
+    expected = ours.generate(ids, **SETTINGS).sequences
     assert theirs.generate(ids, **SETTINGS).sequences.equal(expected)
     del theirs
     assert generate(ids, **SETTINGS).sequences.equal(expected)
 
 
-def test_a_patched_model_is_saved_whole(tmp_path: Path) -> None:
-    theirs, ids = remote(), prompts(2, 5)
+def test_a_patched_model_is_saved_whole(family: Kind, tmp_path: Path) -> None:
+    theirs, ids = family.remote(), prompts(2, 5)
     fdpp.patch(theirs)
     expected = theirs.generate(ids, **SETTINGS).sequences
     torch.save(theirs, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     assert again.generate(ids, **SETTINGS).sequences.equal(expected)
-    again.model = remote(1).model
+    again.model = family.remote(1).model
     assert not again.generate(ids, **SETTINGS).sequences.equal(expected)
     fdpp.unpatch(again)
     assert "generate" not in vars(again)
 
 
-def test_only_the_instance_changes() -> None:
-    theirs, other, ids = remote(), remote(1), prompts(1, 5)
+def test_only_the_instance_changes(family: Kind) -> None:
+    theirs, other, ids = family.remote(), family.remote(1), prompts(1, 5)
     untouched, kind = everything(other), dict(vars(type(theirs)))
     names, modules = dict(theirs.state_dict()).keys(), set(vars(theirs))
     with torch.no_grad():
@@ -521,8 +589,24 @@ def test_only_the_instance_changes() -> None:
     assert set(vars(theirs)) - modules == {"generate", "infill", patching.RECORD}
 
 
-def test_a_generate_of_the_instances_own_comes_back() -> None:
-    theirs = remote()
+def test_a_patch_registers_no_family() -> None:
+    """Its class derives from a family's, and has that one's configuration."""
+    before = dict(families())
+    for kind in KINDS.values():
+        fdpp.patch(kind.remote())
+    assert families() == before and {fdpp.LLaDAModelLM, fdpp.DreamModelLM} <= set(before.values())
+
+
+def test_dreams_own_loop_stays() -> None:
+    theirs = KINDS["Dream"].remote()
+    before = theirs.diffusion_generate
+    with fdpp.patch(theirs):
+        assert theirs.diffusion_generate == before and theirs.diffusion_generate(3) == 3
+    assert not hasattr(theirs, "generate")
+
+
+def test_a_generate_of_the_instances_own_comes_back(family: Kind) -> None:
+    theirs = family.remote()
     theirs.generate, theirs.denoising_step = own = (lambda: 5), nn.Identity()
     before = everything(theirs)
     fdpp.patch(theirs)
@@ -531,11 +615,11 @@ def test_a_generate_of_the_instances_own_comes_back() -> None:
     assert (theirs.generate, theirs.denoising_step) == own and everything(theirs) == before
 
 
-def test_the_denoising_step() -> None:
-    theirs, ids = remote(), torch.cat((prompts(2, 4), torch.full((2, 6), MASK)), dim=1)
+def test_the_denoising_step(family: Kind) -> None:
+    theirs, ids = family.remote(), torch.cat((prompts(2, 4), torch.full((2, 6), MASK)), dim=1)
     fdpp.patch(theirs)
     with torch.no_grad():
-        logits = theirs(ids).logits
+        logits = family.logits(theirs, ids)
     expected = fdpp.select(logits, ids, rule=fdpp.Frechet(0.25), mask_id=MASK)
     assert theirs.denoising_step(logits, ids).tokens.equal(expected.tokens)
     torch._dynamo.reset()
@@ -553,21 +637,21 @@ def test_the_denoising_step_lies_and_moves_with_the_model() -> None:
     assert theirs.to("meta").denoising_step.bits.device.type == "meta"
 
 
-def test_a_copy_is_patched_by_itself() -> None:
-    theirs, ids = remote(), prompts(2, 5)
+def test_a_copy_is_patched_by_itself(family: Kind) -> None:
+    theirs, ids = family.remote(), prompts(2, 5)
     fdpp.patch(theirs)
     twin = copy.deepcopy(theirs)
     expected = theirs.generate(ids, **SETTINGS).sequences
-    theirs.load_state_dict(small_model(1).state_dict())
+    theirs.load_state_dict(family.ours(1).state_dict())
     assert twin.generate(ids, **SETTINGS).sequences.equal(expected)
     assert not theirs.generate(ids, **SETTINGS).sequences.equal(expected)
     fdpp.unpatch(twin)
     assert "generate" not in vars(twin) and "generate" in vars(theirs)
 
 
-def test_a_compiled_model() -> None:
+def test_a_compiled_model(family: Kind) -> None:
     torch._dynamo.reset()
-    theirs, ids = remote(), prompts(2, 5)
+    theirs, ids = family.remote(), prompts(2, 5)
     compiled = torch.compile(theirs, fullgraph=True, backend="eager")
     before = everything(theirs)
     with torch.no_grad():
@@ -632,6 +716,49 @@ def test_a_model_that_does_not_fit_is_refused_untouched(damage: Any, message: st
     with pytest.raises(ValueError, match=re.escape(message)):
         fdpp.patch(theirs)
     assert everything(theirs) == before
+
+
+def unbias(theirs: Any) -> None:
+    theirs.model.layers[1].self_attn.v_proj.bias = None
+
+
+def bias_elsewhere(theirs: Any) -> None:
+    theirs.model.layers[0].self_attn.o_proj.bias = nn.Parameter(torch.zeros(32))
+
+
+def reshape_bias(theirs: Any) -> None:
+    theirs.model.layers[0].self_attn.k_proj.bias = nn.Parameter(torch.zeros(5))
+
+
+def slide(theirs: Any) -> None:
+    theirs.config.use_sliding_window = True
+
+
+DREAM_DAMAGE = [
+    (unbias, "missing model.layers.1.self_attn.v_proj.bias [16]"),
+    (bias_elsewhere, "unexpected model.layers.0.self_attn.o_proj.bias"),
+    (reshape_bias, "model.layers.0.self_attn.k_proj.bias: expected [16], got [5]"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), [*DREAM_DAMAGE, (slide, "use_sliding_window=True is not implemented")])
+def test_a_dream_that_does_not_fit_is_refused_untouched(damage: Any, message: str) -> None:
+    theirs = KINDS["Dream"].remote(num_key_value_heads=2)
+    damage(theirs)
+    before = everything(theirs)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fdpp.patch(theirs)
+    assert everything(theirs) == before
+
+
+@pytest.mark.parametrize(("damage", "message"), DREAM_DAMAGE)
+def test_a_patched_dream_that_no_longer_fits_is_refused_by_name(damage: Any, message: str) -> None:
+    theirs, ids = KINDS["Dream"].remote(num_key_value_heads=2), prompts(1, 5)
+    fdpp.patch(theirs)
+    theirs.model = KINDS["Dream"].remote(1, num_key_value_heads=2).model
+    damage(theirs)
+    with pytest.raises(ValueError, match=r"generate of a patched DreamModel: .*" + re.escape(message)):
+        theirs.generate(ids, **SETTINGS)
 
 
 def wrong_size(theirs: Any) -> None:
@@ -827,10 +954,10 @@ def test_a_rule_that_is_none_of_ours_is_named() -> None:
 
 
 def targets(script: ModuleType) -> list[Any]:
-    return [script, remote(), Decoder(TakeAll(fdpp.Quota(2)))]
+    return [script, remote(), Decoder(TakeAll(fdpp.Quota(2))), KINDS["Dream"].remote()]
 
 
-@pytest.mark.parametrize("kind", range(3), ids=["script", "model", "module"])
+@pytest.mark.parametrize("kind", range(4), ids=["script", "model", "module", "dream"])
 def test_in_and_out_again(script: ModuleType, kind: int) -> None:
     target = targets(script)[kind]
     before = everything(target)
@@ -846,7 +973,7 @@ def test_in_and_out_again(script: ModuleType, kind: int) -> None:
             fdpp.unpatch(target)
 
 
-@pytest.mark.parametrize("kind", range(3), ids=["script", "model", "module"])
+@pytest.mark.parametrize("kind", range(4), ids=["script", "model", "module", "dream"])
 def test_with(script: ModuleType, kind: int) -> None:
     target = targets(script)[kind]
     before = everything(target)
@@ -878,8 +1005,9 @@ STEP = "DenoisingStep(rule=Frechet(margin=0.25, calibration=0.0), mask_id=62, te
         ),
         (1, f"a LLaDAModelLM: generate -> fdpp's block loop, infill -> fdpp's block loop, denoising_step -> {STEP}"),
         (2, "a Decoder: step -> DenoisingStep(rule=Quota(k=2), mask_id=19, temperature=0.0)"),
+        (3, f"a DreamModel: generate -> fdpp's block loop, infill -> fdpp's block loop, denoising_step -> {STEP}"),
     ],
-    ids=["script", "model", "module"],
+    ids=["script", "model", "module", "dream"],
 )
 def test_a_patch_says_what_was_replaced_by_what(script: ModuleType, kind: int, said: str) -> None:
     target = targets(script)[kind]
@@ -897,8 +1025,8 @@ def test_nested_steps_are_named_by_their_paths() -> None:
     assert str(fdpp.patch(parent)) == f"fdpp.patch of a ModuleDict: a.step -> {steps[0]}, b.0 -> {steps[1]}"
 
 
-def test_a_patched_model_prints_one_line_more() -> None:
-    theirs = remote()
+def test_a_patched_model_prints_one_line_more(family: Kind) -> None:
+    theirs = family.remote()
     before = str(theirs)
     fdpp.patch(theirs)
     theirs.generate(prompts(1, 5), **SETTINGS)
@@ -944,20 +1072,20 @@ def test_other_targets(target: Any) -> None:
 
 
 def test_an_unknown_module_is_told_what_there_is() -> None:
-    for target in (re, nn.Linear(2, 2), small_model()):
+    for target in (re, nn.Linear(2, 2), small_model(), small_dream()):
         with pytest.raises(ValueError) as error:
             fdpp.patch(target)
-        for name in (*NAMES, "LLaDAModelLM", "transformer.wte", "rule and mask_id", "DenoisingStep"):
+        for name in (*NAMES, "DreamModel or LLaDAModelLM", "rule and mask_id", "DenoisingStep"):
             assert name in str(error.value)
-        assert ("needs no patch" in str(error.value)) == isinstance(target, fdpp.LLaDAModelLM)
+        assert ("needs no patch" in str(error.value)) == isinstance(target, DiffusionLM)
 
 
-def test_a_patched_model_is_freed_at_once() -> None:
+def test_a_patched_model_is_freed_at_once(family: Kind) -> None:
     import gc
     import weakref
 
-    theirs, decoder = remote(), Decoder(TakeAll(fdpp.Quota(2)))
-    weight, child = weakref.ref(theirs.model.transformer.wte.weight), weakref.ref(decoder.step)
+    theirs, decoder = family.remote(), Decoder(TakeAll(fdpp.Quota(2)))
+    weight, child = weakref.ref(theirs.get_submodule(family.head).weight), weakref.ref(decoder.step)
     gc.collect()
     gc.disable()
     try:

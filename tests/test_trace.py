@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from browser import Browser, find
-from small import EOS, MASK, exact_model, prompts, small_model
+from small import EOS, MASK, SMALL, exact_model, prompts, small_model
 
 import fdpp
 from fdpp import cli, tiny
@@ -41,9 +41,10 @@ def config_of(**settings):
     )
 
 
+@pytest.mark.parametrize("family", SMALL)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_recorded_decode_is_the_decode(settings):
-    model, prompt, config = small_model(), prompts(1, 9), config_of(**settings)
+def test_the_recorded_decode_is_the_decode(settings, family):
+    model, prompt, config = SMALL[family](), prompts(1, 9), config_of(**settings)
     trace, out = record(model, prompt, config), model.generate(prompt, generation_config=config)
     assert trace.response == out.sequences[0, 9:].tolist()
     assert trace.commit_step == out.commit_step[0].tolist()
@@ -65,13 +66,14 @@ def test_the_recorded_decode_is_the_decode(settings):
     assert tokens[: over + 1] == trace.response[: over + 1]
 
 
-def test_confidences_are_those_of_the_model():
-    model, prompt = small_model(), prompts(1, 9)
+@pytest.mark.parametrize("family", SMALL)
+def test_confidences_are_those_of_the_model(family):
+    model, prompt = SMALL[family](), prompts(1, 9)
     trace = record(model, prompt, config_of(cache="none", stop_at_eos=False, rule=fdpp.EntropyBound(1.5)))
     sequence = torch.cat((prompt, torch.full((1, 44), MASK)), dim=1)
     for step in trace.steps:
         columns = torch.tensor(step.positions) + 9
-        p = model(sequence).logits[0, columns].double().softmax(-1)
+        p = model.aligned(model(sequence).logits)[0, columns].double().softmax(-1)
         chosen = p.gather(1, torch.tensor(step.proposals)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(step.missing, dtype=torch.float64), 1.0 - chosen, rtol=0, atol=1e-6)
         entropies = torch.tensor(step.entropies, dtype=torch.float64)
@@ -239,6 +241,24 @@ def test_spaces_are_where_the_tokenizer_puts_them():
     ]
     assert "\ufffd" in pieces.rows[pieces(5)][1], "a part of a character"
     assert len(pieces.rows) == 6
+
+
+def test_what_is_special_need_not_be_listed_as_such(tmp_path):
+    """The end of a turn of Dream's tokenizer is not."""
+    import dream_files
+    from transformers import AutoTokenizer
+
+    from fdpp.trace.page import Pieces
+
+    dream_files.write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "Dream"}')
+    pieces = Pieces(AutoTokenizer.from_pretrained(tmp_path))
+    tokens = (dream_files.TURN, dream_files.EOS, dream_files.WORDS.index("hello"))
+    assert [pieces.rows[pieces(token)][1:] for token in tokens] == [
+        ["<|im_end|>", True],
+        ["<|endoftext|>", True],
+        ["hello", False],
+    ]
 
 
 def test_command(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ COMMANDS = (demo, generate, chat, trace, eval)
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="fdpp", description="Fast decoding for masked-diffusion language models (LLaDA).")
+    parser = Parser(prog="fdpp", description="Fast decoding for masked-diffusion language models (LLaDA, Dream).")
     parser.add_argument("--version", action="version", version=f"fdpp {fdpp.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     for command in COMMANDS:

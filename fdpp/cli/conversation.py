@@ -10,9 +10,10 @@ from typing import Any, TextIO
 import torch
 
 from fdpp.cli.live import LiveView, PlainView
+from fdpp.cli.options import ended_by_turn
 from fdpp.cli.terminal import is_live, word_wrap
 from fdpp.decoding.settings import DiffusionGenerationConfig
-from fdpp.models.llada import LLaDAModelLM
+from fdpp.models.language_model import DiffusionLM
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Chat:
         turns: messages of user and assistant, in turn; a question whose answer was not finished leaves none.
     """
 
-    def __init__(self, model: LLaDAModelLM, tokenizer: Any, config: DiffusionGenerationConfig) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+    def __init__(self, model: DiffusionLM, tokenizer: Any, config: DiffusionGenerationConfig) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, ended_by_turn(config, model, tokenizer)
         self.remembers = bool(tokenizer.chat_template)
         self.turns: list[dict[str, str]] = []
         self.asked = 0
@@ -72,7 +73,7 @@ class Chat:
 
         A question that is too long even by itself forgets no turn; `answer` refuses it.
         """
-        room = self.model.config.max_sequence_length - self.config.max_new_tokens
+        room = self.model.config.max_position_embeddings - self.config.max_new_tokens
         ids, dropped = self.encode(question, 0), 0
         while len(ids) > room and 2 * dropped < len(self.turns):
             dropped += 1

@@ -18,6 +18,7 @@ from fdpp.cli.options import (
     add_stop_option,
     config_of,
     encode,
+    ended_by_turn,
     give_hint,
     ids_of,
     load_model,
@@ -100,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         ids = with_masks(tokenizer, text, model.config.mask_token_id, args.fill_length or 1).to(model.device)
     else:
         ids = encode(tokenizer, text, args.raw).to(model.device)
+        config = config if args.raw else ended_by_turn(config, model, tokenizer)
         give_hint(args.model, text)
     live = args.stream and is_live(sys.stdout)
     view: Any = nullcontext()

@@ -20,7 +20,7 @@ from fdpp.rules import Budget, EntropyBound, Factor, Frechet, Quota, Rule, Thres
 from fdpp.tiny import sudoku
 
 if TYPE_CHECKING:
-    from fdpp.models.llada import LLaDAModelLM
+    from fdpp.models.language_model import DiffusionLM
 
 RULES: tuple[Rule, ...] = (
     Quota(),
@@ -56,7 +56,7 @@ class Decoded:
 
 
 def decode(
-    model: LLaDAModelLM,
+    model: DiffusionLM,
     tokenizer: Any,
     task: tiny.Task,
     problems: Sequence[Any],
@@ -91,7 +91,7 @@ def verdict(task: tiny.Task, text: str, problem: Any) -> str:
     return "wrong" if answer is None else f"wrong, the answer is {answer}"
 
 
-def show(model: LLaDAModelLM, tokenizer: Any, task: tiny.Task, problem: Any, cache: str) -> None:
+def show(model: DiffusionLM, tokenizer: Any, task: tiny.Task, problem: Any, cache: str) -> None:
     """Decode one problem before the reader's eyes; plain lines where standard output is no terminal."""
     live = is_live(sys.stdout)
     print(laid_out(task, problem.prompt) if live else problem.prompt)
@@ -108,7 +108,7 @@ def show(model: LLaDAModelLM, tokenizer: Any, task: tiny.Task, problem: Any, cac
     print(f"{verdict(task, text, problem)}: {figures}\n", flush=True)
 
 
-def table(model: LLaDAModelLM, tokenizer: Any, task: tiny.Task, problems: Sequence[Any], cache: str) -> list[str]:
+def table(model: DiffusionLM, tokenizer: Any, task: tiny.Task, problems: Sequence[Any], cache: str) -> list[str]:
     """One line for each rule, under a head; a progress bar on standard error where that is a terminal."""
     lines = [f"{'rule':<13}  {'right answers':>14}  {'NFE':>6}  {'tokens/forward':>14}  {'tok/s':>6}"]
     with tqdm(total=len(RULES) * len(problems), unit="problem", leave=False, disable=None) as bar:

@@ -62,6 +62,7 @@ class LiveView(BaseStreamer):
         self.tokenizer, self.mask_id, self.pause, self.row = tokenizer, mask_id, pause, row
         self.out = sys.stdout if out is None else out
         self.hidden = set(tokenizer.all_special_ids) | {mask_id}
+        self.hidden |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self.dot = fit(self.out, " ·", " _")
         self.prompt_seen = False
         self.done: list[int] = []

@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -17,8 +18,12 @@ import fdpp
 from fdpp import tiny
 from fdpp.decoding.refresh import ALL, Refresh
 from fdpp.decoding.settings import BRANCHES, CACHES, HEADS, REMASKINGS, DiffusionGenerationConfig
+from fdpp.models.families import family_of
 from fdpp.models.quantised import KINDS, check_kind, method_of, quantise
 from fdpp.rules.rule import Number
+
+if TYPE_CHECKING:
+    from fdpp.models.language_model import DiffusionLM
 
 LOADING = (OSError, ValueError, RuntimeError, SafetensorError)
 """What loading a checkpoint raises where its files are not what they should be."""
@@ -95,7 +100,7 @@ def check_output(option: str, path: Path) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     names = ", ".join(f"tiny:{task}" for task in tiny.TASKS)
-    text = f"folder or Hugging Face id of a LLaDA checkpoint; {names}: the small ones in this package (default: tiny, "
+    text = f"folder or Hugging Face id of a LLaDA or Dream; {names}: the small ones in this package (default: tiny, "
     add("--model", type=model_name, default="tiny", metavar="PATH_OR_ID", help=text + "which is tiny:sums)")
     text = "folder or Hugging Face id of a peft adapter for it, such as a LoRA, merged into its weights (needs peft)"
     add("--adapter", metavar="PATH_OR_ID", help=text)
@@ -250,7 +255,7 @@ def config_of(args: argparse.Namespace) -> DiffusionGenerationConfig:
         )
 
 
-def load_model(args: argparse.Namespace) -> tuple[fdpp.LLaDAModelLM, Any]:
+def load_model(args: argparse.Namespace) -> tuple[DiffusionLM, Any]:
     """Model and tokenizer, on the device and in the dtype that the options name."""
     import transformers
 
@@ -280,7 +285,7 @@ def load_model(args: argparse.Namespace) -> tuple[fdpp.LLaDAModelLM, Any]:
     return model.to(device), tokenizer
 
 
-def load_base(args: argparse.Namespace, dtype: torch.dtype) -> tuple[fdpp.LLaDAModelLM, Any]:
+def load_base(args: argparse.Namespace, dtype: torch.dtype) -> tuple[DiffusionLM, Any]:
     """Model and tokenizer that `--model` names."""
     import transformers
 
@@ -292,14 +297,34 @@ def load_base(args: argparse.Namespace, dtype: torch.dtype) -> tuple[fdpp.LLaDAM
             return model.to(dtype), tokenizer
         check_place("--model", args.model, "a model")
         config = transformers.PretrainedConfig.get_config_dict(args.model)[0]
-        kind, quantised = config.get("model_type"), config.get("quantization_config")
-        if kind != "llada":
-            raise CommandError(f"{about}expected a config.json with model_type llada, got {kind or 'none'}")
+        family, quantised = family_of(config), config.get("quantization_config")
         if args.quantize is not None and quantised is not None:
             about = f"--quantize {args.quantize}: expected a folder of whole weights, "
             raise CommandError(f"{about}{args.model} is quantised by {method_of(quantised)}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        return fdpp.LLaDAModelLM.from_pretrained(args.model, dtype=dtype).eval(), tokenizer
+        return family.from_pretrained(args.model, dtype=dtype).eval(), tokenizer
+
+
+def ended_by_turn(config: DiffusionGenerationConfig, model: DiffusionLM, tokenizer: Any) -> DiffusionGenerationConfig:
+    """`config` for a turn of a chat: what the template writes behind an answer ends one, as EOS does.
+
+    That is `<|eot_id|>` of LLaDA and `<|im_end|>` of Dream, which an EOS follows, but perhaps blocks later.
+    """
+    if not (tokenizer.chat_template and config.stop_at_eos) or config.logits_eos_inf:
+        return config
+    turns = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": "answered"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answered")[2]
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+    eos = model.settled(config, {}).eos_ids
+    if not ids or ids[0] in eos or not is_special(tokenizer, ids[0]):
+        return config
+    return replace(config, eos_token_id=[*eos, ids[0]])
+
+
+def is_special(tokenizer: Any, token: int) -> bool:
+    """Whether the text of an answer is without `token`. Not all that are so are among `all_special_ids`."""
+    added = tokenizer.added_tokens_decoder.get(token)
+    return token in tokenizer.all_special_ids or (added is not None and added.special)
 
 
 def check_place(option: str, name: str, what: str) -> None:

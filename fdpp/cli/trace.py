@@ -20,6 +20,7 @@ from fdpp.cli.options import (
     check_output,
     config_of,
     encode,
+    ended_by_turn,
     give_hint,
     load_model,
     reported,
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         if path:
             check_output(option, path)
     model, tokenizer = load_model(args)
+    config = config if args.raw else ended_by_turn(config, model, tokenizer)
     give_hint(args.model, prompt)
     with reported(ValueError, FloatingPointError, torch.OutOfMemoryError):
         trace = record(model, encode(tokenizer, prompt, args.raw).to(model.device), config)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness model `fdpp`: LLaDA decoded by rules, block by block (the extra `eval`).
+"""lm-evaluation-harness model `fdpp`: a LLaDA or Dream decoded by rules, block by block (the extra `eval`).
 
 `python -m fdpp eval` runs it. In Python, importing this module registers the name:
 
@@ -23,7 +23,9 @@ from fdpp import tiny
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.integrations.evaluation.evaluator import Evaluator, Request, Tally
 from fdpp.integrations.extras import install
+from fdpp.models import families
 from fdpp.models.adapters import merge_adapter
+from fdpp.models.language_model import DiffusionLM
 
 MISSING = "this needs {name}, which is not installed: " + install("eval")
 
@@ -55,7 +57,7 @@ class FdppLM(LM):
 
     def __init__(
         self,
-        model: fdpp.LLaDAModelLM,
+        model: DiffusionLM,
         tokenizer: Any,
         config: DiffusionGenerationConfig | None = None,
         **settings: Any,
@@ -180,7 +182,7 @@ def taken(given: dict[str, Any], kind: type) -> dict[str, Any]:
     return {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}
 
 
-def load(pretrained: str, dtype: str, device: str | None) -> tuple[fdpp.LLaDAModelLM, Any]:
+def load(pretrained: str, dtype: str, device: str | None) -> tuple[DiffusionLM, Any]:
     """Model and tokenizer; `dtype` "auto" is bfloat16 on a GPU, float32 elsewhere."""
     at = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = getattr(torch, ("bfloat16" if at.type == "cuda" else "float32") if dtype == "auto" else dtype, None)
@@ -190,7 +192,4 @@ def load(pretrained: str, dtype: str, device: str | None) -> tuple[fdpp.LLaDAMod
     if task is not None:
         model, tokenizer = tiny.load(task.name)
         return model.to(at, kind), tokenizer
-    return (
-        fdpp.LLaDAModelLM.from_pretrained(pretrained, dtype=kind).eval().to(at),
-        AutoTokenizer.from_pretrained(pretrained),
-    )
+    return families.load(pretrained, dtype=kind).eval().to(at), AutoTokenizer.from_pretrained(pretrained)

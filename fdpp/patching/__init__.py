@@ -13,9 +13,11 @@ from fdpp.patching import models, scripts, steps
 RECORD = "_fdpp_patch"
 """Where a patched target keeps what was replaced: on itself, so that a copy of it can be unpatched too."""
 
-SUPPORTED = f"""fdpp.patch takes one of
+
+def supported() -> str:
+    return f"""fdpp.patch takes one of
 - a Python module with {scripts.SUPPORTED}
-- a torch.nn.Module that is {models.SUPPORTED}
+- a torch.nn.Module that is {models.supported()}
 - a torch.nn.Module that holds {steps.SUPPORTED}"""
 
 
@@ -56,7 +58,7 @@ def patch(target: Any) -> Patch:
     """Let `target` work with fdpp until `unpatch(target)`; in a `with` statement, until its end.
 
     - A module of a script (Fast-dLLM's `generate.py` and relatives): see `fdpp.patching.scripts`.
-    - A LLaDA that transformers loaded with remote code: see `fdpp.patching.models`.
+    - A LLaDA or Dream that transformers loaded with remote code: see `fdpp.patching.models`.
     - A `torch.nn.Module` that holds a denoising step: see `fdpp.patching.steps`.
 
     Only `target` changes, and after an error nothing does. Patching it again does nothing: one `unpatch`, or the end of
@@ -102,20 +104,20 @@ def replacements(owner: Any) -> list[tuple[str, str, Any]]:
     if isinstance(owner, ModuleType):
         kind: Any = scripts
     elif isinstance(owner, nn.Module):
-        kind = models if models.is_llada(owner) else steps
+        kind = steps if models.family_of(owner) is None else models
     else:
-        raise TypeError(f"fdpp.patch: got {described(owner)}. {SUPPORTED}")
+        raise TypeError(f"fdpp.patch: got {described(owner)}. {supported()}")
     try:
         return kind.replacements(owner)
     except ValueError as error:
         own = " (fdpp's own, which needs no patch)" if isinstance(owner, DiffusionGenerationMixin) else ""
-        raise ValueError(f"fdpp.patch: {described(owner)}{own}: {error}. {SUPPORTED}") from error
+        raise ValueError(f"fdpp.patch: {described(owner)}{own}: {error}. {supported()}") from error
 
 
 def unwrapped(target: Any) -> Any:
     """What `torch.compile` and peft wrapped, or `target`; `TypeError` unless it is some kind of module."""
     if not isinstance(target, (ModuleType, nn.Module)):
-        raise TypeError(f"fdpp.patch: got {described(target)}. {SUPPORTED}")
+        raise TypeError(f"fdpp.patch: got {described(target)}. {supported()}")
     owner: Any = target
     while isinstance(target, nn.Module):
         base = getattr(owner, "get_base_model", None)

@@ -28,6 +28,7 @@ class Pieces:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.special = tokenizer, set(tokenizer.all_special_ids)
+        self.special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self.rows: list[list[Any]] = []
         self.index: dict[int, int] = {}
 

@@ -15,7 +15,7 @@ from fdpp.decoding.model import DiffusionModel
 from fdpp.decoding.output import DiffusionGenerationOutput
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.state import BlockState, Window
-from fdpp.models.llada import LLaDAModelLM
+from fdpp.models.language_model import DiffusionLM
 from fdpp.selection import Selection
 
 
@@ -115,7 +115,7 @@ class RecordingAdvance(Advance):
 
 
 @torch.no_grad()
-def record(model: LLaDAModelLM, input_ids: Tensor, config: DiffusionGenerationConfig) -> Trace:
+def record(model: DiffusionLM, input_ids: Tensor, config: DiffusionGenerationConfig) -> Trace:
     """Decode as `model.generate(input_ids, generation_config=config)` does, and keep every step.
 
     Args:

@@ -1,4 +1,4 @@
-"""A stand-in for the code that comes with LLaDA's checkpoints: its modules, their names and its configuration."""
+"""Stand-ins for the code that comes with the checkpoints of LLaDA and Dream: modules, their names, configurations."""
 
 from __future__ import annotations
 
@@ -97,3 +97,102 @@ class LLaDAModelLM(PreTrainedModel):
         h = transformer.ln_f(x)
         tied = self.config.weight_tying
         return CausalLMOutputWithPast(logits=F.linear(h, transformer.wte.weight) if tied else transformer.ff_out(h))
+
+
+class DreamConfig(PretrainedConfig):
+    model_type = "Dream"
+
+    def __init__(self, rope_theta: float = 10000.0, use_cache: bool = False, **kwargs: Any) -> None:
+        self.rope_theta, self.rope_scaling = rope_theta, None
+        super().__init__(use_cache=use_cache, **{"use_sliding_window": False, "attention_dropout": 0.0, **kwargs})
+
+
+class DreamRMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(
+            x.dtype
+        )
+
+
+class DreamAttention(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.head_size = size // config.num_attention_heads
+        kv_size = self.head_size * config.num_key_value_heads
+        self.q_proj = nn.Linear(size, size, bias=True)
+        self.k_proj, self.v_proj = nn.Linear(size, kv_size, bias=True), nn.Linear(size, kv_size, bias=True)
+        self.o_proj = nn.Linear(size, size, bias=False)
+        frequency = config.rope_theta ** -(torch.arange(0, self.head_size, 2).float() / self.head_size)
+        self.register_buffer("inv_freq", frequency, persistent=False)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        angle = torch.outer(torch.arange(x.shape[-2], device=x.device).float(), self.inv_freq).repeat(1, 2)
+        half = self.head_size // 2
+        return x * angle.cos().to(x.dtype) + torch.cat((-x[..., half:], x[..., :half]), -1) * angle.sin().to(x.dtype)
+
+    def forward(self, h: Tensor) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (project(h).unflatten(2, (-1, self.head_size)).transpose(1, 2) for project in projections)
+        h = F.scaled_dot_product_attention(self.rotated(q), self.rotated(k), v, enable_gqa=True)
+        return self.o_proj(h.transpose(1, 2).flatten(2))
+
+
+class DreamMLP(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class DreamDecoderLayer(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = DreamAttention(config), DreamMLP(config)
+        self.input_layernorm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DreamBaseModel(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DreamDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class DreamModel(PreTrainedModel):
+    """The row of a position predicts the next position's token."""
+
+    config_class = DreamConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = DreamBaseModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, input_ids: Tensor, **nothing: None) -> CausalLMOutputWithPast:
+        assert not any(nothing.values())
+        x = self.model.embed_tokens(input_ids)
+        for layer in self.model.layers:
+            x = layer(x)
+        return CausalLMOutputWithPast(logits=self.lm_head(self.model.norm(x)))
+
+    def diffusion_generate(self, input_ids: Tensor) -> Tensor:
+        """The published loop, of which a patch knows nothing."""
+        return input_ids

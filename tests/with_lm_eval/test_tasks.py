@@ -7,8 +7,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import dream_files
 import pytest
 import torch
+from small import small_dream
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install '.[eval]'")
 
@@ -20,6 +22,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 import fdpp  # noqa: E402
 from fdpp import cli, tiny  # noqa: E402
 from fdpp.decoding.settings import DiffusionGenerationConfig  # noqa: E402
+from fdpp.integrations.evaluation.evaluator import Request  # noqa: E402
 from fdpp.integrations.lm_eval import FdppLM  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +170,30 @@ def test_the_name_is_registered_and_takes_flat_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             FdppLM.create_from_arg_string(arguments)
+
+
+def test_a_dream_is_evaluated_with_its_bos(tmp_path):
+    dream_files.write_checkpoint(tmp_path, small_dream(**dream_files.IDS))
+    made = FdppLM.create_from_arg_string(
+        f"pretrained={tmp_path},device=cpu,add_bos_token=true,block_length=8"
+    ).evaluator
+    assert type(made.model) is fdpp.DreamModelLM and made.encode("a")[0] == dream_files.BOS
+    [text] = made.responses([Request("task", "hello", {"until": [], "max_gen_toks": 16})])
+    plain = FdppLM.create_from_arg_string(f"pretrained={tmp_path},device=cpu,block_length=8").evaluator
+    ids = torch.tensor([made.encode("hello")])
+    out = plain.model.generate(ids, max_new_tokens=16, block_length=8).sequences[0, ids.shape[1] :].tolist()
+    out = out[: out.index(dream_files.EOS)] if dream_files.EOS in out else out
+    assert text == made.tokenizer.decode(out, skip_special_tokens=True) and plain.encode("a")[0] != dream_files.BOS
+
+
+def test_a_preset_of_another_family_decodes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(fdpp.LLaDAModelLM, "generate", None)
+    assert cli.main(["eval", "--preset", "dawn/dream-base/gsm8k", "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        "error: --preset dawn/dream-base/gsm8k is of Dream-org/Dream-v0-Base-7B: expected a model of type Dream" in err
+    )
+    assert err.rstrip().endswith("freedave/gsm8k, freedave++/gsm8k") and err.count("error") == 1
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -19,6 +19,7 @@ from fdpp.integrations.evaluation.likelihood import Pair, log_likelihoods
 from fdpp.integrations.evaluation.progress import Progress
 from fdpp.integrations.evaluation.responses import respond
 from fdpp.integrations.evaluation.settings import asked_by
+from fdpp.models.language_model import DiffusionLM
 
 DEFAULT_LENGTH = 256
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class Evaluator:
     """A model and a way to decode it.
 
     Args:
-        model, tokenizer: a LLaDA of this package, perhaps in peft's wrapper, on its device, and its tokenizer.
+        model, tokenizer: a model of this package, perhaps in peft's wrapper, on its device, and its tokenizer.
         config: how responses are decoded, where a task does not ask for something else. Their length is not its
             `max_new_tokens` but `gen_length`; with `stop_at_eos=False` every block is decoded, and EOS and stop strings
             only cut the text.
@@ -103,7 +104,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: fdpp.LLaDAModelLM,
+        model: DiffusionLM,
         tokenizer: Any,
         config: DiffusionGenerationConfig | None = None,
         *,
@@ -145,7 +146,7 @@ class Evaluator:
 
     def fit(self, ids: list[int], room: int) -> list[int]:
         """The last ids of a prompt, as many as fit into the model's window with `room` others."""
-        window = self.model.config.max_sequence_length
+        window = self.model.config.max_position_embeddings
         if room > window:
             raise ValueError(f"expected responses and targets within the model's window of {window}, got {room} tokens")
         if len(ids) + room > window and not self.warned:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdpp.integrations.evaluation.responses import left_pad
-from fdpp.models.llada import LLaDAModelLM
+from fdpp.models.language_model import DiffusionLM
 
 
 class Pair(NamedTuple):
@@ -45,7 +45,7 @@ def generator_for(pair: Pair, seed: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def score(model: LLaDAModelLM, rows: Sequence[tuple[Pair, Tensor]]) -> list[float]:
+def score(model: DiffusionLM, rows: Sequence[tuple[Pair, Tensor]]) -> list[float]:
     """L / l times the log-probability of the masked tokens, for every pair with its mask `[L]`."""
     device, config = model.device, model.settled(None, {})
     mask_id, pad_id = config.mask_token_id, config.pad_token_id
@@ -55,7 +55,7 @@ def score(model: LLaDAModelLM, rows: Sequence[tuple[Pair, Tensor]]) -> list[floa
     for b, (_, mask) in enumerate(rows):
         masked[b, ids.shape[1] - len(mask) :] = mask.to(device)
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    hidden = model.model(ids.masked_fill(masked, mask_id), attention_mask, position_ids)
+    hidden = model.aligned(model.model(ids.masked_fill(masked, mask_id), attention_mask, position_ids), attention_mask)
     losses = F.cross_entropy(model.project(hidden[masked]).float(), ids[masked], reduction="none")
     sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
     sums.index_add_(0, masked.nonzero()[:, 0], -losses.double())
@@ -63,7 +63,7 @@ def score(model: LLaDAModelLM, rows: Sequence[tuple[Pair, Tensor]]) -> list[floa
 
 
 def log_likelihoods(
-    model: LLaDAModelLM, pairs: Iterable[Pair], samples: int = 128, batch_size: int = 1, seed: int = 0
+    model: DiffusionLM, pairs: Iterable[Pair], samples: int = 128, batch_size: int = 1, seed: int = 0
 ) -> Iterator[float]:
     """The estimate for every pair, in order; masked rows of neighbouring pairs share forwards of `batch_size` rows."""
     rows = (

@@ -13,7 +13,7 @@ from transformers import StoppingCriteriaList
 
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.stops import StopStrings, before_eos, cut_at_stop
-from fdpp.models.llada import LLaDAModelLM
+from fdpp.models.language_model import DiffusionLM
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
 
 
 def respond(
-    model: LLaDAModelLM,
+    model: DiffusionLM,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     config: DiffusionGenerationConfig,
