@@ -1075,7 +1075,7 @@ def test_an_unknown_module_is_told_what_there_is() -> None:
     for target in (re, nn.Linear(2, 2), small_model(), small_dream()):
         with pytest.raises(ValueError) as error:
             fdpp.patch(target)
-        for name in (*NAMES, "DreamModel or LLaDAModelLM", "rule and mask_id", "DenoisingStep"):
+        for name in (*NAMES, "DreamModel", "LLaDAModelLM", "rule and mask_id", "DenoisingStep"):
             assert name in str(error.value)
         assert ("needs no patch" in str(error.value)) == isinstance(target, DiffusionLM)
 
