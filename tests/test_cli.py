@@ -11,6 +11,7 @@ from pathlib import Path
 import dream_files
 import pytest
 import torch
+from family_of_others import GistConfig, GistLM
 from small import small_dream
 from transformers import AutoTokenizer
 
@@ -334,6 +335,19 @@ def test_a_dream_fills_blanks_and_is_traced(dream, tmp_path, capsys):
     page = tmp_path / "dream.html"
     assert cli.main(["trace", "--model", str(dream), "--prompt", "hello", "-o", str(page), *SHORT]) == 0
     assert "<|im_start|>assistant" in page.read_text().replace("\\u003c", "<")
+
+
+def test_a_family_of_somebody_elses_is_read_by_its_model_type(tmp_path, capsys):
+    _, tokenizer = tiny.load()
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "eos", "pad")}
+    torch.manual_seed(0)
+    model = GistLM(GistConfig(vocab_size=len(tokenizer), **ids)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert cli.main(["generate", "--model", str(tmp_path), "--prompt", PROMPT, *SHORT]) == 0
+    prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    out = model.generate(prompt, max_new_tokens=32).sequences[0, prompt.shape[1] :]
+    assert capsys.readouterr().out == tokenizer.decode(out, skip_special_tokens=True).strip() + "\n"
 
 
 @pytest.mark.parametrize(
