@@ -96,8 +96,9 @@ def dependency_edges(
     as a key nor as a query. The fed queries are those of
 
     - all columns in a full forward: the mean is the published one;
-    - the columns from the block on with the prefix cache, the block's own with the dual cache. There are no others, and
-      a column that attracts all of these is a sink to them, which is what the removal is about.
+    - the columns from the block on with the prefix cache, the block's own with the dual cache, and the one before the
+      block in a model that reads a token off it. There are no others, and a column that attracts all of these is a sink
+      to them, which is what the removal is about.
 
     Args:
         queries: per layer `[rows, H, n, hd]`, after the rotary embedding, of the fed columns `start..start+n`.
