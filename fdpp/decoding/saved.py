@@ -33,6 +33,9 @@ METADATA = {
 SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p"}
 """Settings that a file of autoregressive generation has for another way of drawing tokens."""
 
+SCHEDULE = {"alg", "alg_temp", "eps", "output_history"}
+"""Settings of Dream's own sampler, in the files of its checkpoints; `steps` then counts times from 1 down to `eps`."""
+
 
 class SavedSettings:
     """Base of a dataclass of settings with a `rule`; adds what transformers asks of a model's `generation_config`."""
@@ -71,8 +74,9 @@ class SavedSettings:
     def from_dict(cls: type[Self], settings: dict[str, Any]) -> Self:
         """The settings of `to_dict`; what is left out has its default.
 
-        Settings of autoregressive generation, which a checkpoint may hold as well, are left out with a warning. Where
-        there are no others, so are the temperature and its like (`SAMPLING`).
+        Settings of autoregressive generation or of another sampler (`SCHEDULE`), which a checkpoint may hold as well,
+        are left out with a warning. Where there are none but autoregressive ones, so are the temperature and its like
+        (`SAMPLING`); `steps` without a `rule` is, where the sampler is another one.
 
         Raises:
             ValueError: a rule, a number of a rule or a setting that does not exist, or a value that does not fit.
@@ -84,13 +88,15 @@ class SavedSettings:
         from transformers import GenerationConfig
 
         autoregressive = GenerationConfig().to_dict().keys()
-        foreign = others & autoregressive
+        foreign = others & (autoregressive | SCHEDULE)
         if settings.keys() <= autoregressive:
             foreign |= {name for name in settings.keys() & SAMPLING if settings[name]}
+        if settings.keys() & SCHEDULE and "rule" not in settings:
+            foreign |= settings.keys() & {"steps"}
         if others - foreign:
             raise ValueError(f"unknown settings {sorted(others - foreign)}; known are {', '.join(sorted(names))}")
         if foreign:
-            logger.warning("settings of autoregressive generation have no effect: %s", ", ".join(sorted(foreign)))
+            logger.warning("settings of another way to generate have no effect: %s", ", ".join(sorted(foreign)))
         return cls(**{name: value for name, value in settings.items() if name in names - foreign})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:

@@ -10,6 +10,7 @@ IMPLEMENTED = {
     "hidden_act": ("silu",),
     "attention_dropout": (0.0,),
     "rope_scaling": (None,),
+    "rope_parameters": (None,),
     "use_sliding_window": (False,),
     "use_mrope": (False,),
 }
@@ -92,6 +93,7 @@ class DreamConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.mask_token_id = mask_token_id if mask_token_id is not None and mask_token_id < vocab_size else None
         pad = pad_token_id if pad_token_id is not None and pad_token_id < vocab_size else None
+        kwargs.pop("rope_scaling", None)  # transformers warns of the name, whatever its value
         # The head is sharded over the vocabulary, and the embedding only where it is the head.
         embedding = {"embed_tokens": "embedding_rowwise"} if tie_word_embeddings else {}
         self.base_model_tp_plan = LAYERS_TP_PLAN | embedding

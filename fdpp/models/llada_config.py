@@ -25,6 +25,7 @@ IMPLEMENTED = {
     "residual_dropout": (0.0,),
     "embedding_dropout": (0.0,),
     "rope_scaling": (None,),
+    "rope_parameters": (None,),
 }
 """Options of the published configuration that change the architecture, with the values this package implements."""
 
