@@ -39,9 +39,14 @@ class Refresh:
         raise NotImplementedError
 
     def first(self, number: int, block: slice, before: slice, everything: slice, others: slice) -> slice:
-        """The columns that the first forward feeds: of `everything`, and at least those that the `others` feed."""
+        """The columns that the first forward feeds: of `everything`, and at least those that the `others` feed.
+
+        Where these begin before the block, the forwards of the block before did so too: what they wrote there is stale
+        as well.
+        """
         start, stop = self.span(number, block, before)
-        start = everything.start if start is None else max(start, everything.start)
+        lead = block.start - others.start
+        start = everything.start if start is None else max(start - lead, everything.start)
         stop = everything.stop if stop is None else min(stop, everything.stop)
         return slice(min(start, others.start), max(stop, others.stop))
 
