@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from decoding import CACHES, Recorder, forwards
-from plain import model_with_ends
+from plain import model_with_ends, plain_infill
 from rules_of_others.wino import Wino
 from small import EOS, MASK, PAD, RULES, exact_model, left_pad, prompts, small_model
 from torch import Tensor
@@ -16,7 +16,6 @@ from transformers import StoppingCriteria
 
 import fdpp
 from fdpp import Frechet, LLaDAModelLM, Quota, Threshold, tiny
-from fdpp.step import reference
 
 PREFIX_RULES = RULES[:7]
 
@@ -37,22 +36,6 @@ def texts() -> list[Tensor]:
         text[masks] = MASK
         found.append(text)
     return found
-
-
-@torch.no_grad()
-def plain_infill(model: LLaDAModelLM, text: Tensor, rule: fdpp.Rule, block_length: int) -> tuple[Tensor, Tensor, int]:
-    """Tokens, commit steps and forwards: one full forward per step, the step as specified in float64."""
-    x, step_of, step = text.clone(), torch.full_like(text, -1), 0
-    first = next((t for t in range(len(x)) if x[t] == MASK), len(x))
-    for start in range(first, len(x), block_length):
-        block = slice(start, min(start + block_length, len(x)))
-        while (x[block] == MASK).any():
-            logits = model(x[None]).logits[:, block].double()
-            chosen = reference.select(logits, x[None, block], rule, MASK)
-            step_of[block][chosen.committed[0]] = step
-            x[block] = chosen.tokens[0]
-            step += 1
-    return x, step_of, step
 
 
 @pytest.mark.parametrize("options", [{}, {"drafts": 3}, {"engine": "static"}], ids=str)

@@ -1,9 +1,8 @@
-"""LLaDA as a transformers model: configuration, checkpoints, forward."""
+"""LLaDA and the other families as transformers models: configurations, checkpoints, forward."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from family_of_others import EACH_FAMILY, FAMILIES, TIED
+from plain import naive_logits
 from safetensors.torch import load_file, save_file
-from small import MASK, V, left_pad, prompts, small_model
+from small import EOS, MASK, V, layer_of, left_pad, name_of, prompts, small_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from fdpp import LLaDAConfig, LLaDAModelLM
+from fdpp import DreamModelLM, LLaDAConfig, LLaDAModelLM
+from fdpp.models import families
 
 MODEL_TINY = Path(__file__).parent / "data/model_tiny"
 
@@ -103,51 +105,11 @@ def expected_keys(n_layers: int, tied: bool) -> set[str]:
     return {f"model.transformer.{name}.weight" for name in names + ["ff_out"] * (not tied)}
 
 
-def naive_logits(model: LLaDAModelLM, x: Tensor, visible: Tensor | None = None) -> Tensor:
-    """The architecture in float64, row by row and head by head: logits `[B, T, V]`.
-
-    `visible` `[B, T]` or `[B, T, T]` bool: the keys that all positions of a sequence see, or that each of them sees.
-    """
-    config, weights = model.config, {k: v.double() for k, v in model.state_dict().items()}
-    size, shared = config.d_model // config.n_heads, config.n_heads // config.n_kv_heads
-    T = x.shape[1]
-
-    def weight(name: str) -> Tensor:
-        return weights[f"model.transformer.{name}.weight"]
-
-    def norm(h: Tensor, name: str) -> Tensor:
-        return h / (h.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight(name)
-
-    def rope(h: Tensor) -> Tensor:
-        """Pairs (j, j + size / 2) as complex numbers, turned by position * theta^(-2j / size)."""
-        turns = torch.arange(T)[:, None] * config.rope_theta ** (-torch.arange(0, size, 2).double() / size)
-        turned = torch.complex(h[:, : size // 2], h[:, size // 2 :]) * torch.polar(torch.ones_like(turns), turns)
-        return torch.cat((turned.real, turned.imag), -1)
-
-    logits = []
-    for b in range(x.shape[0]):
-        h = weight("wte")[x[b]]
-        for n in range(config.n_layers):
-            a = norm(h, f"blocks.{n}.attn_norm")
-            q, k, v = (a @ weight(f"blocks.{n}.{part}_proj").T for part in "qkv")
-            heads = []
-            for head in range(config.n_heads):
-                own, kv = slice(head * size, head * size + size), slice(*(head // shared * size + i for i in (0, size)))
-                scores = rope(q[:, own]) @ rope(k[:, kv]).T / math.sqrt(size)
-                if visible is not None:
-                    scores = scores.masked_fill(~visible[b], -torch.inf)
-                heads.append(scores.softmax(-1) @ v[:, kv])
-            h = h + torch.cat(heads, -1) @ weight(f"blocks.{n}.attn_out").T
-            a = norm(h, f"blocks.{n}.ff_norm")
-            gate, up = (a @ weight(f"blocks.{n}.{part}_proj").T for part in ("ff", "up"))
-            h = h + (gate * gate.sigmoid() * up) @ weight(f"blocks.{n}.ff_out").T
-        logits.append(norm(h, "ln_f") @ weight("wte" if config.weight_tying else "ff_out").T)
-    return torch.stack(logits)
-
-
-def write_checkpoint(path: Path, change: Callable[[dict[str, Tensor]], Any] = lambda weights: None) -> Path:
-    """A checkpoint of `small_model`, its tensors changed."""
-    small_model().save_pretrained(path)
+def write_checkpoint(
+    path: Path, change: Callable[[dict[str, Tensor]], Any] = lambda weights: None, family: str = "LLaDA"
+) -> Path:
+    """A checkpoint of a family's small model, its tensors changed."""
+    FAMILIES[family]().save_pretrained(path)
     weights = load_file(path / "model.safetensors")
     change(weights)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
@@ -258,15 +220,54 @@ MIXTURE = {
 """After LLaDA-MoE-7B-A1B, which calls itself "llada" too."""
 
 
-@pytest.mark.parametrize("model_type", ["llada", "lladamoe"])
+@pytest.mark.parametrize("model_type", ["llada", "lladamoe", "llada_moe"])
 def test_experts_are_refused_as_llada_moe(model_type: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **MIXTURE}))
-    for load in (LLaDAConfig, LLaDAModelLM):
+    for kind in (LLaDAConfig, LLaDAModelLM):
         with pytest.raises(ValueError, match=r"expected a dense LLaDA, got experts, as LLaDA-MoE.*num_experts=64"):
-            load.from_pretrained(tmp_path)
-    if model_type == "llada":
-        with pytest.raises(ValueError, match="LLaDA-MoE"):
-            AutoModelForCausalLM.from_pretrained(tmp_path)
+            kind.from_pretrained(tmp_path)
+    for load in (families.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="LLaDA-MoE" if model_type == "llada" else rf"{model_type}\b"):
+            load(str(tmp_path))
+
+
+RELATIVES: dict[str, dict[str, Any]] = {
+    "as published": {},
+    "LLaDA-1.5": {
+        **{"flash_attention": True, "flash_attention_version": "2", "rope_full_precision": False, "use_cache": True},
+        **{"yarn": False, "yarn_scale": 1.0, "yarn_original_max_position_embeddings": 4096},
+    },
+    "saved by transformers 4": {"torch_dtype": "bfloat16", "_name_or_path": "GSAI-ML/LLaDA-8B-Base"},
+    "saved by transformers 5": {"dtype": "bfloat16", "rope_parameters": None, "chunk_size_feed_forward": 0},
+    "a chat's ids": {"eos_token_id": [EOS, 5], "pad_token_id": EOS, "eot_token_id": 5, "bos_token_id": 7},
+    "without ids": {"eos_token_id": None, "pad_token_id": None},
+    "keys of tomorrow": {
+        "of_somebody": {"a": [1]},
+        "n_kv_heads": None,
+        "multi_query_attention": False,
+        "num_labels": 3,
+    },
+}
+"""What fine-tuned LLaDAs change in their `config.json`; LLaDA-1.5's as in a public copy of its folder."""
+
+
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_relatives_load(relative: str, tmp_path: Path) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text())
+    small = {key: own[key] for key in PUBLISHED.keys() & own.keys() - {"architectures", "transformers_version"}}
+    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, **small, **RELATIVES[relative]}))
+    ids = prompts(2, 6)
+    for load in (families.load, LLaDAModelLM.from_pretrained, AutoModel.from_pretrained):
+        loaded = load(str(tmp_path), dtype=torch.float32)
+        assert type(loaded) is LLaDAModelLM and loaded(ids).logits.equal(model(ids).logits)
+        for key, value in RELATIVES[relative].items():
+            if key.endswith("_token_id"):
+                assert getattr(loaded.config, key) == value
+        settings = {"max_new_tokens": 8, "stop_at_eos": relative != "without ids"}
+        out = loaded.generate(ids, **settings | ({"pad_token_id": 0} if relative == "without ids" else {}))
+        assert not out.sequences.eq(MASK).any()
 
 
 def test_no_experts_are_none() -> None:
@@ -289,14 +290,16 @@ def test_state_dict_keys() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard", ["1GB", "16KB"])
-def test_save_and_load(tied: bool, shard: str, tmp_path: Path) -> None:
-    model = small_model(weight_tying=tied, n_kv_heads=2)
+@EACH_FAMILY
+def test_save_and_load(family: str, tied: bool, shard: str, tmp_path: Path) -> None:
+    config = {"n_kv_heads": 2} if family == "LLaDA" else {}
+    model = FAMILIES[family](**config | (TIED[family] if tied else {}))
     model.save_pretrained(tmp_path, max_shard_size=shard)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) == 1) == (shard == "1GB")
-    assert {key for file in files for key in load_file(file)} == expected_keys(2, tied)
-    loaded = LLaDAModelLM.from_pretrained(tmp_path)
-    assert loaded.config.to_diff_dict() == {**model.config.to_diff_dict(), "architectures": ["LLaDAModelLM"]}
+    assert {key for file in files for key in load_file(file)} == set(model.state_dict())
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.to_diff_dict() == {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
     x = prompts(2, 9)
     with torch.no_grad():
@@ -319,41 +322,72 @@ def test_another_vocabulary(size: int, tied: bool, tmp_path: Path) -> None:
     assert torch.equal(again.generate(ids, **settings).sequences, llada.generate(ids, **settings).sequences)
 
 
-def test_tied_head_is_the_embedding() -> None:
-    model = small_model(weight_tying=True)
+@EACH_FAMILY
+def test_tied_head_is_the_embedding(family: str) -> None:
+    model = FAMILIES[family](**TIED[family])
     hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.project(hidden), hidden @ model.get_input_embeddings().weight.T)
     assert model.get_output_embeddings() is None
-    assert small_model().get_output_embeddings().weight.shape == (V, 32)
+    if family != "Gist":
+        assert FAMILIES[family]().get_output_embeddings().weight.shape == (V, 32)
 
 
-def test_missing_key_is_named(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, lambda weights: weights.pop("model.transformer.blocks.1.up_proj.weight"))
-    with pytest.raises(ValueError, match=r"missing.*blocks\.1\.up_proj\.weight"):
-        LLaDAModelLM.from_pretrained(tmp_path)
+def parameter(family: str, role: str) -> str:
+    """The name of a weight of a small model's second block."""
+    model = FAMILIES[family]()
+    return name_of(model, layer_of(model, role, 1)) + ".weight"
 
 
-def test_unexpected_key_is_named(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, lambda weights: weights.update({"model.transformer.wpe.weight": torch.zeros(4, 32)}))
-    with pytest.raises(ValueError, match=r"unexpected.*model\.transformer\.wpe\.weight"):
-        LLaDAModelLM.from_pretrained(tmp_path)
+@pytest.mark.parametrize("role", ["norm", "q", "up"])
+@EACH_FAMILY
+def test_missing_key_is_named(family: str, role: str, tmp_path: Path) -> None:
+    name = parameter(family, role)
+    write_checkpoint(tmp_path, lambda weights: weights.pop(name), family)
+    with pytest.raises(ValueError, match=rf"checkpoint: 1 missing keys: {re.escape(name)}"):
+        type(FAMILIES[family]()).from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("load", [LLaDAModelLM.from_pretrained, AutoModelForCausalLM.from_pretrained])
-def test_mismatched_key_is_named(load: Callable[[Path], Any], tmp_path: Path) -> None:
+@EACH_FAMILY
+def test_unexpected_keys_are_named(family: str, tmp_path: Path) -> None:
+    """Also of layers, biases and a head that the family does not have."""
+    last = parameter(family, "down")
+    names = [last.replace(".1.", ".2."), last.removesuffix("weight") + "bias", "model.position.weight"]
+    write_checkpoint(tmp_path, lambda weights: weights.update({name: torch.zeros(4) for name in names}), family)
+    with pytest.raises(ValueError, match="checkpoint: 3 unexpected keys: ") as error:
+        type(FAMILIES[family]()).from_pretrained(tmp_path)
+    assert all(name in str(error.value) for name in names)
+
+
+def test_a_missing_bias_is_named(tmp_path: Path) -> None:
+    name = parameter("Dream", "k").removesuffix("weight") + "bias"
+    write_checkpoint(tmp_path, lambda weights: weights.pop(name), "Dream")
+    with pytest.raises(ValueError, match=rf"Dream checkpoint: 1 missing keys: {re.escape(name)}"):
+        DreamModelLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("auto", [False, True])
+@EACH_FAMILY
+def test_mismatched_keys_are_named(family: str, auto: bool, tmp_path: Path) -> None:
+    model, name = FAMILIES[family](), parameter(family, "k")
+    head = name_of(model, model.head)
+    shapes = {name: (9, 32), head: (V + 1, 32)}
     write_checkpoint(
-        tmp_path, lambda weights: weights.update({"model.transformer.ff_out.weight": torch.zeros(V + 1, 32)})
+        tmp_path, lambda weights: weights.update({key: torch.zeros(shape) for key, shape in shapes.items()}), family
     )
-    with pytest.raises(ValueError, match=r"mismatched.*model\.transformer\.ff_out\.weight"):
-        load(tmp_path)
+    with pytest.raises(ValueError, match="2 mismatched keys: ") as error:
+        (AutoModelForCausalLM if auto else type(model)).from_pretrained(tmp_path)
+    assert all(key in str(error.value) for key in shapes)
 
 
-def test_a_head_in_a_tied_checkpoint_is_unexpected(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path)
+@pytest.mark.parametrize("family", ["LLaDA", "Dream"])
+def test_a_head_in_a_tied_checkpoint_is_unexpected(family: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, family=family)
+    model = FAMILIES[family]()
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "weight_tying": True, "tie_word_embeddings": True}))
-    with pytest.raises(ValueError, match=r"unexpected.*model\.transformer\.ff_out\.weight"):
-        LLaDAModelLM.from_pretrained(tmp_path)
+    tied = TIED[family] | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **tied}))
+    with pytest.raises(ValueError, match=rf"unexpected.*{re.escape(name_of(model, model.head))}"):
+        type(model).from_pretrained(tmp_path)
 
 
 def test_all_names_of_a_renamed_key(tmp_path: Path) -> None:
@@ -371,31 +405,42 @@ def test_loading_info_is_still_there_for_who_asks(tmp_path: Path) -> None:
     assert not info["missing_keys"]
 
 
+REMOTE = {
+    "LLaDA": PUBLISHED["auto_map"],
+    "Dream": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+}
+
+
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM])
-def test_auto_classes_run_no_remote_code(auto: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", REMOTE)
+def test_auto_classes_run_no_remote_code(
+    family: str, auto: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A published folder holds code and an `auto_map` to it; nobody is asked about it and it never runs."""
-    write_checkpoint(tmp_path)
+    write_checkpoint(tmp_path, family=family)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "auto_map": PUBLISHED["auto_map"]}))
-    for name in ("configuration_llada.py", "modeling_llada.py"):
-        (tmp_path / name).write_text("raise RuntimeError('remote code ran')")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "auto_map": REMOTE[family]}))
+    for name in {value.partition(".")[0] for value in REMOTE[family].values()}:
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('remote code ran')")
 
     def prompt(*_: Any) -> str:
         raise AssertionError("asked whether to trust remote code")
 
     monkeypatch.setattr("builtins.input", prompt)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is LLaDAConfig
+    expected = FAMILIES[family]()
+    assert type(AutoConfig.from_pretrained(tmp_path)) is type(expected.config)
     model = auto.from_pretrained(tmp_path)
-    assert type(model) is LLaDAModelLM
+    assert type(model) is type(expected)
     x = prompts(1, 6)
     with torch.no_grad():
-        assert torch.equal(model(x).logits, small_model()(x).logits)
+        assert torch.equal(model(x).logits, expected(x).logits)
 
 
-def test_bf16_load(tmp_path: Path) -> None:
-    original, x = small_model(init_std=0.2), prompts(2, 12)
+@EACH_FAMILY
+def test_bf16_load(family: str, tmp_path: Path) -> None:
+    original, x = FAMILIES[family](initializer_range=0.2), prompts(2, 12)
     original.save_pretrained(tmp_path)
-    model = LLaDAModelLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    model = type(original).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         logits, expected = model(x).logits, naive_logits(original, x)
@@ -407,15 +452,22 @@ def test_bf16_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
-    [{}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"weight_tying": True}, {"rope_theta": 100.0, "rms_norm_eps": 0.1}],
+    ("family", "config"),
+    [
+        *(("LLaDA", {"n_kv_heads": kv_heads}) for kv_heads in (4, 2, 1)),
+        ("LLaDA", {"weight_tying": True}),
+        *(("Dream", {"num_key_value_heads": kv_heads}) for kv_heads in (4, 2, 1, None)),
+        ("Dream", {"tie_word_embeddings": True}),
+        ("Gist", {}),
+        *((family, {"rope_theta": 100.0, "rms_norm_eps": 0.1}) for family in FAMILIES),
+    ],
     ids=str,
 )
-def test_forward_against_naive_twin(config: dict[str, Any]) -> None:
-    model = small_model(**config)
+def test_forward_against_naive_twin(family: str, config: dict[str, Any]) -> None:
+    model = FAMILIES[family](**config)
     # RMSNorm starts at 1, where a forgotten weight would not show.
     for name, parameter in model.named_parameters():
-        if "norm" in name or "ln_f" in name:
+        if parameter.dim() == 1 and not name.endswith("bias"):
             torch.nn.init.uniform_(parameter, 0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
     x = prompts(2, 11)
     with torch.no_grad():
@@ -429,8 +481,9 @@ def test_tiny_checkpoint_against_naive_twin() -> None:
         torch.testing.assert_close(model(x).logits.double(), naive_logits(model, x), rtol=0, atol=5e-4)
 
 
-def test_attention_mask_against_naive_twin() -> None:
-    model, x = small_model(n_kv_heads=2), prompts(2, 10)
+@EACH_FAMILY
+def test_attention_mask_against_naive_twin(family: str) -> None:
+    model, x = FAMILIES[family](), prompts(2, 10)
     attention_mask = torch.ones(2, 10, dtype=torch.int64)
     attention_mask[0, :4] = 0
     with torch.no_grad():
@@ -494,9 +547,10 @@ def test_attention_is_bidirectional() -> None:
 
 
 @pytest.mark.parametrize("shifted", [False, True])
-def test_left_padding_changes_nothing(shifted: bool) -> None:
+@EACH_FAMILY
+def test_left_padding_changes_nothing(family: str, shifted: bool) -> None:
     """With positions from the mask, and without: rotary attention only knows distances."""
-    model, rows = small_model(), [prompts(1, 12)[0], prompts(1, 5, seed=1)[0]]
+    model, rows = FAMILIES[family](), [prompts(1, 12)[0], prompts(1, 5, seed=1)[0]]
     input_ids, attention_mask = left_pad(rows)
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0) if shifted else None
     with torch.no_grad():
@@ -517,8 +571,9 @@ def test_position_ids() -> None:
         assert (model(x, position_ids=order.expand(2, 7)).logits - default).abs().max() > 0.1
 
 
-def test_hidden_states() -> None:
-    model, x = small_model(), prompts(2, 7)
+@EACH_FAMILY
+def test_hidden_states(family: str) -> None:
+    model, x = FAMILIES[family](), prompts(2, 7)
     with torch.no_grad():
         out = model(x, output_hidden_states=True)
         assert [tuple(h.shape) for h in out.hidden_states] == [(2, 7, 32)] * 3
@@ -528,9 +583,10 @@ def test_hidden_states() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("labels", 0), ("past_key_values", ()), ("attn_mask", None)])
-def test_unknown_argument_is_named(name: str, value: Any) -> None:
+@EACH_FAMILY
+def test_unknown_argument_is_named(family: str, name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=name):
-        small_model()(prompts(1, 4), **{name: value})
+        FAMILIES[family]()(prompts(1, 4), **{name: value})
 
 
 def test_rows_that_pad_the_embedding_are_no_tokens() -> None:
@@ -548,7 +604,8 @@ def test_tuples_are_not_offered() -> None:
         small_model()(prompts(1, 4), return_dict=False)
 
 
-def test_backward_reaches_every_parameter() -> None:
-    model = small_model(n_kv_heads=2).train()
+@EACH_FAMILY
+def test_backward_reaches_every_parameter(family: str) -> None:
+    model = FAMILIES[family]().train()
     model(prompts(2, 6)).logits.square().mean().backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.parameters())

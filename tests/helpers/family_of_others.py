@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+import torch
+from small import SMALL
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -94,3 +97,23 @@ class GistLM(DiffusionLM):
 
     def get_output_embeddings(self) -> nn.Module | None:
         return None
+
+
+def small_gist(seed: int = 0, **config: Any) -> GistLM:
+    """The same seed and configuration give the same weights, as with `small_model`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return GistLM(GistConfig(**config)).eval()
+
+
+FAMILIES = {**SMALL, "Gist": small_gist}
+"""A small model of every family, that of others too."""
+
+EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+TIED: dict[str, dict[str, Any]] = {
+    "LLaDA": {"weight_tying": True},
+    "Dream": {"tie_word_embeddings": True},
+    "Gist": {},
+}
+"""What makes the embedding a family's head."""

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from plain import predicting
 from torch import Tensor
 
 import fdpp
 from fdpp.attention import BlockCache
+from fdpp.models.language_model import DiffusionLM
 from fdpp.step import reference
 
 First = Callable[[int, int, int, int, int], tuple[int, int]]
@@ -29,7 +31,7 @@ FIRST: dict[str, First] = {
 
 @torch.no_grad()
 def decode(
-    model: fdpp.LLaDAModelLM,
+    model: DiffusionLM,
     text: Tensor,
     start: int,
     block_length: int,
@@ -56,13 +58,14 @@ def decode(
 
     for number, column in enumerate(range(start, L, block_length)):
         block = slice(column, min(column + block_length, L))
+        lead, of_block = min(model.shift, column), predicting(model.shift, block)
         fed = slice(*((0, L) if number == 0 else first(number, block.start, block.stop, before, L)))
-        others = slice(block.start, L) if cache == "prefix" else block
-        fed = slice(min(fed.start, others.start), max(fed.stop, others.stop))
+        others = slice(block.start - lead, L if cache == "prefix" else block.stop)
+        fed = slice(min(max(fed.start - lead, 0), others.start), max(fed.stop, others.stop))
         while (x[block] == mask).any() and end() is None:
             before = column
             hidden = model.model(x[None, fed], cache=kept, start=fed.start)
-            logits = model.project(hidden[:, block.start - fed.start : block.stop - fed.start])
+            logits = model.project(hidden[:, of_block - fed.start])
             chosen = reference.select(logits.double(), x[None, block], rule, mask)
             step_of[block][chosen.committed[0]] = step
             x[block] = chosen.tokens[0]

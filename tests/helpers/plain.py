@@ -1,8 +1,9 @@
-"""LLaDA's own decode, written plainly, and what tests of its options share."""
+"""A family's forward and LLaDA's own decode, written plainly, and what tests of its options share."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,10 @@ from small import EOS, MASK, PAD, exact_model, left_pad, prompts
 from torch import Tensor
 from transformers import LogitsProcessor
 
+import fdpp
 from fdpp import LLaDAModelLM
+from fdpp.models.language_model import DiffusionLM
+from fdpp.step import reference
 
 EOT = 60
 """In the tests' vocabulary; `prompts` may hold it."""
@@ -42,9 +46,99 @@ def model_with_ends(**config: Any) -> LLaDAModelLM:
     return model
 
 
+Kept = list[tuple[Tensor, Tensor]]
+"""Keys, after the rotary embedding, and values `[S, kv_heads, hd]` of every layer."""
+
+
+@torch.no_grad()
+def naive_forward(
+    model: DiffusionLM, ids: Tensor, start: int = 0, kept: Kept | None = None, visible: Tensor | None = None
+) -> tuple[Tensor, Tensor, Kept]:
+    """A family's architecture in float64, head by head, for one row.
+
+    Args:
+        ids: `[T]`, at the columns from `start` on.
+        kept: what these columns attend over in place of themselves alone, with their own keys and values written over.
+        visible: `[S]` or `[T, S]` bool, the keys that all positions see, or that each of them sees.
+
+    Returns:
+        Logits `[T, V]`, attention `[layers, T, S]`, the mean over its heads, and the keys and values.
+    """
+    config, T, held, maps = model.config, len(ids), [], []
+    size = config.hidden_size // config.num_attention_heads
+    shared = config.num_attention_heads // config.num_key_value_heads
+
+    def norm(h: Tensor, layer: Any) -> Tensor:
+        return h / (h.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * layer.weight.double()
+
+    def product(h: Tensor, layer: Any) -> Tensor:
+        bias = getattr(layer, "bias", None)
+        return h @ layer.weight.double().T + (0.0 if bias is None else bias.double())
+
+    def rope(h: Tensor) -> Tensor:
+        """Pairs (j, j + size / 2) as complex numbers, turned by position * theta^(-2j / size)."""
+        columns = torch.arange(start, start + T)[:, None, None]
+        turns = columns * config.rope_theta ** (-torch.arange(0, size, 2).double() / size)
+        turned = torch.complex(h[..., : size // 2], h[..., size // 2 :]) * torch.polar(torch.ones_like(turns), turns)
+        return torch.cat((turned.real, turned.imag), -1)
+
+    h = model.get_input_embeddings().weight.double()[ids]
+    for n, block in enumerate(model.model.blocks):
+        layers = block.layers()
+        a = norm(h, layers.norm)
+        q, k, v = (product(a, layer).unflatten(1, (-1, size)) for layer in (layers.q, layers.k, layers.v))
+        q, k = rope(q), rope(k)
+        if kept is not None:
+            k, v = (
+                old.index_copy(0, torch.arange(start, start + T), new) for old, new in zip(kept[n], (k, v), strict=True)
+            )
+        held.append((k, v))
+        heads, weights = [], []
+        for head in range(config.num_attention_heads):
+            scores = q[:, head] @ k[:, head // shared].T / math.sqrt(size)
+            if visible is not None:
+                scores = scores.masked_fill(~visible, -torch.inf)
+            weights.append(scores.softmax(-1))
+            heads.append(weights[-1] @ v[:, head // shared])
+        maps.append(torch.stack(weights).mean(0))
+        h = h + product(torch.cat(heads, -1), layers.out)
+        a = norm(h, layers.ff_norm)
+        gate, up = product(a, layers.gate), product(a, layers.up)
+        h = h + product(gate * gate.sigmoid() * up, layers.down)
+    logits = product(norm(h, model.model.final_norm), model.get_output_embeddings() or model.get_input_embeddings())
+    return logits, torch.stack(maps), held
+
+
+def naive_logits(model: DiffusionLM, x: Tensor, visible: Tensor | None = None) -> Tensor:
+    """`naive_forward`'s logits `[B, T, V]` of `x` `[B, T]`; `visible` `[B, T]` or `[B, T, T]`."""
+    seen = [None] * len(x) if visible is None else visible
+    return torch.stack([naive_forward(model, row, visible=sees)[0] for row, sees in zip(x, seen, strict=True)])
+
+
+def predicting(shift: int, columns: slice) -> Tensor:
+    """The columns whose rows predict the tokens in `columns`; a sequence's first token is predicted by its own row."""
+    return (torch.arange(columns.start, columns.stop) - shift).clamp(min=0)
+
+
+@torch.no_grad()
+def plain_infill(model: DiffusionLM, text: Tensor, rule: fdpp.Rule, block_length: int) -> tuple[Tensor, Tensor, int]:
+    """Tokens, commit steps and forwards: one full forward per step, the step as specified in float64."""
+    x, step_of, step = text.clone(), torch.full_like(text, -1), 0
+    first = next((t for t in range(len(x)) if x[t] == MASK), len(x))
+    for start in range(first, len(x), block_length):
+        block = slice(start, min(start + block_length, len(x)))
+        while (x[block] == MASK).any():
+            logits = model(x[None]).logits[:, predicting(model.shift, block)].double()
+            chosen = reference.select(logits, x[None, block], rule, MASK)
+            step_of[block][chosen.committed[0]] = step
+            x[block] = chosen.tokens[0]
+            step += 1
+    return x, step_of, step
+
+
 @torch.no_grad()
 def plain_llada(
-    model: LLaDAModelLM,
+    model: DiffusionLM,
     prompt: Tensor,
     *,
     steps: int,
@@ -56,7 +150,7 @@ def plain_llada(
     commit_step: Tensor | None = None,
     processors: list[Callable[..., Tensor]] | None = None,
 ) -> Tensor:
-    """A prompt `[P]` with its response: one full forward per step, float64, a loop over positions.
+    """A prompt `[P]` with its response, of any family: one full forward per step, float64, a loop over positions.
 
     `commit_step` `[max_new_tokens]`, if given, sets the step in which each position commits, whatever its confidence.
     """
@@ -65,11 +159,11 @@ def plain_llada(
     step = 0
     for start in range(P, P + max_new_tokens, block_length):
         for i in range(per_block):
-            logits = model(x[None]).logits[0].double()
+            logits = model.aligned(model(x[None]).logits)[0].double()
             if cfg_scale > 0.0:
                 blank = x.clone()
                 blank[:P] = MASK
-                other = model(blank[None]).logits[0].double()
+                other = model.aligned(model(blank[None]).logits)[0].double()
                 logits = other + (cfg_scale + 1) * (logits - other)
             for processor in processors or ():
                 stop = start + block_length

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fdpp
 from fdpp import DreamConfig, DreamModelLM, LLaDAConfig, LLaDAModelLM
+from fdpp.models.block import Block
 from fdpp.models.language_model import DiffusionLM
 
 V, PAD, MASK, EOS = 64, 61, 62, 63
@@ -71,6 +72,22 @@ def exact(family: str, seed: int = 0, **config: Any) -> DiffusionLM:
 def make_exact(model: DiffusionLM) -> None:
     model.double()
     model.project = lambda hidden: type(model).project(model, hidden).float()
+
+
+def name_of(root: nn.Module, held: nn.Module | nn.Parameter) -> str:
+    """Where `root` holds a layer or a parameter."""
+    every = root.named_parameters() if isinstance(held, nn.Parameter) else root.named_modules()
+    return next(name for name, found in every if found is held)
+
+
+def layer_of(model: DiffusionLM, role: str, block: int = 0) -> Any:
+    """A layer of a block, by its role in `fdpp.models.block.Layers`."""
+    return getattr(model.model.blocks[block].layers(), role)
+
+
+def put(block: Block, role: str, layer: nn.Module) -> None:
+    """Replace a layer of a block."""
+    block.set_submodule(name_of(block, getattr(block.layers(), role)), layer)
 
 
 def prompts(B: int, P: int, seed: int = 0) -> Tensor:
