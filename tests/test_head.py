@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_of_others import FAMILIES
 from inputs import on_gpu
 from small import left_pad, prompts, small_model
 from torch import Tensor
@@ -15,15 +16,16 @@ from transformers import SuppressTokensLogitsProcessor
 import fdpp
 from fdpp import LLaDAModelLM
 from fdpp.decoding import forwards, head
+from fdpp.models.language_model import DiffusionLM
 
 RULES = [fdpp.Quota(), fdpp.Threshold(0.5), fdpp.Frechet(0.1), fdpp.EntropyBound(1.0), fdpp.LocalLeap(0.6, 0.3)]
 SIZES: dict[str, Any] = {"max_new_tokens": 27, "block_length": 8}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def with_exact_products(model: LLaDAModelLM) -> LLaDAModelLM:
+def with_exact_products(model: DiffusionLM) -> DiffusionLM:
     """Logits that are exact in any order of sums: hidden states and head are multiples of 1/64, of at most 10 bits."""
-    norm = model.model.transformer["ln_f"]
+    norm = model.model.final_norm
     norm.forward = lambda x: (type(norm).forward(norm, x).clamp(-8.0, 8.0) * 64).round() / 64
     head = model.get_output_embeddings().weight
     head.data = (head.data.clamp(-4.0, 4.0) * 64).round() / 64
@@ -51,11 +53,11 @@ def ragged(llada: LLaDAModelLM) -> tuple[Tensor, Tensor]:
     return ids.to(llada.device), mask.to(llada.device)
 
 
-def assert_fused_is_the_same(llada: LLaDAModelLM, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+def assert_fused_is_the_same(llada: DiffusionLM, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
     ids, mask = ragged(llada)
     library = llada.generate(ids, mask, **SIZES, **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(LLaDAModelLM, "project_slice", None)  # no logits are made
+        patch.setattr(DiffusionLM, "project_slice", None)  # no logits are made
         fused = llada.generate(ids, mask, head="fused", **SIZES, **settings)
     assert library.keys() == fused.keys()
     for name in library:
@@ -69,6 +71,13 @@ def assert_fused_is_the_same(llada: LLaDAModelLM, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("drafts", [1, 3])
 def test_same_decode(llada, monkeypatch, rule, cache, drafts):
     assert_fused_is_the_same(llada, monkeypatch, rule=rule, cache=cache, drafts=drafts)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize(("family", "drafts"), [("Dream", 1), ("Dream", 3), ("Gist", 1)])
+def test_same_decode_where_the_row_before_predicts(monkeypatch, family, cache, drafts):
+    """Gist's head is its embedding."""
+    assert_fused_is_the_same(FAMILIES[family](), monkeypatch, rule=fdpp.Frechet(0.1), cache=cache, drafts=drafts)
 
 
 @pytest.mark.parametrize("engine", ["eager", "static"])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from captures import captured_on_cpu
+from family_of_others import FAMILIES
 from inputs import on_gpu
 from small import EOS, exact_model, left_pad, prompts, small_model
 from torch import Tensor
@@ -172,14 +173,23 @@ REPLAYED = [
 ]
 
 
+REPLAYS = [
+    *(("LLaDA", settings, batch) for settings in REPLAYED for batch in ("one", "even", "ragged")),
+    *(("Dream", settings, "ragged") for settings in REPLAYED[:8]),
+    ("Dream", REPLAYED[4], "one"),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("batch", ["one", "even", "ragged"])
-@pytest.mark.parametrize("settings", REPLAYED, ids=str)
+@pytest.mark.parametrize(("family", "settings", "batch"), REPLAYS, ids=str)
 @on_gpu(lambda batch, dtype: (batch, dtype) in (("ragged", torch.bfloat16), ("one", torch.float32)))
-def test_a_replay_is_its_step_to_the_bit(settings: dict[str, Any], batch: str, device: str, dtype: torch.dtype) -> None:
+def test_a_replay_is_its_step_to_the_bit(
+    family: str, settings: dict[str, Any], batch: str, device: str, dtype: torch.dtype
+) -> None:
     """Confidences of every forward too: the same operators on the same tensors, captured or not."""
-    llada = small_model(n_heads=2, n_kv_heads=1).to(device, dtype)
+    heads = "n_heads" if family == "LLaDA" else "num_attention_heads"
+    llada = FAMILIES[family](**{heads: 2, "num_key_value_heads": 1}).to(device, dtype)
     prompt = {"one": (prompts(1, 11),), "even": (prompts(5, 12),), "ragged": ragged(llada)}[batch]
     whole = {"rule": fdpp.Frechet(0.1), "cache": "dual", "max_new_tokens": 20, "block_length": 8, **settings}
     config = llada.settled(None, {**whole, "engine": "static"})
