@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captures import Operators, captured_on_cpu
+from family_of_others import FAMILIES
 from small import prompts, small_model
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from fdpp.decoding.static import steps_of
 from fdpp.integrations.evaluation.journal import fingerprint
 from fdpp.models import weights
 from fdpp.models.joined import Joined
+from fdpp.models.language_model import DiffusionLM
 from fdpp.models.linear import apply, is_product, linear
 from fdpp.models.quantised import KINDS, check_kind, quantise, torchao_config
 
@@ -32,9 +34,11 @@ quantization = pytest.importorskip("torchao.quantization")
 CPU = torch.device("cpu")
 WIDE: dict[str, Any] = {"d_model": 64, "mlp_hidden_size": 96, "n_kv_heads": 2}
 """Sizes that every kind takes: groups of 32, products of float8 in multiples of 16."""
+SIZES_OF = {"LLaDA": WIDE, "Dream": {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2}}
 SIZES: dict[str, Any] = {"max_new_tokens": 16, "block_length": 8, "stop_at_eos": False}
 IDS = prompts(2, 9)
 ALL = pytest.mark.parametrize("kind", KINDS)
+OF_EACH_FAMILY = pytest.mark.parametrize(("kind", "family"), [(kind, family) for family in SIZES_OF for kind in KINDS])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 IN_BOTH = [(kind, torch.float32) for kind in KINDS if kind != "float8-dynamic"]
 IN_BOTH += [(kind, torch.bfloat16) for kind in KINDS]
@@ -60,25 +64,27 @@ def float8_products_on_a_cpu(request: pytest.FixtureRequest, monkeypatch: pytest
         pytest.skip("this PyTorch multiplies no float8 by row on a CPU")
 
 
-def made(kind: str, dtype: torch.dtype = torch.bfloat16, seed: int = 4, **options: Any) -> LLaDAModelLM:
+def made(
+    kind: str, dtype: torch.dtype = torch.bfloat16, seed: int = 4, family: str = "LLaDA", **options: Any
+) -> DiffusionLM:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fdpp.models.quantised.check_kind", lambda *_: None)
-        return quantise(small_model(seed=seed, **WIDE | options).to(dtype), kind, CPU)
+        return quantise(FAMILIES[family](seed=seed, **SIZES_OF[family] | options).to(dtype), kind, CPU)
 
 
-def layer(rows: int, kind: str, dtype: torch.dtype, seed: int = 0) -> nn.Linear:
+def layer(rows: int, kind: str, dtype: torch.dtype, seed: int = 0, bias: bool = False) -> nn.Linear:
     torch.manual_seed(seed)
-    made = nn.Linear(64, rows, bias=False).to(dtype)
+    made = nn.Linear(64, rows, bias=bias).to(dtype)
     quantization.quantize_(made, torchao_config(kind, False, 32))
     return made
 
 
-def block_of(model: LLaDAModelLM) -> Any:
-    return model.model.transformer["blocks"][0]
+def block_of(model: DiffusionLM) -> Any:
+    return model.model.blocks[0]
 
 
-def is_joined(model: LLaDAModelLM) -> bool:
-    """Whether every part of every layer is a view of its joined weight's part."""
+def is_joined(model: DiffusionLM) -> bool:
+    """Whether every part of every layer is a view of its joined weight's part, and every bias of the joined one."""
 
     def storages(weight: Tensor) -> list[int]:
         return [part.untyped_storage().data_ptr() for part in held_by(weight)]
@@ -86,22 +92,27 @@ def is_joined(model: LLaDAModelLM) -> bool:
     with torch.no_grad():
         return all(
             joined.matrix() is not None
-            and all(storages(joined.modules[name].weight) == storages(joined.weight) for name in joined.names)
-            for block in model.model.transformer["blocks"]
-            for joined in (block.qkv, block.gate_up)
+            and all(
+                storages(getattr(joined.modules[name], joined.what)) == storages(joined.weight) for name in joined.names
+            )
+            for block in model.model.blocks
+            for joined in block.joins()
         )
 
 
-def logits(model: LLaDAModelLM, joined: bool = True) -> Tensor:
+def logits(model: DiffusionLM, joined: bool = True) -> Tensor:
     """By joined weights, or by the layers one by one: recording gradients keeps them apart."""
     with torch.set_grad_enabled(not joined):
         return model(IDS).logits.detach()
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind, dtype", IN_BOTH, ids=str)
-def test_a_joined_weight_is_its_layers_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
+def test_a_joined_weight_is_its_layers_bit_for_bit(kind: str, dtype: torch.dtype, bias: bool) -> None:
+    """A bias is added to the product after it is rounded to the dtype; torchao's own adds it before or after."""
     layers = {
-        name: layer(rows, kind, dtype, seed) for seed, (name, rows) in enumerate([("q", 64), ("k", 32), ("v", 32)])
+        name: layer(rows, kind, dtype, seed, bias)
+        for seed, (name, rows) in enumerate([("q", 64), ("k", 32), ("v", 32)])
     }
     before = {name: copy.deepcopy(each.weight) for name, each in layers.items()}
     parameters = {name: each.weight for name, each in layers.items()}
@@ -109,13 +120,19 @@ def test_a_joined_weight_is_its_layers_bit_for_bit(kind: str, dtype: torch.dtype
     x[1, 1] *= 1e4
     if kind != "float8-dynamic":  # whose scale of a row of zeros is zero
         x[0, 0] = 0.0
-    joined = Joined(layers, *layers)  # type: ignore[arg-type]
+    joined = Joined(layers, *layers, biased=bias)  # type: ignore[arg-type]
+    biases = Joined(layers, *layers, biased=bias, what="bias")  # type: ignore[arg-type]
     with torch.no_grad():
         expected = [F.linear(x, weight) for weight in before.values()]
+        if bias:
+            expected = [part + each.bias for part, each in zip(expected, layers.values(), strict=True)]
+            for part, each in zip(expected, layers.values(), strict=True):
+                torch.testing.assert_close(each(x), part, rtol=0.02, atol=0.02)
         matrix = joined.matrix()
         assert matrix is not None and type(matrix) is type(before["q"]) and matrix.shape == (128, 64)
         assert joined.matrix() is matrix
-        assert linear(x, matrix).equal(torch.cat(expected, dim=-1))
+        assert (biases.matrix() is not None) == bias
+        assert linear(x, matrix, biases.matrix()).equal(torch.cat(expected, dim=-1))
         assert all(apply(each, x).equal(part) for each, part in zip(layers.values(), expected, strict=True))
     for name, each in layers.items():
         assert each.weight is parameters[name] and each.weight.dequantize().equal(before[name].dequantize())
@@ -123,34 +140,42 @@ def test_a_joined_weight_is_its_layers_bit_for_bit(kind: str, dtype: torch.dtype
     assert held == {part.untyped_storage().data_ptr() for part in held_by(matrix)}
 
 
-@ALL
-def test_a_model_by_joined_weights(kind: str) -> None:
-    model = made(kind)
-    assert is_joined(model) and all(is_product(getattr(block_of(model), name)) for name in ("attn_out", "ff_out"))
-    assert logits(model).equal(logits(model, joined=False))
+@OF_EACH_FAMILY
+def test_a_model_by_joined_weights(kind: str, family: str) -> None:
+    model = made(kind, family=family)
+    layers = block_of(model).layers()
+    assert is_joined(model) and is_product(layers.out) and is_product(layers.down)
+    together = logits(model)
+    for block in model.model.blocks:
+        block.qkv.allowed = False
+    assert logits(model).equal(together)
+    # While gradients are recorded torchao's own products are taken, with another rounding of the biases.
+    own = logits(model, joined=False)
+    assert own.equal(together) if family == "LLaDA" else (own - together).std() < 0.1 * own.std()
 
 
-@ALL
-def test_no_weight_is_held_twice(kind: str) -> None:
-    model = made(kind)
+@OF_EACH_FAMILY
+def test_no_weight_is_held_twice(kind: str, family: str) -> None:
+    model = made(kind, family=family)
     logits(model)
-    joins = [joined.weight for block in model.model.transformer["blocks"] for joined in (block.qkv, block.gate_up)]
+    joins = [joined.weight for block in model.model.blocks for joined in block.joins()]
     tensors = [part for weight in (*joins, *model.parameters()) for part in held_by(weight)]
     storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in tensors}
     assert sum(storages.values()) == sum(part.nbytes for weight in model.parameters() for part in held_by(weight))
 
 
-@ALL
-def test_saved_loaded_and_copied(kind: str, tmp_path: Path) -> None:
+@OF_EACH_FAMILY
+def test_saved_loaded_and_copied(kind: str, family: str, tmp_path: Path) -> None:
     from transformers import TorchAoConfig
 
-    small_model(seed=4, **WIDE).bfloat16().save_pretrained(tmp_path / "whole")
+    whole = FAMILIES[family](seed=4, **SIZES_OF[family]).bfloat16()
+    whole.save_pretrained(tmp_path / "whole")
     config = TorchAoConfig(torchao_config(kind, False, 32))
-    model = LLaDAModelLM.from_pretrained(tmp_path / "whole", quantization_config=config)
+    model = type(whole).from_pretrained(tmp_path / "whole", quantization_config=config)
     assert is_joined(model)
     expected = logits(model)
     model.save_pretrained(tmp_path / "quantised")
-    again = LLaDAModelLM.from_pretrained(tmp_path / "quantised")
+    again = type(whole).from_pretrained(tmp_path / "quantised")
     assert is_joined(again) and logits(again).equal(expected)
     files = sum(path.stat().st_size for path in (tmp_path / "quantised").glob("*.safetensors"))
     assert files < 1.1 * sum(part.nbytes for weight in model.parameters() for part in held_by(weight)) + 20_000
@@ -314,9 +339,9 @@ def test_other_products_are_torchaos_own(change: str, monkeypatch: pytest.Monkey
 # Decodes
 
 
-@ALL
-def test_a_capture_meets_nothing_that_the_warm_up_has_not(kind: str) -> None:
-    model = made(kind)
+@OF_EACH_FAMILY
+def test_a_capture_meets_nothing_that_the_warm_up_has_not(kind: str, family: str) -> None:
+    model = made(kind, family=family)
     settings = {**SIZES, "drafts": 2, "rule": fdpp.Frechet(0.25)}
     eager = model.generate(IDS, **settings, engine="eager")
     with captured_on_cpu() as captures:
@@ -329,18 +354,18 @@ def test_a_capture_meets_nothing_that_the_warm_up_has_not(kind: str) -> None:
         assert len(captured) > 50 and all(any(entry == other for other in rest) for entry in captured)
 
 
-@ALL
-def test_a_forward_asks_for_nothing_that_a_capture_refuses(kind: str) -> None:
+@OF_EACH_FAMILY
+def test_a_forward_asks_for_nothing_that_a_capture_refuses(kind: str, family: str) -> None:
     """A number on the host, or a shape that depends on data. What is printed is not seen here, see above."""
-    model = made(kind)
-    quantization.quantize_(model.model.transformer["ff_out"], torchao_config(kind, False, 32))
+    model = made(kind, family=family)
+    quantization.quantize_(model.get_output_embeddings(), torchao_config(kind, False, 32))
     with torch.no_grad(), Operators() as operators:
         model.project(model.model(IDS))
     names = {entry[0].__name__.partition(".")[0] for entry in operators.log}
     assert names >= {"int8-dynamic": {"_int_mm"}, "float8-dynamic": {"_scaled_mm"}}.get(kind, {"mm"})
     assert not names & {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"}
     products = sum(entry[0].__name__.partition(".")[0] in ("mm", "_int_mm", "_scaled_mm") for entry in operators.log)
-    assert products == 4 * model.config.n_layers + 1
+    assert products == 4 * model.config.num_hidden_layers + 1
 
 
 @ALL
@@ -351,10 +376,11 @@ def test_engines_caches_and_drafts(kind: str) -> None:
         assert model.generate(IDS, **SIZES, cache=cache, engine="static").sequences.equal(eager.sequences), cache
 
 
-@ALL
-def test_a_padded_row_decodes_as_if_alone(kind: str) -> None:
+@OF_EACH_FAMILY
+def test_a_padded_row_decodes_as_if_alone(kind: str, family: str) -> None:
     """Inputs are quantised row by row, so that none depends on the rows beside it."""
-    model, ids = made(kind, torch.float32 if kind != "float8-dynamic" else torch.bfloat16), IDS.clone()
+    dtype, ids = torch.float32 if kind != "float8-dynamic" else torch.bfloat16, IDS.clone()
+    model = made(kind, dtype, family=family)
     mask = torch.ones_like(ids)
     ids[1, :4], mask[1, :4] = 0, 0
     out = model.generate(ids, attention_mask=mask, **SIZES)

@@ -7,13 +7,15 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from family_of_others import FAMILIES, TIED
 from plain import plain_llada
-from small import MASK, prompts, small_model
+from small import MASK, layer_of, prompts, put, small_model
 from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
@@ -21,11 +23,18 @@ import fdpp
 from fdpp import LLaDAModelLM
 from fdpp.decoding.identity import held_by, identity
 from fdpp.models import linear as products
+from fdpp.models.language_model import DiffusionLM
 
-HEAD = "model.transformer.ff_out"
+HEADS = {"LLaDA": "model.transformer.ff_out", "Dream": "lm_head"}
+HEAD = HEADS["LLaDA"]
 SIZES: dict[str, Any] = {"max_new_tokens": 16, "block_length": 8, "stop_at_eos": False}
 PROMPT = prompts(1, 6)
 WIDE = {"d_model": 64, "mlp_hidden_size": 128}
+WIDER = {
+    "LLaDA": WIDE,
+    "Dream": {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.3},
+    "Gist": {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.3},
+}
 """What bitsandbytes on a CPU asks for in 4 bit: inputs in multiples of 64."""
 
 
@@ -49,53 +58,65 @@ SCHEMES: dict[str, Callable[..., Any]] = {
     ),
     "torchao float8": lambda skip: TorchAoConfig(torchao("Float8WeightOnlyConfig"), modules_to_not_convert=skip),
 }
-WITH_HEAD = pytest.mark.parametrize("head", [False, True], ids=["blocks", "and head"])
+CASES = pytest.mark.parametrize(
+    ("family", "scheme", "head"),
+    [
+        *(("LLaDA", scheme, head) for scheme in SCHEMES for head in (False, True)),
+        *(("Dream", scheme, "8 bit" in scheme) for scheme in SCHEMES),
+        ("Dream", "torchao int8", True),
+        ("Gist", "torchao int8", False),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("float")
-    small_model(seed=4, **WIDE).save_pretrained(path)
+    for family in FAMILIES:
+        whole(family).save_pretrained(path / family)
     return path
 
 
-@pytest.fixture(scope="module")
-def load(folder: Path) -> Callable[[str, bool], LLaDAModelLM]:
-    """By scheme, and whether the head is quantised too; each is loaded once."""
-    loaded: dict[Any, LLaDAModelLM] = {}
+def whole(family: str) -> DiffusionLM:
+    return FAMILIES[family](seed=4, **WIDER[family])
 
-    def load(scheme: str, head: bool) -> LLaDAModelLM:
-        if (scheme, head) not in loaded:
-            config = SCHEMES[scheme]([] if head else None)
-            loaded[scheme, head] = LLaDAModelLM.from_pretrained(folder, quantization_config=config)
-        return loaded[scheme, head]
+
+@pytest.fixture(scope="module")
+def load(folder: Path) -> Callable[[str, str, bool], DiffusionLM]:
+    """By family and scheme, and whether the head is quantised too; each is loaded once."""
+    loaded: dict[Any, DiffusionLM] = {}
+
+    def load(family: str, scheme: str, head: bool) -> DiffusionLM:
+        if (family, scheme, head) not in loaded:
+            config, kind = SCHEMES[scheme]([] if head else None), type(FAMILIES[family]())
+            loaded[family, scheme, head] = kind.from_pretrained(folder / family, quantization_config=config)
+        return loaded[family, scheme, head]
 
     return load
 
 
-def quantised(model: LLaDAModelLM) -> set[str]:
+def quantised(model: DiffusionLM, family: str = "LLaDA") -> set[str]:
     """The names of the linear layers that are no plain ones any more."""
-    names = {key.removesuffix(".weight") for key in small_model().state_dict()} - {"model.transformer.wte"}
-    names = {name for name in names if "norm" not in name and "ln_f" not in name}
+    names = [name for name, layer in FAMILIES[family]().named_modules() if type(layer) is nn.Linear]
     return {name for name in names if not products.is_bare(model.get_submodule(name))}
 
 
-@WITH_HEAD
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_layers_are_replaced_and_their_memory_shrinks(load: Any, scheme: str, head: bool) -> None:
-    model, whole = load(scheme, head), small_model(seed=4, **WIDE)
-    assert len(quantised(model)) == 14 + head and (HEAD in quantised(model)) == head
+@CASES
+def test_the_layers_are_replaced_and_their_memory_shrinks(load: Any, family: str, scheme: str, head: bool) -> None:
+    model, before = load(family, scheme, head), whole(family)
+    names = quantised(model, family)
+    assert len(names) == 14 + head and (HEADS.get(family) in names) == head
     if "bitsandbytes" in scheme:
-        assert model.get_memory_footprint() < 0.5 * whole.get_memory_footprint()
-    for name in quantised(model):
-        now, before = model.get_submodule(name).weight, whole.get_submodule(name).weight
-        assert sum(part.nbytes for part in held_by(now)) < 0.3 * before.nbytes
+        assert model.get_memory_footprint() < 0.5 * before.get_memory_footprint()
+    for name in names:
+        now, former = model.get_submodule(name), before.get_submodule(name)
+        assert sum(part.nbytes for part in held_by(now.weight)) < 0.3 * former.weight.nbytes
+        assert former.bias is None or torch.equal(now.bias.float(), former.bias)
 
 
-@WITH_HEAD
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_quantised_decode_is_that_of_the_models_own_forward(load: Any, scheme: str, head: bool) -> None:
-    model = load(scheme, head)
+@CASES
+def test_a_quantised_decode_is_that_of_the_models_own_forward(load: Any, family: str, scheme: str, head: bool) -> None:
+    model = load(family, scheme, head)
     expected = plain_llada(model, PROMPT[0], steps=8, max_new_tokens=16)
     settings = {**SIZES, "rule": fdpp.Quota(), "steps": 8}
     for options in ({"cache": "none"}, {"cache": "none", "drafts": 3}, {"cache": "none", "engine": "static"}):
@@ -110,10 +131,14 @@ def test_a_quantised_decode_is_that_of_the_models_own_forward(load: Any, scheme:
         assert model.generate(PROMPT, head="fused", **settings).sequences.equal(dual.sequences)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_in_bfloat16_with_a_tied_head(scheme: str, tmp_path: Path) -> None:
-    small_model(weight_tying=True, **WIDE).bfloat16().save_pretrained(tmp_path)
-    model = LLaDAModelLM.from_pretrained(tmp_path, quantization_config=SCHEMES[scheme](None))
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [*(("LLaDA", scheme) for scheme in SCHEMES), ("Dream", "torchao int8"), ("Gist", "torchao int4")],
+)
+def test_in_bfloat16_with_a_tied_head(family: str, scheme: str, tmp_path: Path) -> None:
+    tied = FAMILIES[family](**TIED[family], **WIDER[family]).bfloat16()
+    tied.save_pretrained(tmp_path)
+    model = type(tied).from_pretrained(tmp_path, quantization_config=SCHEMES[scheme](None))
     assert model(PROMPT).logits.dtype == torch.bfloat16 and model.get_output_embeddings() is None
     out = model.generate(PROMPT, **SIZES)
     assert not out.sequences.eq(MASK).any()
@@ -121,19 +146,20 @@ def test_in_bfloat16_with_a_tied_head(scheme: str, tmp_path: Path) -> None:
         assert model.generate(PROMPT, **SIZES, **options).sequences.equal(out.sequences)
 
 
-@WITH_HEAD
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_quantised_model_is_saved_and_loaded_as_such(load: Any, scheme: str, head: bool, tmp_path: Path) -> None:
-    model = load(scheme, head)
+@CASES
+def test_a_quantised_model_is_saved_and_loaded_as_such(
+    load: Any, family: str, scheme: str, head: bool, tmp_path: Path
+) -> None:
+    model = load(family, scheme, head)
     model.save_pretrained(tmp_path)
-    again = LLaDAModelLM.from_pretrained(tmp_path)
-    assert quantised(again) == quantised(model)
+    again = type(model).from_pretrained(tmp_path)
+    assert quantised(again, family) == quantised(model, family)
     with torch.no_grad():
         assert again(PROMPT).logits.equal(model(PROMPT).logits)
 
 
 def test_llm_int8_by_its_own_threshold_fills_every_position(folder: Path) -> None:
-    model = LLaDAModelLM.from_pretrained(folder, quantization_config=bitsandbytes(8))
+    model = LLaDAModelLM.from_pretrained(folder / "LLaDA", quantization_config=bitsandbytes(8))
     for options in ({}, {"drafts": 3}, {"cfg_scale": 1.0}):
         assert not model.generate(prompts(2, 6), **SIZES, **options).sequences.eq(MASK).any()
 
@@ -225,15 +251,28 @@ def test_what_was_quantised_in_place_is_not_saved(tmp_path: Path) -> None:
 
 def test_a_quantisation_that_replaces_nothing_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"expected bitsandbytes to replace linear layers, .* none of 15 .*: model\)"):
-        LLaDAModelLM.from_pretrained(folder, quantization_config=bitsandbytes(4, llm_int8_skip_modules=["model"]))
+        LLaDAModelLM.from_pretrained(
+            folder / "LLaDA", quantization_config=bitsandbytes(4, llm_int8_skip_modules=["model"])
+        )
+
+
+@pytest.mark.parametrize("scheme", ["bitsandbytes 4 bit", "torchao int8"])
+def test_dreams_head_is_left_out_by_its_name(folder: Path, scheme: str) -> None:
+    """In Dream it is called as in most models, and its layers as in no LLaDA."""
+    load = partial(fdpp.DreamModelLM.from_pretrained, folder / "Dream")
+    model = load(quantization_config=SCHEMES[scheme](["lm_head"]))
+    assert len(quantised(model, "Dream")) == 14 and "lm_head" not in quantised(model, "Dream")
+    expected = "got 'ff_out', .* the head is 'lm_head', a block's last layer 'model.layers.0.mlp.down_proj'"
+    with pytest.raises(ValueError, match=expected):
+        load(quantization_config=SCHEMES[scheme](["ff_out"]))
 
 
 @pytest.mark.parametrize(("scheme", "name"), [("bitsandbytes 4 bit", "lm_head"), ("torchao int8", "ff_out")])
 def test_a_head_that_is_to_be_left_out_by_a_name_that_it_does_not_have(folder: Path, scheme: str, name: str) -> None:
     """Else it is quantised without a word. torchao's configuration wants whole names, that of bitsandbytes ends."""
     with pytest.raises(ValueError, match=f"got '{name}', which leaves out none; the head is '{HEAD}'"):
-        LLaDAModelLM.from_pretrained(folder, quantization_config=SCHEMES[scheme]([name]))
-    model = LLaDAModelLM.from_pretrained(folder, quantization_config=SCHEMES[scheme]([HEAD]))
+        LLaDAModelLM.from_pretrained(folder / "LLaDA", quantization_config=SCHEMES[scheme]([name]))
+    model = LLaDAModelLM.from_pretrained(folder / "LLaDA", quantization_config=SCHEMES[scheme]([HEAD]))
     assert len(quantised(model)) == 14 and HEAD not in quantised(model)
 
 
@@ -273,7 +312,8 @@ def test_an_exchanged_quantised_weight_is_noticed() -> None:
     assert identity(model) != before
 
 
-def test_plain_layers_beside_a_wrapped_one_take_the_fast_product(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", HEADS)
+def test_plain_layers_beside_a_wrapped_one_take_the_fast_product(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrapped(nn.Module):
         def __init__(self, layer: nn.Module) -> None:
             super().__init__()
@@ -285,17 +325,14 @@ def test_plain_layers_beside_a_wrapped_one_take_the_fast_product(monkeypatch: py
     class Marked(nn.Parameter):
         pass
 
-    model, fast = small_model(), []
+    model, fast = FAMILIES[family](), []
     product = products.linear
     monkeypatch.setattr(products, "linear", lambda x, weight, bias: fast.append(weight) or product(x, weight, bias))
-    block = model.model.transformer["blocks"][0]
-    block.q_proj = Wrapped(block.q_proj)
-    block.up_proj.weight = Marked(block.up_proj.weight.data)
-    block.attn_out.register_forward_hook(lambda *_: None)
+    put(model.model.blocks[0], "q", Wrapped(layer_of(model, "q")))
+    layer_of(model, "up").weight = Marked(layer_of(model, "up").weight.data)
+    layer_of(model, "out").register_forward_hook(lambda *_: None)
     expected = model(PROMPT).logits
     assert fast == []
     with torch.no_grad():
         torch.testing.assert_close(model(PROMPT).logits, expected)
-    assert [id(weight) for weight in fast] == [
-        id(layer.weight) for layer in (block.k_proj, block.v_proj, block.ff_proj, block.ff_out)
-    ]
+    assert [id(weight) for weight in fast] == [id(layer_of(model, role).weight) for role in ("k", "v", "gate", "down")]
