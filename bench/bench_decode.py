@@ -4,9 +4,12 @@
 
 - On a GPU: LLaDA-8B's shape with random weights (or `--checkpoint PATH`), prompt 800, 256 new tokens, blocks of 32.
 - On a CPU: the embedded model with real rules, and a random model of 96 M parameters with LLaDA's vocabulary.
+- Named by `--shapes`: the shape of Dream-7B, on a GPU, and a random Dream of 96 M parameters with its vocabulary.
 
 Random weights give no real confidence profile, so their tokens per forward are set. Both ways follow LLaDA's schedule,
 with the steps that the published 4.24 (Fast-dLLM++) and 2.88 (threshold 0.9) tokens per forward take, rounded up.
+The published way decides one token of Dream's in the forward that begins a block with a cache, and as many in all of
+its steps; the tokens are then others than ours.
 
 `--headline` takes the figures of a first run on a GPU, the most telling first: batch 1, 4.24 tokens per forward, dual
 and prefix cache, prompts of 800 tokens and of 801 (which is padded up to a bucket).
@@ -42,13 +45,15 @@ import published_decode
 import torch
 from measure import DEVICE, ON_GPU
 from torch import Tensor
+from transformers import PretrainedConfig
 
 import fdpp
-from fdpp import LLaDAConfig, LLaDAModelLM, tiny
+from fdpp import DreamConfig, LLaDAConfig, LLaDAModelLM, tiny
 from fdpp.decoding.advance import Advance, stop_ids
 from fdpp.decoding.generate import with_token_ids
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.static import arenas_of
+from fdpp.models.families import families
 
 WAYS = ("published", "fdpp", "fdpp, compiled")
 SET_TOKENS_PER_FORWARD = (4.24, 2.88)
@@ -60,7 +65,7 @@ TINY_RULES = (fdpp.Frechet(0.25), fdpp.Threshold(0.9), fdpp.Quota(1))
 class Shape:
     """A model and what is decoded with it; `config` None is the embedded model."""
 
-    config: LLaDAConfig | None
+    config: PretrainedConfig | None
     prompt: int
     new: int
     batches: tuple[int, ...]
@@ -76,9 +81,26 @@ def ids(vocab_size: int) -> dict[str, int]:
     return {"vocab_size": vocab_size} | {name: vocab_size - 1 - i for i, name in enumerate(SPECIAL)}
 
 
+def dream(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> DreamConfig:
+    """Dream with the vocabulary and the ids of Dream-7B."""
+    return DreamConfig(
+        vocab_size=152064,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        rope_theta=1e6,
+        eos_token_id=151643,
+    )
+
+
 SHAPES: dict[str, Callable[[], Shape]] = {
     "8b": lambda: Shape(LLaDAConfig(mlp_hidden_size=12288), 800, 256, (1, 8, 32)),
     "100m": lambda: Shape(LLaDAConfig(d_model=320, n_layers=12, n_heads=5, mlp_hidden_size=864), 96, 64, (1,)),
+    "dream-7b": lambda: Shape(dream(3584, 18944, 28, 28, 4), 800, 256, (1, 8, 32)),
+    "dream-100m": lambda: Shape(dream(256, 1376, 15, 8, 2), 96, 64, (1,)),
     "tiny": lambda: Shape(None, 0, 128, (1, 8)),
     "smoke": lambda: Shape(
         LLaDAConfig(d_model=32, n_layers=2, n_heads=2, init_std=0.3, **ids(300)), 8, 16, (1, 3), 8, "static"
@@ -86,22 +108,27 @@ SHAPES: dict[str, Callable[[], Shape]] = {
 }
 
 
-def random_model(config: LLaDAConfig) -> LLaDAModelLM:
+def random_model(config: PretrainedConfig) -> Any:
     """Random weights, made on the device; bfloat16 on a GPU. The mask's logit is 0, so that it is never proposed."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if ON_GPU else torch.float32)
     try:
         with torch.device(DEVICE):
-            model = LLaDAModelLM(config).eval()
+            model = families()[config.model_type](config).eval()
     finally:
         torch.set_default_dtype(before)
     model.get_output_embeddings().weight.data[config.mask_token_id] = 0.0
     return model
 
 
+def special(config: PretrainedConfig) -> dict[str, int]:
+    """The special ids that a model has."""
+    return {name: getattr(config, name) for name in SPECIAL if getattr(config, name, None) is not None}
+
+
 def random_prompts(model: Any, B: int, length: int) -> Tensor:
-    ordinary = min(getattr(model.config, name) for name in SPECIAL)
+    ordinary = min(special(model.config).values())
     return torch.randint(0, ordinary, (B, length), generator=torch.Generator().manual_seed(B)).to(DEVICE)
 
 
@@ -125,10 +152,23 @@ class Run:
             forward,
             self.prompt,
             blocks=settings.blocks(),
-            rules=settings.block_rules(),
+            rules=self.published_rules(settings),
             cache=settings.cache,
             mask_id=self.model.config.mask_token_id,
+            shift=self.model.shift,
         )
+
+    def published_rules(self, settings: DiffusionGenerationConfig) -> list[list[fdpp.Rule]]:
+        """The rules of each block's steps; where the first one decides one token, the others share the rest."""
+        rules = settings.block_rules()
+        if not self.model.shift or settings.cache == "none" or settings.steps is None:
+            return rules
+        found = []
+        for (start, stop), steps in zip(settings.blocks(), rules, strict=True):
+            others = max(len(steps) - 1, 1)
+            share, more = divmod(stop - start - 1, others)
+            found.append([fdpp.Quota(1), *(fdpp.Quota(share + (i < more)) for i in range(others))])
+        return found
 
     def ready_logits(self, rows: int) -> Tensor:
         B, config = self.prompt.shape[0], self.model.config
@@ -148,9 +188,10 @@ class Run:
 
     def without_model(self, settings: DiffusionGenerationConfig) -> Callable[[], Any]:
         config = self.model.config
-        sizes: dict[str, Any] = {"d_model": 2, "n_layers": 1, "n_heads": 1, "mlp_hidden_size": 2}
-        kept = {name: getattr(config, name) for name in (*SPECIAL, "vocab_size", "max_sequence_length")}
-        hollow = random_model(LLaDAConfig(**sizes, **kept))
+        sizes = {"hidden_size": 2, "intermediate_size": 2}
+        sizes |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+        sizes |= {name: getattr(config, name) for name in ("vocab_size", "max_position_embeddings")}
+        hollow = random_model(type(config)(**sizes, **special(config)))
         logits = self.ready_logits(settings.block_length).view(-1, config.vocab_size)
 
         def forward(input_ids: Tensor, *_: Any, wanted: Any = None, **__: Any) -> Tensor:
@@ -320,7 +361,7 @@ def cached_forward(rows: list[dict[str, Any]], floor: float) -> None:
 
 def weight_bytes(model: Any) -> int:
     """Bytes of weights that a forward must read: all but the embedding, unless that is tied to the head."""
-    skipped = None if model.config.weight_tying else model.get_input_embeddings().weight
+    skipped = None if model.get_output_embeddings() is None else model.get_input_embeddings().weight
     return sum(p.numel() * p.element_size() for p in model.parameters() if p is not skipped)
 
 

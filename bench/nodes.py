@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import fdpp
-from fdpp import LLaDAConfig, LLaDAModelLM
 from fdpp.decoding.choice import Choice
 from fdpp.decoding.generate import with_token_ids
 from fdpp.decoding.loop import BlockLoop
@@ -37,6 +37,8 @@ from fdpp.decoding.runners import StaticRunner
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.static import StaticSteps
 from fdpp.models.block import Block
+from fdpp.models.families import families
+from fdpp.models.language_model import DiffusionLM
 from fdpp.models.quantised import torchao_config
 from fdpp.step import gpu
 
@@ -284,7 +286,7 @@ def recorded() -> Iterator[Record]:
     )
     places: list[tuple[type, str, Callable[[Any], str]]] = [
         (Block, "forward", lambda block: f"layer {block.layer}"),
-        (LLaDAModelLM, "project_slice", lambda _: "head"),
+        (DiffusionLM, "project_slice", lambda _: "head"),
         (Choice, "__call__", lambda _: "selection"),
     ]
 
@@ -311,7 +313,7 @@ def recorded() -> Iterator[Record]:
 
 
 def launches(
-    config: LLaDAConfig,
+    config: PretrainedConfig,
     *,
     batch: int = 1,
     prompt: int = 800,
@@ -328,7 +330,7 @@ def launches(
     """What one captured step of a decode launches, in order.
 
     Args:
-        config: the shape of the model.
+        config: the shape of a model of any family.
         batch: sequences, all of them with a prompt of `prompt` tokens; at a `graph_size`.
         new, block, cache, drafts, settings: of `DiffusionGenerationConfig`; the rule is `Frechet(0.25)` unless given.
         full: the full forward that begins a block, else one of the steps after it.
@@ -341,7 +343,7 @@ def launches(
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            model = LLaDAModelLM(config).eval()
+            model = families()[config.model_type](config).eval()
     finally:
         torch.set_default_dtype(before)
     if weights is not None:
@@ -361,11 +363,12 @@ def launches(
         return list(record.launches)
 
 
-def quantize_blocks(model: LLaDAModelLM, kind: str) -> None:
+def quantize_blocks(model: DiffusionLM, kind: str) -> None:
     """`fdpp.models.quantised.quantise` for a model without memory."""
     from torchao.quantization import quantize_
 
-    quantize_(model.model.transformer["blocks"], torchao_config(kind, on_gpu=True, group=0))
+    for block in model.model.blocks:
+        quantize_(block, torchao_config(kind, on_gpu=True, group=0))
 
 
 def by_place(launches: list[Launch]) -> dict[str, int]:

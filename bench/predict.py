@@ -1,7 +1,7 @@
 """What decodes would take on a GPU, predicted from the code's own counts. No figure here is a measurement.
 
-`python bench/predict.py --device h100` counts the launches of captured steps of LLaDA-8B's shape (`nodes.py`), gives
-each a time by the device's figures (`roofline.py`) and prints
+`python bench/predict.py --device h100` counts the launches of captured steps of LLaDA-8B's shape, or with
+`--model dream-7b` of Dream-7B's (`nodes.py`), gives each a time by the device's figures (`roofline.py`) and prints
 
 - the parts of a block step and of a refresh (the full forward that begins a block), by batch size;
 - tokens per second. Sequences need different numbers of forwards for a block, drawn as `draw` says. A sequence leaves
@@ -14,6 +14,7 @@ what `bench_decode.py` measured beside what is predicted for the same settings.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -32,12 +33,14 @@ import torch
 from nodes import Launch
 from report import markdown, number
 from roofline import Device, by_part, device
+from transformers import PretrainedConfig
 
-from fdpp import LLaDAConfig
 from fdpp.decoding.arena import graph_size
 
 BEFORE = Path(__file__).parent / "predicted-before.json"
 SEED = 0
+MODELS = {"llada-8b": ("8b", "LLaDA-8B"), "dream-7b": ("dream-7b", "Dream-7B")}
+"""The shape in `bench_decode.SHAPES` and the name of each `--model`."""
 
 Counts = list[tuple[int, Launch]]
 """How many equal launches there are of each kind."""
@@ -49,10 +52,10 @@ Taken = Callable[[int, bool, int], float]
 """Seconds of the same."""
 
 
-def counts(config: LLaDAConfig, **settings: Any) -> Counts:
+def counts(config: PretrainedConfig, **settings: Any) -> Counts:
     """`nodes.launches`, counted at three layers: what is between the first and the last is the same in each."""
-    depth = config.n_layers
-    shallow = LLaDAConfig(**{**config.to_diff_dict(), "n_layers": min(depth, 3)})
+    depth, shallow = config.num_hidden_layers, copy.deepcopy(config)
+    shallow.num_hidden_layers = min(depth, 3)
     found: Counter[Launch] = Counter()
     for launch in nodes.launches(shallow, **settings):
         copies = depth - 2 if launch.where == "layer 1" and depth > 3 else 1
@@ -61,7 +64,7 @@ def counts(config: LLaDAConfig, **settings: Any) -> Counts:
     return [(count, launch) for launch, count in found.items()]
 
 
-def counter(config: LLaDAConfig, **settings: Any) -> Counted:
+def counter(config: PretrainedConfig, **settings: Any) -> Counted:
     """The counts of today's code, each taken once.
 
     All blocks but the first begin as the second does, and steps depend on the block with a prefix cache alone.
@@ -245,6 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--device", default="h100", help="a file of bench/devices by its name, or a path to one like it"
     )
+    parser.add_argument("--model", choices=MODELS, default="llada-8b", help="default: %(default)s")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--tokens-per-forward", type=float, default=4.24, help="default: %(default)s, of Fast-dLLM++")
     parser.add_argument("--prompt", type=int, default=800)
@@ -263,8 +267,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(against(options.against, on))
         return
     names = ("prompt", "new", "block", "cache")
-    facts: dict[str, Any] = {"shape": "8b"} | {name: getattr(options, name) for name in names}
-    config = bench_decode.SHAPES["8b"]().config
+    shape, title = MODELS[options.model]
+    facts: dict[str, Any] = {"shape": shape} | {name: getattr(options, name) for name in names}
+    config = bench_decode.SHAPES[shape]().config
     assert config is not None
     now = counter(config, **{name: facts[name] for name in names}, weights=options.weights, **options.settings)
     if options.store is not None:
@@ -272,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"written to {options.store}")
         return
     print(
-        f"Predicted from counts, not measured. LLaDA-8B's shape in bf16, {options.cache} cache, {options.prompt} + "
+        f"Predicted from counts, not measured. {title}'s shape in bf16, {options.cache} cache, {options.prompt} + "
         f"{options.new} tokens, blocks of {options.block}, {options.tokens_per_forward:g} tokens per forward"
         + "".join(f", {name}={value}" for name, value in options.settings.items())
         + (f", weights in {options.weights}" if options.weights else "")

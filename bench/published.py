@@ -3,6 +3,8 @@
 Fast-dLLM++ (arXiv 2606.02955) and Fast-dLLM (arXiv 2505.22618) take a float64 softmax over the whole vocabulary at
 every position that was fed, masked or not, gather the confidence of the argmax and sort each sequence's confidences.
 The sorting is written for all sequences at once, as the authors have it for these rules.
+
+Their programs for Dream take the softmax in the logits' own dtype and at masked positions alone.
 """
 
 from __future__ import annotations
@@ -32,7 +34,25 @@ def select(logits: Tensor, tokens: Tensor, masked: Tensor, rule: Rule) -> tuple[
     proposal = logits.argmax(dim=-1)
     probability = logits.to(torch.float64).softmax(dim=-1)
     confidence = probability.gather(-1, proposal.unsqueeze(-1)).squeeze(-1)
-    confidence = torch.where(masked, confidence, -torch.inf)
+    committed = first(torch.where(masked, confidence, -torch.inf), rule) & masked
+    return torch.where(committed, proposal, tokens), committed
+
+
+def select_dream(logits: Tensor, tokens: Tensor, masked: Tensor, rule: Rule, width: int) -> tuple[Tensor, Tensor]:
+    """`select` as Fast-dLLM's programs for Dream have it, which let the first `width` positions commit.
+
+    `masked` says where a softmax is taken, which with a prefix cache is behind the block as well.
+    """
+    most, best = logits[masked].softmax(dim=-1).max(dim=-1)
+    proposal, confidence = tokens.clone(), logits.new_full(tokens.shape, -torch.inf)
+    proposal[masked], confidence[masked] = best, most
+    confidence[:, width:] = -torch.inf
+    committed = first(confidence, rule) & masked & (confidence > -torch.inf)
+    return torch.where(committed, proposal, tokens), committed
+
+
+def first(confidence: Tensor, rule: Rule) -> Tensor:
+    """`[B, T]` bool: the positions that `rule` accepts, the most confident one at least."""
     profile, order = confidence.sort(dim=1, descending=True)
     n = torch.arange(1, profile.shape[1] + 1, device=profile.device)
     match rule:
@@ -45,5 +65,4 @@ def select(logits: Tensor, tokens: Tensor, masked: Tensor, rule: Rule) -> tuple[
         case _:
             raise ValueError(f"expected a Quota, Threshold or Frechet, got {rule!r}")
     longest = accepted.expand_as(profile).sum(1, keepdim=True).clamp(min=1)
-    committed = torch.zeros_like(masked).scatter(1, order, n <= longest) & masked
-    return torch.where(committed, proposal, tokens), committed
+    return torch.zeros_like(confidence, dtype=torch.bool).scatter(1, order, n <= longest)

@@ -1,4 +1,4 @@
-"""The published way to decode LLaDA, written from the papers, on the weights of a model of ours: the yardstick.
+"""The published way to decode, written from the papers, on the weights of a model of ours: the yardstick.
 
 What Fast-dLLM (arXiv 2505.22618) and Fast-dLLM++ (arXiv 2606.02955) run:
 
@@ -9,6 +9,14 @@ What Fast-dLLM (arXiv 2505.22618) and Fast-dLLM++ (arXiv 2606.02955) run:
 - one host synchronisation per step and, with the dual cache, some in every layer.
 
 A causal mask that the published model builds and never uses is left out.
+
+For Dream, whose rows predict the next token (`shift`), their programs differ:
+
+- Cached steps feed the block alone, so that its first token is read off nothing new: it is always taken from the full
+  forward that begins the block, which decides no other. That forward takes a softmax over everything.
+- Later ones take it over the masked rows, in the logits' dtype. The rotation is in the weights' dtype, too.
+- Without a cache the block's first token is one of all, as in DAWN's program (arXiv 2602.06953).
+- Their dual cache takes one sequence. Here it takes several, row by row as in LLaDA's.
 """
 
 from __future__ import annotations
@@ -38,45 +46,41 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotated(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    wide = x.float()
+    wide = x.to(sin.dtype)
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class PublishedModel:
-    """LLaDA's forward, eager; the weights are those of `model`, not copies."""
+    """LLaDA's or Dream's forward, eager; the weights are those of `model`, not copies."""
 
     def __init__(self, model: Any) -> None:
-        self.config, weights = model.config, model.state_dict()
-        prefix = "model.transformer."
-        self.embedding, self.norm = weights[f"{prefix}wte.weight"], weights[f"{prefix}ln_f.weight"]
-        self.head = self.embedding if self.config.weight_tying else weights[f"{prefix}ff_out.weight"]
-        names = ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out")
-        self.layers = [
-            {name: weights[f"{prefix}blocks.{layer}.{name}.weight"] for name in names}
-            for layer in range(self.config.n_layers)
-        ]
+        self.config, head = model.config, model.get_output_embeddings()
+        self.embedding, self.norm = model.get_input_embeddings().weight, model.model.final_norm.weight
+        self.head = self.embedding if head is None else head.weight
+        self.layers = [block.layers() for block in model.model.blocks]
         half = torch.arange(0, self.head_size, 2, device=self.head.device, dtype=torch.float32) / self.head_size
-        at = torch.arange(self.config.max_sequence_length, device=self.head.device, dtype=torch.float32)
+        at = torch.arange(self.config.max_position_embeddings, device=self.head.device, dtype=torch.float32)
         angles = torch.outer(at, 1.0 / self.config.rope_theta**half).repeat(1, 2)
-        self.sin, self.cos = angles.sin()[None, None], angles.cos()[None, None]
+        dtype = self.head.dtype if model.shift else torch.float32
+        self.sin, self.cos = angles.sin()[None, None].to(dtype), angles.cos()[None, None].to(dtype)
 
     @property
     def head_size(self) -> int:
-        return self.config.d_model // self.config.n_heads
+        return self.config.hidden_size // self.config.num_attention_heads
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, past: Past | None = None, replace: Tensor | None = None) -> tuple[Tensor, Past]:
         """See `Forward`. Without `replace` the tokens follow what is in `past`; with it they stand where it is set."""
         x, present, eps = F.embedding(tokens, self.embedding), [], self.config.rms_norm_eps
         for layer, w in enumerate(self.layers):
-            h = rms_norm(x, w["attn_norm"], eps)
-            q, k, v = (F.linear(h, w[f"{name}_proj"]) for name in "qkv")
+            h = rms_norm(x, w.norm.weight, eps)
+            q, k, v = (F.linear(h, each.weight, each.bias) for each in (w.q, w.k, w.v))
             h, kept = self.attention(q, k, v, None if past is None else past[layer], replace)
             present.append(kept)
-            x = x + F.linear(h, w["attn_out"])
-            h = rms_norm(x, w["ff_norm"], eps)
-            x = x + F.linear(F.silu(F.linear(h, w["ff_proj"])) * F.linear(h, w["up_proj"]), w["ff_out"])
+            x = x + F.linear(h, w.out.weight)
+            h = rms_norm(x, w.ff_norm.weight, eps)
+            x = x + F.linear(F.silu(F.linear(h, w.gate.weight)) * F.linear(h, w.up.weight), w.down.weight)
         return F.linear(rms_norm(x, self.norm, eps), self.head[: self.config.vocab_size]), present
 
     def attention(
@@ -112,12 +116,14 @@ def decode(
     rules: list[list[Rule]],
     cache: str,
     mask_id: int,
+    shift: int = 0,
 ) -> tuple[Tensor, int]:
     """Sequences `[B, P + N]` and the number of forwards, until no block holds a mask.
 
     `blocks` are their bounds within the response, `rules` those of each block's successive steps (the last goes on);
-    `cache` is "none", "prefix" or "dual". All sequences take part in every forward and nothing stops at EOS. Where the
-    published code would loop for ever, because the mask is proposed, a `RuntimeError` is raised.
+    `cache` is "none", "prefix" or "dual"; `shift` is the model's, 0 as LLaDA's or 1 as Dream's. All sequences take part
+    in every forward and nothing stops at EOS. Where the published code would loop for ever, because the mask is
+    proposed, a `RuntimeError` is raised.
     """
     P = prompt.shape[1]
     x = torch.cat((prompt, prompt.new_full((prompt.shape[0], blocks[-1][1]), mask_id)), dim=1)
@@ -144,7 +150,17 @@ def decode(
                 fed = slice(s, e)
                 logits, _ = forward(x[:, fed], past, replace)
             nfe += 1
-            masked = (x[:, fed] == mask_id) & replace[:, fed]
-            new, _ = published.select(logits, x[:, fed], masked, successive[min(step, len(successive) - 1)])
+            rule, masked = successive[min(step, len(successive) - 1)], x[:, fed] == mask_id
+            if not shift:
+                new, _ = published.select(logits, x[:, fed], masked & replace[:, fed], rule)
+            else:
+                logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
+                if step == 0 and cache != "none":
+                    new = x.clone()
+                    new[:, s] = logits.softmax(dim=-1).max(dim=-1).indices[:, s]
+                elif cache == "none":
+                    new, _ = published.select_dream(logits, x, masked & replace, rule, x.shape[1])
+                else:
+                    new, _ = published.select_dream(logits, x[:, fed], masked, rule, e - s)
             x = torch.cat((x[:, : fed.start], new, x[:, fed.stop :]), dim=1)
     return x, nfe

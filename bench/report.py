@@ -11,7 +11,7 @@ import measure
 
 Result = dict[str, Any]
 
-SHAPES = {"tiny": "embedded", "100m": "96 M"}
+SHAPES = {"tiny": "embedded", "100m": "96 M", "dream-7b": "Dream-7B", "dream-100m": "Dream, 96 M"}
 """The models' names in tables and pictures."""
 
 

@@ -27,7 +27,7 @@ import report
 import torch
 import two_launch
 from inputs import INTERPRETED, on_gpu, random_problem
-from small import MASK, prompts, small_model
+from small import MASK, prompts, small_dream, small_model
 from torch import Tensor
 
 import fdpp
@@ -44,21 +44,54 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_the_published_decode_gives_our_tokens(cache: str, settings: dict[str, Any]) -> None:
-    model, prompt = small_model(n_kv_heads=2), prompts(3, 9)
+    agrees(small_model(n_kv_heads=2), cache, settings)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_published_decode_of_dream_without_a_cache_gives_our_tokens(settings: dict[str, Any]) -> None:
+    agrees(small_dream(), "none", settings)
+
+
+def agrees(model: Any, cache: str, settings: dict[str, Any]) -> None:
+    prompt = prompts(3, 9)
     model.get_output_embeddings().weight.data[MASK] = 0.0  # else they never end
     config = DiffusionGenerationConfig(20, 8, cache=cache, stop_at_eos=False, **settings)
     ours = model.generate(prompt, generation_config=config)
-    sequences, nfe = published_decode.decode(
-        published_decode.PublishedModel(model),
-        prompt,
-        blocks=config.blocks(),
-        rules=config.block_rules(),
-        cache=cache,
-        mask_id=MASK,
-    )
+    run = bench_decode.Run(model, prompt, config)
+    sequences, nfe = run.published(published_decode.PublishedModel(model), run.settings)
     assert sequences.equal(ours.sequences)
     # The published code decodes each block until the batch's slowest row is done.
     assert nfe == (7 if "steps" in settings else nfe) and nfe >= ours.nfe.max()
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_the_published_decode_of_dream_begins_a_block_by_its_first_token(cache: str) -> None:
+    """What a forward is fed and gives, and what is committed between two: as their programs have it, step by step."""
+    model, prompt = small_dream(), prompts(1, 5)
+    model.get_output_embeddings().weight.data[MASK] = 0.0
+    forward, calls = published_decode.PublishedModel(model), []
+
+    def watched(tokens: Tensor, past: Any, replace: Any) -> Any:
+        logits, present = forward(tokens, past, replace)
+        calls.append((tokens.clone(), logits.clone(), past is None))
+        return logits, present
+
+    config = DiffusionGenerationConfig(24, 8, cache=cache, rule=fdpp.Quota(), steps=9, stop_at_eos=False)
+    run = bench_decode.Run(model, prompt, config)
+    sequences, nfe = run.published(watched, run.settings)
+    assert nfe == 9 and [full for *_, full in calls] == 3 * [True, False, False]
+    assert not (sequences == MASK).any()
+    calls.append((sequences, sequences, True))
+    for i, ((tokens, logits, full), (after, _, next_full)) in enumerate(itertools.pairwise(calls)):
+        s = 5 + i // 3 * 8
+        assert tokens.shape[1] == (29 if full else 29 - s if cache == "prefix" else 8)
+        block, then = (x[:, s:][:, :8] if whole else x[:, :8] for x, whole in ((tokens, full), (after, next_full)))
+        changed = (block != then).nonzero()[:, 1].tolist()
+        assert changed == [0] if full else len(changed) in (3, 4)
+        if full:
+            torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+        # A position takes its token from the row before it.
+        assert all(then[0, c] == logits[0, c - 1 + (s if full else 0)].argmax() for c in changed)
 
 
 def test_a_published_decode_without_end_is_given_up() -> None:

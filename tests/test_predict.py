@@ -17,9 +17,10 @@ import torch
 from bench_decode import SHAPES
 from nodes import GPU, Launch
 from roofline import Device
+from transformers import PretrainedConfig
 
 import fdpp
-from fdpp import LLaDAConfig
+from fdpp import DreamConfig, LLaDAConfig
 from fdpp.attention import block_attention, split_keys
 from fdpp.models.block import Block
 from fdpp.step import gpu
@@ -27,6 +28,12 @@ from fdpp.step import gpu
 
 def small(**sizes: Any) -> LLaDAConfig:
     return LLaDAConfig(**{"d_model": 64, "n_layers": 3, "n_heads": 4, "mlp_hidden_size": 96} | sizes)
+
+
+def small_dream(**sizes: Any) -> DreamConfig:
+    """Seven heads share one of keys, and a block step feeds the column before its block."""
+    sizes = {"hidden_size": 112, "num_attention_heads": 14, "num_key_value_heads": 2} | sizes
+    return DreamConfig(**{"vocab_size": 152064, "num_hidden_layers": 3, "intermediate_size": 96} | sizes)
 
 
 # What is counted
@@ -172,6 +179,52 @@ def test_what_a_block_step_launches() -> None:
     assert 15e9 < weights < 15.3e9
 
 
+def test_what_a_block_step_of_dream_launches() -> None:
+    """33 rows for a block of 32, the head on 32 of them; four heads of keys and values, read once for 28 of queries."""
+    config = SHAPES["dream-7b"]().config
+    assert config is not None
+    step = predict.counts(config, prompt=800)
+    assert sum(n for n, _ in step) == 306
+    of_layers = [(n, x) for n, x in step if x.flops and x.where == "layers"]
+    fed = {(x.name, x.columns, x.flops // (2 * 33 * x.columns)): n for n, x in of_layers if x.rows == 33}
+    # The last layer's queries are those that are read.
+    products = {("addmm", 4608, 3584): 28, ("addmm_", 3584, 3584): 27}
+    assert fed == products | {("mm", 2 * 18944, 3584): 27, ("addmm_", 3584, 18944): 27}
+    [head] = [x for _, x in step if x.where == "head"]
+    assert (head.rows, head.columns) == (32, 152064) and 1.09e9 < head.bytes < 1.11e9
+    weights = sum(n * x.bytes for n, x in of_layers if x.name != "attend_kernel")
+    assert 13.05e9 < weights < 13.4e9
+    [attention] = [x for _, x in of_layers if x.name == "attend_kernel" and x.rows == 7 * 33]
+    keys, queries, parts = 2 * 4 * 1056 * 128 * 2, 33 * 28 * 128 * 2, 8 * 33 * 28 * (128 + 2) * 4
+    assert attention.flops == 4 * 33 * 28 * 128 * 1056
+    assert keys + 2 * queries + parts <= attention.bytes < keys + 2 * queries + parts + 8192
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({}, 33),
+        ({"batch": 4}, 132),
+        ({"drafts": 2}, 66),
+        ({"drafts": 3, "branches": "tree"}, 99),
+        ({"cache": "prefix"}, 257),
+        ({"full": True, "at": 1}, 1056),
+        ({"full": True, "at": 1, "refresh": "recent"}, 64),
+    ],
+    ids=str,
+)
+def test_what_a_step_of_dream_feeds(settings: dict[str, Any], rows: int) -> None:
+    """Beside what a block feeds, one column before it, in every branch of it; as many launches a layer as LLaDA's."""
+    layer = [launch for launch in nodes.launches(small_dream(), **settings) if launch.where == "layer 1"]
+    assert len(layer) == 9
+    assert {launch.rows for launch in layer if "mm" in launch.name} == {rows}
+    # Drafts go to the kernel however many queries they are: a branch is a launch's row, and has a group's own.
+    [attention] = [launch for launch in layer if "attend" in launch.name or "attention" in launch.name]
+    many = settings.get("full") or settings.get("cache") == "prefix"
+    assert attention.name == ("scaled_dot_product_attention" if many else "attend_kernel")
+    assert attention.rows == 7 * (rows if many else 33)
+
+
 def test_layers_that_differ_are_named() -> None:
     launches = [Launch("mm", f"layer {layer}") for layer in (0, 0, 1, 2)]
     with pytest.raises(ValueError, match=r"in every layer but the last, got \[2, 1, 1\]"):
@@ -251,8 +304,8 @@ def test_parts_hold_every_launch() -> None:
     assert sum(parts.values()) - sum(roofline.by_part(counted, zero).values()) == pytest.approx(nodes_of * LATENCY)
 
 
-def test_three_layers_stand_for_all() -> None:
-    deep = small(n_layers=6)
+@pytest.mark.parametrize("deep", [small(n_layers=6), small_dream(num_hidden_layers=6)], ids=["llada", "dream"])
+def test_three_layers_stand_for_all(deep: PretrainedConfig) -> None:
     for full in (False, True):
         counted = predict.counts(deep, prompt=300, full=full)
         listed = [
@@ -400,7 +453,15 @@ def test_the_command_prints_predictions(capsys: pytest.CaptureFixture[str]) -> N
         predict.main(["--batch", "1", "--before", "--new", "64"])
     predict.main(["--batch", "1", "--new", "64", "--cache", "prefix", "--settings", '{"head": "fused"}'])
     out = capsys.readouterr().out
-    assert "head=fused." in out and "| block step: head, ms | 0 |" in out
+    assert "LLaDA-8B's shape" in out and "head=fused." in out and "| block step: head, ms | 0 |" in out
+
+
+def test_the_command_predicts_dream(capsys: pytest.CaptureFixture[str]) -> None:
+    predict.main(["--model", "dream-7b", "--batch", "1"])
+    out = capsys.readouterr().out
+    assert "Dream-7B's shape in bf16" in out and "| block step: graph nodes | 306 |" in out
+    with pytest.raises(SystemExit, match=r"expected the counts of .*'dream-7b'"):
+        predict.main(["--model", "dream-7b", "--batch", "1", "--before"])
 
 
 def test_measured_beside_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -454,3 +515,4 @@ def test_quantised_layers_launch_as_many(weights: str) -> None:
     assert nodes.per_layer(full) == 9 + 4 + 4, "four weights widened, four products scaled"
     recent = nodes.launches(config, weights=weights, full=True, at=1, refresh="recent")
     assert nodes.per_layer(recent) == 9
+    assert nodes.per_layer(nodes.launches(small_dream(), weights=weights)) == 10, "biases are added by themselves"
