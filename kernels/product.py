@@ -77,7 +77,8 @@ def product_kernel(
         tl.store(parts.sums + i_s * M.to(tl.int64) * N + o_part, b_sum, mask=m_mn)
         if is_last(parts.ticket + tl.program_id(0), SPLITS):
             b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-            for i_part in tl.static_range(SPLITS):
+            # Some parts are asked for at once, as many as registers hold beside the sum.
+            for i_part in tl.range(0, SPLITS, loop_unroll_factor=128 // BLOCK_M):
                 p_part = parts.sums + i_part * M.to(tl.int64) * N + o_part
                 b_sum += tl.load(p_part, mask=m_mn, other=0.0, cache_modifier=".cg")
             store_product(b_sum, scale, added, out, o_m, o_n, m_mn, N, ADDS)

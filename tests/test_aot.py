@@ -30,6 +30,8 @@ SPILLS_ALLOWED = {
     # ptxas spills to get to 168 registers (three of its programs share one) and to 80 (six do).
     "project_kernel-sm_100-EntropyBound-1x32-bfloat16": 16,
     "attend_kernel-sm_90-1x32-1056x32x64-float16": 8,
+    # Rows of two tiles of 32 in one of 64: all 255 registers are taken in the loop.
+    "product_kernel-sm_80-33x3584x18944-int8-added": 8,
 }
 if TRITON == "3.6":
     SPILLS_ALLOWED |= {
@@ -41,8 +43,8 @@ if TRITON == "3.6":
         "project_kernel-sm_90-Frechet-1x32-bfloat16": 8,
         "project_kernel-gfx942-Frechet-1x32-bfloat16-sampled": 6,
         "project_kernel-gfx942-EntropyBound-1x32-bfloat16-sampled": 6,
-        "attend_kernel-sm_90-1x32-1056x4x128-float32": 32,
-        "attend_kernel-sm_90-1x32-1056x4x128-float32-4branches": 32,
+        "attend_kernel-sm_90-1x33-1056x4x128-float32": 32,
+        "attend_kernel-sm_90-1x33-1056x4x128-float32-4branches": 32,
         "product_kernel-sm_80-128x12288x4096-int8": 8,
         "product_kernel-sm_90-32x4096x12288-int8-added": 8,
     }

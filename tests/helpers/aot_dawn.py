@@ -37,6 +37,7 @@ def variants() -> list[Variant]:
     found = [Variant(target, shared=True, padded=True) for target in TARGETS]
     found += [Variant("sm_90"), Variant("sm_90", dtype="float32", shared=True)]
     found += [Variant("sm_90", heads=28, kv_heads=4, hd=64, layers=3, dtype="float16")]
+    found += [Variant(target, heads=28, kv_heads=4, shared=True, padded=True) for target in TARGETS]
     # The passes over queries and keys do not depend on T: here they are those of `Variant("sm_90")`.
     found += [Variant("sm_90", T=T, S=2048) for T in (64, 128, 256, 1024)]
     return found

@@ -82,13 +82,15 @@ def products() -> list[Product]:
         # The projections of LLaDA, whose last is split; few rows, and two tiles of them.
         found += [Product(target), Product(target, N=4096, K=12288, adds=True)]
         found += [Product(target, M=5), Product(target, M=128)]
+        # Those of Dream: a block and the column before it are a tile of 64 rows, of which two are split.
+        found += [Product(target, M=33, N=4608, K=3584), Product(target, M=33, N=3584, K=18944, adds=True)]
     return found + [Product(target, weights="float8_e4m3fn") for target in ("sm_90", "sm_100")]
 
 
 def layers() -> list[Layer]:
-    found = []
+    found, dream = [], {"n": 33, "d_model": 3584, "hidden": 18944, "heads": 28, "kv_heads": 4}
     for target in TARGETS:
-        found += [Layer(target), Layer(target, captured=False), Layer(target, d_model=3584, heads=28, kv_heads=4)]
+        found += [Layer(target), Layer(target, captured=False), Layer(target, **dream)]
     return [*found, Layer("sm_90", dtype="float32"), Layer("sm_90", dtype="float16", d_model=8192, heads=64)]
 
 

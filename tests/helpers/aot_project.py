@@ -119,18 +119,23 @@ class Block:
         split_keys.attention_gpu(states(rows, self.heads, self.n), k, v, left, self.d**-0.5, *own, column)
 
 
+DREAM: dict[str, Any] = {"n": 33, "heads": 28, "kv_heads": 4}
+"""A block of Dream-7B with the column before it: 231 queries of a group, four tiles."""
+
+
 def blocks() -> list[Block]:
     found = []
     for target in TARGETS:
         # One split and several; a block, few queries, all heads of a group.
-        found += [Block(target), Block(target, B=16), Block(target, n=5), Block(target, heads=28, kv_heads=4)]
+        found += [Block(target), Block(target, B=16), Block(target, n=5), Block(target, **DREAM)]
+        found.append(Block(target, B=16, **DREAM))
         # The same with branches.
-        found += [Block(target, branches=4), Block(target, heads=28, kv_heads=4, branches=4)]
+        found += [Block(target, branches=4), Block(target, **DREAM, branches=4)]
         found += [Block(target, n=5, branches=4), Block(target, B=4, branches=4)]
     found += [
-        Block("sm_90", dtype="float32", heads=28, kv_heads=4, branches=4),
+        Block("sm_90", dtype="float32", **DREAM, branches=4),
         Block("sm_90", padded=False, branches=4),
-        Block("sm_90", dtype="float32", heads=28, kv_heads=4),
+        Block("sm_90", dtype="float32", **DREAM),
         Block("sm_90", padded=False),
         Block("sm_90", S=65536, kv_heads=1),
     ]
