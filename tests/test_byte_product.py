@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fdpp.kernels import launch
 from fdpp.kernels.launch import PRODUCT_DEPTH, PRODUCT_PROGRAMS, PRODUCT_ROWS, PRODUCT_SPLITS, product_launch
-from fdpp.models import launches, layers, llada, weights
+from fdpp.models import block, launches, layers, weights
 from fdpp.models.launches import byte_product_gpu
 from fdpp.models.quantised import quantise
 
@@ -170,7 +170,7 @@ def test_a_forward_of_a_quantised_model(many: bool, monkeypatch: pytest.MonkeyPa
         out = exact(x, weight, scale).to(x.dtype)
         return out if added is None else added.add_(out)
 
-    for module in (layers, llada, weights):
+    for module in (layers, block, weights):
         monkeypatch.setattr(module, "on_kernels", lambda x: True)
     monkeypatch.setattr(weights, "byte_product_gpu", product)
     if many:
