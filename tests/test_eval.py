@@ -33,6 +33,7 @@ from fdpp.integrations.evaluation.presets import PRESETS
 from fdpp.integrations.evaluation.progress import Progress
 from fdpp.integrations.evaluation.responses import cut_at_stop, respond
 from fdpp.integrations.evaluation.settings import asked_by
+from fdpp.rules.dream import LeastEntropy
 
 CONFIG = DiffusionGenerationConfig(max_new_tokens=32, block_length=8, rule=fdpp.Threshold(0.3), cache="none")
 
@@ -615,6 +616,13 @@ class TestCommand:
         assert (got.rule, got.cache, got.max_new_tokens, got.drafts) == (rule, cache, length, drafts)
         assert got.block_length == 32 and got.stop_at_eos == chat and args.add_bos_token
         assert PRESETS[name].model == (f"Dream-org/Dream-v0-{model}-7B", "Dream")
+
+    def test_the_baseline_of_dreams_tables_is_a_preset_with_options(self):
+        options = ("--rule", "least_entropy", "--steps", "256", "--block-length", "256", "--cache", "none")
+        args = self.resolved("--preset", "fast-dllm/dream-base/gsm8k", *options)
+        got = config_of(args)
+        assert (got.rule, got.steps, got.blocks(), got.cache) == (LeastEntropy(), 256, [(0, 256)], "none")
+        assert args.add_bos_token and not got.stop_at_eos and args.num_fewshot == 5
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_the_model_of_a_preset_is_in_its_name(self, name):
