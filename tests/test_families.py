@@ -141,7 +141,7 @@ def test_dreams_published_config_loads_in_whole(others: dict[str, Any], tmp_path
         ("hidden_act", "gelu"),
         ("attention_dropout", 0.1),
         ("rope_scaling", {"type": "yarn", "factor": 4.0}),
-        ("rope_parameters", {"rope_type": "default", "rope_theta": 5.0}),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5.0}),
         ("use_sliding_window", True),
         ("use_mrope", True),
     ],
@@ -152,6 +152,22 @@ def test_options_of_dream_that_are_not_implemented_are_named(option: str, value:
         with pytest.raises(ValueError, match=rf"Dream config: {option}=.* is not implemented, expected") as error:
             load_it(str(tmp_path))
         assert f"{option}={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("config", [fdpp.LLaDAConfig, fdpp.DreamConfig], ids=lambda config: config.model_type)
+def test_the_table_that_transformers_makes_of_rope_theta(config: Any) -> None:
+    table = {"rope_type": "default", "rope_theta": 5.0}
+    assert config(rope_parameters=table).rope_theta == config(rope_parameters=table, rope_theta=5.0).rope_theta == 5.0
+    assert config(rope_parameters=None).rope_theta == config().rope_theta > 5.0
+    with pytest.raises(ValueError, match=r"contradicts rope_theta=6\.0"):
+        config(rope_parameters=table, rope_theta=6.0)
+    for other in (
+        {"rope_type": "linear", "rope_theta": 5.0},
+        {"rope_theta": 5.0, "factor": 2.0},
+        {"rope_type": "default"},
+    ):
+        with pytest.raises(ValueError, match=r"rope_parameters=.* is not implemented"):
+            config(rope_parameters=other)
 
 
 @pytest.mark.parametrize(

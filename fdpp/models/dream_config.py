@@ -6,11 +6,12 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from fdpp.models.rope import theta_of
+
 IMPLEMENTED = {
     "hidden_act": ("silu",),
     "attention_dropout": (0.0,),
     "rope_scaling": (None,),
-    "rope_parameters": (None,),
     "use_sliding_window": (False,),
     "use_mrope": (False,),
 }
@@ -51,7 +52,7 @@ class DreamConfig(PretrainedConfig):
         num_attention_heads: int = 32,
         num_key_value_heads: int | None = None,
         max_position_embeddings: int = 32768,
-        rope_theta: float = 10000.0,
+        rope_theta: float | None = None,
         rms_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
@@ -88,7 +89,7 @@ class DreamConfig(PretrainedConfig):
         for name, value in sizes.items():
             setattr(self, name, value)
         self.max_position_embeddings = max_position_embeddings
-        self.rope_theta = rope_theta
+        self.rope_theta = theta_of("Dream", rope_theta, 10000.0, kwargs)
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.mask_token_id = mask_token_id if mask_token_id is not None and mask_token_id < vocab_size else None

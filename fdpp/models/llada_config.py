@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from fdpp.models.rope import theta_of
+
 IMPLEMENTED = {
     "block_type": ("llama",),
     "block_group_size": (1,),
@@ -25,7 +27,6 @@ IMPLEMENTED = {
     "residual_dropout": (0.0,),
     "embedding_dropout": (0.0,),
     "rope_scaling": (None,),
-    "rope_parameters": (None,),
 }
 """Options of the published configuration that change the architecture, with the values this package implements."""
 
@@ -86,7 +87,7 @@ class LLaDAConfig(PretrainedConfig):
         mlp_hidden_size: int | None = None,
         mlp_ratio: int = 4,
         max_sequence_length: int | None = None,
-        rope_theta: float = 500000.0,
+        rope_theta: float | None = None,
         rms_norm_eps: float = 1e-5,
         init_std: float = 0.02,
         weight_tying: bool = False,
@@ -143,7 +144,7 @@ class LLaDAConfig(PretrainedConfig):
         self.embedding_size = vocab_size if embedding_size is None else embedding_size
         if self.embedding_size < vocab_size:
             raise ValueError(f"LLaDA config: embedding_size={embedding_size} is below vocab_size={vocab_size}")
-        self.rope_theta = rope_theta
+        self.rope_theta = theta_of("LLaDA", rope_theta, 500000.0, kwargs)
         self.rms_norm_eps = rms_norm_eps
         self.init_std = init_std
         self.weight_tying = weight_tying
