@@ -15,8 +15,9 @@ import pytest
 import remote_like
 import torch
 from captures import Captures, captured_on_cpu
+from family_of_others import TIED
 from plain import plain_llada
-from small import exact_model, left_pad, prompts, small_model
+from small import exact, exact_model, left_pad, prompts, small_dream, small_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.generation import GenerationMixin
@@ -56,12 +57,14 @@ def adapted(model: Any, config: Any, seed: int = 0) -> Any:
     return made
 
 
-def by_formula(made: Any, scale: float = 1.5, **config: Any) -> Any:
-    """A model without adapters whose weights are W + scale B A, of `made` on `exact_model(**config)`."""
-    model = exact_model(**{**config, "weight_tying": False})
-    weights = exact_model(**config).state_dict()
-    if config.get("weight_tying"):  # an adapter of the embedding is none of the head
-        weights["model.transformer.ff_out.weight"] = weights["model.transformer.wte.weight"].clone()
+def by_formula(made: Any, scale: float = 1.5, family: str = "LLaDA", **config: Any) -> Any:
+    """A model without adapters whose weights are W + scale B A, of `made` on `exact(family, **config)`."""
+    tied = dict.fromkeys(TIED[family], False)
+    model, weights = exact(family, **{**config, **tied}), exact(family, **config).state_dict()
+    lacking = model.state_dict().keys() - weights.keys()
+    if lacking:  # an adapter of the embedding is none of the head
+        (head,), embedding = lacking, {"LLaDA": "model.transformer.wte.weight", "Dream": "model.embed_tokens.weight"}
+        weights[head] = weights[embedding[family]].clone()
     found = peft.get_peft_model_state_dict(made)
     for key, a in found.items():
         for lora_a, lora_b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
@@ -107,12 +110,15 @@ def test_a_decode_has_the_weights_of_the_adapter(task: str | None) -> None:
 
 
 LAYERS: list[Any] = [
-    (lora("q_proj", "k_proj", "v_proj", "up_proj", "attn_out"), {}),
-    (lora("ff_out"), {}),
-    (lora("transformer.ff_out"), {}),
-    (lora("wte"), {}),
-    (lora("wte", "q_proj"), {"weight_tying": True}),
-    (lora("q_proj", use_rslora=True, lora_alpha=3), {}),
+    ("LLaDA", lora("q_proj", "k_proj", "v_proj", "up_proj", "attn_out"), {}),
+    ("LLaDA", lora("ff_out"), {}),
+    ("LLaDA", lora("transformer.ff_out"), {}),
+    ("LLaDA", lora("wte"), {}),
+    ("LLaDA", lora("wte", "q_proj"), {"weight_tying": True}),
+    ("LLaDA", lora("q_proj", use_rslora=True, lora_alpha=3), {}),
+    ("Dream", lora("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"), {}),
+    ("Dream", lora("gate_proj", "up_proj", "down_proj", "lm_head"), {}),
+    ("Dream", lora("embed_tokens", "k_proj"), {"tie_word_embeddings": True}),
 ]
 
 
@@ -122,49 +128,51 @@ def named(value: Any) -> str:
     return "-".join(sorted(targets)) if isinstance(targets, set) else str(targets)
 
 
-@pytest.mark.parametrize(("config", "model"), LAYERS, ids=named)
+@pytest.mark.parametrize(("family", "config", "model"), LAYERS, ids=named)
 @pytest.mark.parametrize("cache", ["none", "dual"])
-def test_a_lora_on_any_layer(cache: str, config: Any, model: dict[str, Any]) -> None:
-    made = adapted(exact_model(**model), config)
-    expected = by_formula(made, **model)
+def test_a_lora_on_any_layer(cache: str, family: str, config: Any, model: dict[str, Any]) -> None:
+    made = adapted(exact(family, **model), config)
+    expected = by_formula(made, family=family, **model)
     for settings in ({}, {"engine": "static"}, {"drafts": 2}):
         assert same(made, expected, cache=cache, **settings)
     with made.disable_adapter():
-        assert same(made, exact_model(**model), cache=cache)
-    assert not same(made, exact_model(**model), cache=cache)
+        assert same(made, exact(family, **model), cache=cache)
+    assert not same(made, exact(family, **model), cache=cache)
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("family", "config"),
     [
-        lora("q_proj", "v_proj"),
-        lora("all-linear"),
-        lora(modules_to_save=["attn_norm"]),
-        lora(modules_to_save=["wte", "transformer.ff_out"]),
-        lora(trainable_token_indices=[1, 2, 3]),
-        lora("q_proj", use_dora=True),
-        peft.LNTuningConfig(target_modules=["attn_norm", "ln_f"]),
-        peft.IA3Config(target_modules=["v_proj", "ff_out"], feedforward_modules=["ff_out"]),
-        peft.LoHaConfig(target_modules=["ff_proj"]),
+        ("LLaDA", lora("q_proj", "v_proj")),
+        ("LLaDA", lora("all-linear")),
+        ("LLaDA", lora(modules_to_save=["attn_norm"])),
+        ("LLaDA", lora(modules_to_save=["wte", "transformer.ff_out"])),
+        ("LLaDA", lora(trainable_token_indices=[1, 2, 3])),
+        ("LLaDA", lora("q_proj", use_dora=True)),
+        ("LLaDA", peft.LNTuningConfig(target_modules=["attn_norm", "ln_f"])),
+        ("LLaDA", peft.IA3Config(target_modules=["v_proj", "ff_out"], feedforward_modules=["ff_out"])),
+        ("LLaDA", peft.LoHaConfig(target_modules=["ff_proj"])),
+        ("Dream", lora("q_proj", "v_proj", bias="all")),
+        ("Dream", lora("all-linear", bias="lora_only")),
+        ("Dream", lora("k_proj", "down_proj", use_dora=True)),
+        ("Dream", lora("q_proj", modules_to_save=["input_layernorm", "k_proj", "embed_tokens", "lm_head"])),
     ],
-    ids=lambda config: f"{type(config).__name__}-{named(config)}",
+    ids=lambda given: given if isinstance(given, str) else f"{type(given).__name__}-{named(given)}",
 )
-def test_a_merged_adapter_decodes_alike_and_its_weights_are_joined_again(config: Any) -> None:
-    """Weights that were joined before are views, into which peft writes."""
-    model = exact_model()
+def test_a_merged_adapter_decodes_alike_and_its_weights_are_joined_again(family: str, config: Any) -> None:
+    """Weights that were joined before are views, into which peft writes. Biases that were trained are biases still."""
+    model = exact(family)
     model.join_weights()
     made = adapted(model, config)
     before, drafted = decoded(made), decoded(made, drafts=3)
-    assert not before.equal(decoded(exact_model())) and drafted.equal(before)
+    assert not before.equal(decoded(exact(family))) and drafted.equal(before)
     merged = made.merge_and_unload()
     assert merged is model and decoded(merged).equal(before)
-    fresh = exact_model()
+    fresh = exact(family)
     fresh.load_state_dict(merged.state_dict())
     assert same(merged, fresh, cache="dual")
     with torch.no_grad():
-        matrices = [
-            joined.matrix() for block in model.model.transformer.blocks for joined in (block.qkv, block.gate_up)
-        ]
+        matrices = [joined.matrix() for block in model.model.blocks for joined in block.joins()]
     assert all(matrix is not None for matrix in matrices)
 
 
@@ -392,6 +400,18 @@ def test_an_adapter_is_merged_into_the_weights(tied: bool, tmp_path: Path) -> No
     model = merge_adapter(small_model(weight_tying=tied), saved(tmp_path, config, weight_tying=tied))
     assert type(model) is fdpp.LLaDAModelLM and decoded(model).equal(expected)
     assert any("lora" in name for name, _ in model.named_parameters()) == tied
+
+
+def test_an_adapter_of_dreams_is_merged_and_its_joined_biases_stay(tmp_path: Path) -> None:
+    config = lora("q_proj", "o_proj", "down_proj", task_type="CAUSAL_LM")
+    unmerged = adapted(small_dream(), config)
+    unmerged.save_pretrained(tmp_path)
+    keys = peft.utils.load_peft_weights(str(tmp_path), device="cpu")
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in keys
+    model = merge_adapter(small_dream(), str(tmp_path))
+    assert type(model) is fdpp.DreamModelLM and decoded(model).equal(decoded(unmerged))
+    with pytest.raises(ValueError, match=r"Target modules .* not found in the base model"):
+        merge_adapter(small_dream(), saved(tmp_path / "LLaDA's", lora("attn_out")))
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_a_model_by_joined_weights(kind: str, family: str) -> None:
     assert logits(model).equal(together)
     # While gradients are recorded torchao's own products are taken, with another rounding of the biases.
     own = logits(model, joined=False)
-    assert own.equal(together) if family == "LLaDA" else (own - together).std() < 0.1 * own.std()
+    assert own.equal(together) if family == "LLaDA" else (own - together).std() < 0.2 * own.std()
 
 
 @OF_EACH_FAMILY

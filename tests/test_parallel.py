@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import Lead, assert_as_specified, assert_equal
-from small import prompts, small_model
-from two_processes import DECODES, MODELS, QUESTIONS, answers, decode, in_float64, problems
+from small import SMALL, name_of, prompts, small_model
+from two_processes import DECODES, MODELS, QUESTIONS, answers, cases, decode, in_float64, problems
 
-from fdpp import EntropyBound, Frechet, LLaDAConfig, LLaDAModelLM, Rule, tiny
+from fdpp import EntropyBound, Frechet, LLaDAConfig, Rule, tiny
+from fdpp.models.language_model import DiffusionLM
 from fdpp.step import cpu, parallel
 from fdpp.step.terms import Terms, pack
 
@@ -27,8 +28,9 @@ HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 needs_accelerate = pytest.mark.skipif(not HAS_ACCELERATE, reason="needs accelerate, as transformers does for a tp_plan")
 
 
-def model_of(name: str) -> LLaDAModelLM:
-    return small_model(**MODELS[name])
+def model_of(name: str) -> DiffusionLM:
+    family, config = MODELS[name]
+    return SMALL[family](**config)
 
 
 def tiny_prompts() -> torch.Tensor:
@@ -43,7 +45,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if HAS_ACCELERATE:
         for name in MODELS:
             model_of(name).save_pretrained(folder / name)
-        small_model(n_kv_heads=1).save_pretrained(folder / "one kv head")
+        for family in SMALL:
+            SMALL[family](num_key_value_heads=1).save_pretrained(folder / f"one kv head of {family}")
         tiny.load()[0].save_pretrained(folder / "tiny")
         torch.save(tiny_prompts(), folder / "tiny.pt")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -145,8 +148,7 @@ def test_a_plan_for_every_matrix_of_the_blocks_and_the_head() -> None:
 
 
 @needs_accelerate
-@pytest.mark.parametrize("case", DECODES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name in MODELS for case in cases(name)])
 def test_two_processes_decode_the_tokens_of_one(name: str, case: str, decoded: list[dict[str, Any]]) -> None:
     truth = decode(in_float64(model_of(name)), DECODES[case])
     for rank in range(2):
@@ -167,13 +169,20 @@ def test_the_embedded_model_decodes_the_same_tokens(decoded: list[dict[str, Any]
 def test_weights_are_shared_out_and_logits_gathered_on_demand(name: str, decoded: list[dict[str, Any]]) -> None:
     model = in_float64(model_of(name))
     first, second = (results[name] for results in decoded)
-    rows, size = model.config.embedding_size, model.config.vocab_size
+    rows, size = model.head.shape[0], model.config.vocab_size
     assert first["held"] == (0, min(-(-rows // 2), size))
     assert second["held"] == (first["held"][1], size - first["held"][1])
-    whole = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "wte" not in n)
-    whole += model.get_input_embeddings().weight.numel() if model.config.weight_tying else 0
-    assert first["weights"] + second["weights"] == whole
-    assert abs(first["weights"] - second["weights"]) <= model.config.d_model
+    shared = {n for n, p in model.named_parameters() if p.dim() == 2 or n.endswith("bias")}
+    if not model.config.tie_word_embeddings:
+        # transformers shares it out too, where it has the usual name.
+        embedding = name_of(model, model.get_input_embeddings().weight)
+        shared -= {embedding} - first["weights"].keys()
+        assert MODELS[name][0] == "Dream" or embedding not in shared
+    assert first["weights"].keys() == second["weights"].keys() == shared
+    for n in shared:
+        parts = first["weights"][n], second["weights"][n]
+        assert sum(parts) == model.get_parameter(n).numel()
+        assert abs(parts[0] - parts[1]) <= model.config.hidden_size
     for results in (first, second):
         torch.testing.assert_close(results["logits"], model(prompts(2, 7)).logits)
 
@@ -183,7 +192,8 @@ def test_what_cannot_be_shared_out_is_refused(decoded: list[dict[str, Any]]) -> 
     for results in decoded:
         assert "all heads" in results["dawn"]
         assert results["static"].startswith("engine='static': ")
-        assert "n_kv_heads=1" in results["heads"]
+        assert "n_kv_heads=1" in results["heads of LLaDA"]
+        assert "num_key_value_heads=1" in results["heads of Dream"]
 
 
 @needs_accelerate

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from inputs import RULES, Problem, random_problem
-from small import left_pad, prompts, small_model
+from small import SMALL, left_pad, prompts, small_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -23,6 +23,7 @@ from transformers.distributed import DistributedConfig
 
 import fdpp
 from fdpp import Dawn, EntropyBound, Factor, Frechet, Klass, LLaDAModelLM, LocalLeap, Quota, Threshold
+from fdpp.models.language_model import DiffusionLM
 from fdpp.step import operators, parallel
 from fdpp.step.terms import Terms, pack
 
@@ -131,12 +132,15 @@ def select_all() -> dict[str, Any]:
     return results
 
 
-MODELS: dict[str, dict[str, Any]] = {
-    "uneven": {"vocab_size": 65, "embedding_size": 71},
-    "grouped, tied": {"n_kv_heads": 2, "weight_tying": True},
-    "few ids": {"embedding_size": 200},
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "uneven": ("LLaDA", {"vocab_size": 65, "embedding_size": 71}),
+    "grouped, tied": ("LLaDA", {"n_kv_heads": 2, "weight_tying": True}),
+    "few ids": ("LLaDA", {"embedding_size": 200}),
+    "Dream, uneven": ("Dream", {"vocab_size": 65}),
+    "Dream, tied": ("Dream", {"tie_word_embeddings": True}),
 }
-"""`small_model` configurations. The slices hold 36 and 29 ids, 32 and 32, 64 and none."""
+"""Families and configurations in `SMALL`. The slices hold 36 and 29 ids, 32 and 32, 64 and none, 33 and 32, 32 and 32.
+Dream has grouped heads, and biases."""
 
 ragged, ragged_mask = left_pad([prompts(1, 9)[0], prompts(1, 4, seed=1)[0], prompts(1, 6, seed=2)[0]])
 DECODES: dict[str, dict[str, Any]] = {
@@ -160,22 +164,27 @@ DECODES: dict[str, dict[str, Any]] = {
 }
 
 
-def decode(model: LLaDAModelLM, settings: dict[str, Any]) -> tuple[Tensor, ...]:
+def cases(name: str) -> list[str]:
+    """The decodes of a model: those of Dream are the ones whose forwards differ."""
+    return list(DECODES) if MODELS[name][0] == "LLaDA" else ["none", "prefix", "dual", "tree", "ragged"]
+
+
+def decode(model: DiffusionLM, settings: dict[str, Any]) -> tuple[Tensor, ...]:
     ids = ragged if "attention_mask" in settings else prompts(2, 7)
     out = model.generate(ids, **{"max_new_tokens": 20, "block_length": 8, **settings})
     return out.sequences, out.nfe, out.commit_step
 
 
-def in_float64(model: LLaDAModelLM) -> LLaDAModelLM:
+def in_float64(model: DiffusionLM) -> DiffusionLM:
     """`model`, computing in float64, so that the order of a sum decides no commit."""
-    model.double().project_slice = lambda hidden: LLaDAModelLM.project_slice(model, hidden).float()
+    model.double().project_slice = lambda hidden: type(model).project_slice(model, hidden).float()
     return model
 
 
 QUESTIONS = [prompts(1, P, seed=P)[0] for P in (9, 3, 7, 5, 8)]
 
 
-def answers(model: LLaDAModelLM, questions: list[Tensor]) -> list[list[int]]:
+def answers(model: DiffusionLM, questions: list[Tensor]) -> list[list[int]]:
     """The responses, decoded as one batch."""
     ids, mask = left_pad(questions)
     out = model.generate(ids, attention_mask=mask, max_new_tokens=20, block_length=8, rule=Frechet(0.1))
@@ -200,19 +209,24 @@ def decode_all(folder: Path) -> dict[str, Any]:
     ids = torch.load(folder / "tiny.pt")
     results["tiny"] = model.generate(ids, max_new_tokens=48, cache="dual", rule=Frechet(0.25)).sequences
     for name in MODELS:
-        model = in_float64(LLaDAModelLM.from_pretrained(folder / name, tp_plan="auto", dtype=torch.float64))
+        kind = type(SMALL[MODELS[name][0]]())
+        model = in_float64(kind.from_pretrained(folder / name, tp_plan="auto", dtype=torch.float64))
         held = model.vocabulary_slice()
         results[name] = {
-            "decodes": {case: decode(model, settings) for case, settings in DECODES.items()},
+            "decodes": {case: decode(model, DECODES[case]) for case in cases(name)},
             "logits": model(prompts(2, 7)).logits,
             "held": (held.first, held.held),
-            "weights": sum(p.to_local().numel() for p in model.parameters() if hasattr(p, "to_local")),
+            "weights": {n: p.to_local().numel() for n, p in model.named_parameters() if hasattr(p, "to_local")},
         }
     torch.manual_seed(dist.get_rank())
     results["drawn seed"] = decode(model, {"rule": Threshold(0.5), "temperature": 0.6})
     results["dawn"] = error_of(lambda: decode(model, {"rule": Dawn()}))
     results["static"] = error_of(lambda: decode(model, {"engine": "static"}))
-    results["heads"] = error_of(lambda: LLaDAModelLM.from_pretrained(folder / "one kv head", tp_plan="auto"))
+    for family in SMALL:
+        kind = type(SMALL[family]())
+        results[f"heads of {family}"] = error_of(
+            partial(kind.from_pretrained, folder / f"one kv head of {family}", tp_plan="auto")
+        )
     return results
 
 
