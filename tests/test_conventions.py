@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from family_of_others import TIED
 from golden import model as golden_model
 from plain import EOT, SIZES, model_with_ends, ragged
-from small import EOS, MASK, PAD, prompts, small_model
+from small import EOS, MASK, PAD, SMALL, layer_of, name_of, prompts
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -25,14 +26,18 @@ from transformers import (
 )
 
 from fdpp import LLaDAModelLM, Quota, tiny
+from fdpp.models.language_model import DiffusionLM
 
 ACCELERATE = importlib.util.find_spec("accelerate") is not None
 
 
-@pytest.fixture(scope="module")
-def llada() -> LLaDAModelLM:
+EACH = pytest.mark.parametrize("family", SMALL)
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def model(request: pytest.FixtureRequest) -> DiffusionLM:
     """Proposes EOS and EoT often. Shared: no test may change it."""
-    return model_with_ends()
+    return model_with_ends(request.param)
 
 
 # Loading
@@ -40,19 +45,22 @@ def llada() -> LLaDAModelLM:
 
 def test_transformers_finds_the_model_once_fdpp_is_imported(tmp_path: Path) -> None:
     """In a new process, as nothing else may have imported the model."""
-    small_model().save_pretrained(tmp_path)
+    for family in SMALL:
+        SMALL[family]().save_pretrained(tmp_path / family)
     lines = """
         import sys, fdpp, transformers
-        for name in ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"):
-            print(type(getattr(transformers, name).from_pretrained(sys.argv[1])).__name__)
+        for folder in sys.argv[1:]:
+            for name in ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"):
+                print(type(getattr(transformers, name).from_pretrained(folder)).__name__)
     """
-    command = [sys.executable, "-c", "if True:" + lines, str(tmp_path)]
+    command = [sys.executable, "-c", "if True:" + lines, *(str(tmp_path / family) for family in SMALL)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.stdout.split() == ["LLaDAModelLM"] * 3, done.stderr
+    assert done.stdout.split() == ["LLaDAModelLM"] * 3 + ["DreamModelLM"] * 3, done.stderr
 
 
-def test_bfloat16_round_trip(tmp_path: Path) -> None:
-    model = small_model().to(torch.bfloat16)
+@EACH
+def test_bfloat16_round_trip(family: str, tmp_path: Path) -> None:
+    model = SMALL[family]().to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, dtype="auto")
     assert loaded.dtype == torch.bfloat16
@@ -64,8 +72,9 @@ def test_bfloat16_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not ACCELERATE, reason="needs accelerate")
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
-def test_device_map(device_map: Any, tmp_path: Path) -> None:
-    model = small_model()
+@EACH
+def test_device_map(family: str, device_map: Any, tmp_path: Path) -> None:
+    model = SMALL[family]()
     model.save_pretrained(tmp_path)
     expected = model.generate(prompts(2, 5), **SIZES).sequences
     loaded = AutoModel.from_pretrained(tmp_path, device_map=device_map)
@@ -74,19 +83,23 @@ def test_device_map(device_map: Any, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(ACCELERATE, reason="accelerate is installed")
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
-def test_device_map_names_accelerate_where_it_is_missing(device_map: Any, tmp_path: Path) -> None:
-    small_model().save_pretrained(tmp_path)
+@EACH
+def test_device_map_names_accelerate_where_it_is_missing(family: str, device_map: Any, tmp_path: Path) -> None:
+    SMALL[family]().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="requires `accelerate`"):
-        LLaDAModelLM.from_pretrained(tmp_path, device_map=device_map)
+        AutoModel.from_pretrained(tmp_path, device_map=device_map)
 
 
 @pytest.mark.skipif(not ACCELERATE, reason="needs accelerate")
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_on_a_disk(tied: bool, tmp_path: Path) -> None:
-    model = small_model(weight_tying=tied)
+@EACH
+def test_weights_on_a_disk(family: str, tied: bool, tmp_path: Path) -> None:
+    model = SMALL[family](**TIED[family] if tied else {})
     model.save_pretrained(tmp_path)
-    names = {"model.transformer.wte": "cpu", "model.transformer.blocks.0": "cpu", "model.transformer.blocks.1": "disk"}
-    names |= {"model.transformer.ln_f": "disk"} | ({} if tied else {"model.transformer.ff_out": "disk"})
+    first, second = model.model.blocks
+    places = {model.get_input_embeddings(): "cpu", first: "cpu", second: "disk", model.model.final_norm: "disk"}
+    places |= {} if tied else {model.get_output_embeddings(): "disk"}
+    names = {name_of(model, module): device for module, device in places.items()}
     loaded = AutoModel.from_pretrained(tmp_path, device_map=names, offload_folder=tmp_path / "offload")
     assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu", "meta"}
     expected = model.generate(prompts(2, 5), **SIZES).sequences
@@ -94,12 +107,29 @@ def test_weights_on_a_disk(tied: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not ACCELERATE, reason="needs accelerate")
-def test_an_offloaded_embedding_is_no_head(tmp_path: Path) -> None:
-    small_model(weight_tying=True).save_pretrained(tmp_path)
-    names = {"model.transformer.wte": "disk", "model.transformer.blocks": "cpu", "model.transformer.ln_f": "cpu"}
+@EACH
+def test_an_offloaded_embedding_is_no_head(family: str, tmp_path: Path) -> None:
+    model = SMALL[family](**TIED[family])
+    model.save_pretrained(tmp_path)
+    names = {name_of(model, module): "cpu" for module in (*model.model.blocks, model.model.final_norm)}
+    names[name_of(model, model.get_input_embeddings())] = "disk"
     loaded = AutoModel.from_pretrained(tmp_path, device_map=names, offload_folder=tmp_path / "offload")
     with pytest.raises(ValueError, match=r"device_map.*offloaded"):
         loaded.generate(prompts(1, 3), **SIZES)
+
+
+@EACH
+def test_an_offloaded_layer_is_called_and_its_neighbours_are_not_joined(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = SMALL[family]()
+    model.save_pretrained(tmp_path)
+    expected, offloaded = model.generate(prompts(2, 5), **SIZES).sequences, name_of(model, layer_of(model, "k", 1))
+    names = {name: "cpu" for name, module in model.named_modules() if not any(True for _ in module.children())}
+    loaded = AutoModel.from_pretrained(tmp_path, device_map=names | {offloaded: "disk"}, offload_folder=tmp_path / "d")
+    assert {name for name, p in loaded.named_parameters() if p.is_meta} == {
+        name for name, _ in loaded.named_parameters() if name.startswith(offloaded)
+    }
+    assert torch.equal(loaded.generate(prompts(2, 5), **SIZES).sequences, expected)
 
 
 def test_golden_model_keeps_its_decode_through_a_round_trip(tmp_path: Path) -> None:
@@ -128,10 +158,10 @@ def test_the_readmes_way_with_the_embedded_model(capsys: pytest.CaptureFixture[s
     assert confirmed.split() == answer.split() and "\033[33m" in shown
 
 
-def test_eos_anywhere_in_a_block_meets_transformers_criterion(llada: LLaDAModelLM) -> None:
+def test_eos_anywhere_in_a_block_meets_transformers_criterion(model: DiffusionLM) -> None:
     settings = {"max_new_tokens": 40, "block_length": 8, "stop_at_eos": False}
-    free = llada.generate(prompts(3, 5), **settings)
-    out = llada.generate(prompts(3, 5), stopping_criteria=[EosTokenCriteria(EOS)], **settings)
+    free = model.generate(prompts(3, 5), **settings)
+    out = model.generate(prompts(3, 5), stopping_criteria=[EosTokenCriteria(EOS)], **settings)
     stopped = 0
     for b in range(3):
         at = (free.sequences[b, 5:] == EOS).nonzero().flatten().tolist()
@@ -142,20 +172,20 @@ def test_eos_anywhere_in_a_block_meets_transformers_criterion(llada: LLaDAModelL
     assert stopped
 
 
-def test_a_streamer_of_logits_is_refused(llada: LLaDAModelLM) -> None:
+def test_a_streamer_of_logits_is_refused(model: DiffusionLM) -> None:
     class OfLogits(TextDiffusionStreamer):
         _takes_logits = True
 
         def __init__(self) -> None: ...
 
     with pytest.raises(ValueError, match="streamer: expected one of tokens, got OfLogits, which takes logits"):
-        llada.generate(prompts(1, 3), streamer=OfLogits(), **SIZES)
+        model.generate(prompts(1, 3), streamer=OfLogits(), **SIZES)
 
 
 # A decode of the caller's
 
 
-def test_custom_generate_gets_prepared_inputs(llada: LLaDAModelLM) -> None:
+def test_custom_generate_gets_prepared_inputs(model: DiffusionLM) -> None:
     seen: dict[str, Any] = {}
 
     def one_forward(model, input_ids, attention_mask, logits_processor, stopping_criteria, generation_config, bias=0):
@@ -163,36 +193,36 @@ def test_custom_generate_gets_prepared_inputs(llada: LLaDAModelLM) -> None:
         return model(input_ids, attention_mask).logits.argmax(-1) + bias
 
     prompt, processor = prompts(2, 5), LogitsProcessor()
-    out = llada.generate(
+    out = model.generate(
         prompt, custom_generate=one_forward, logits_processor=[processor], max_new_tokens=7, rule=Quota(2), bias=100
     )
     with torch.no_grad():
-        assert torch.equal(out, llada(prompt).logits.argmax(-1) + 100)
-    assert seen["model"] is llada and torch.equal(seen["attention_mask"], torch.ones(2, 5, dtype=torch.int64))
+        assert torch.equal(out, model(prompt).logits.argmax(-1) + 100)
+    assert seen["model"] is model and torch.equal(seen["attention_mask"], torch.ones(2, 5, dtype=torch.int64))
     assert isinstance(seen["logits_processor"], LogitsProcessorList) and seen["logits_processor"] == [processor]
     assert isinstance(seen["stopping_criteria"], StoppingCriteriaList) and not seen["stopping_criteria"]
     config = seen["generation_config"]
     assert (config.max_new_tokens, config.rule, config.mask_token_id, config.eos_token_id) == (7, Quota(2), MASK, [EOS])
 
 
-def test_custom_generate_may_take_everything(llada: LLaDAModelLM) -> None:
+def test_custom_generate_may_take_everything(model: DiffusionLM) -> None:
     ids, mask = ragged()
     streamer = object()
 
     def loop(model: Any, input_ids: Tensor, **everything: Any) -> dict[str, Any]:
         return everything
 
-    got = llada.generate(ids, mask, custom_generate=loop, streamer=streamer, max_new_tokens=3, gamma=0.5)
+    got = model.generate(ids, mask, custom_generate=loop, streamer=streamer, max_new_tokens=3, gamma=0.5)
     assert got["streamer"] is streamer and got["gamma"] == 0.5 and torch.equal(got["attention_mask"], mask)
     assert set(got) == {
         *("attention_mask", "generation_config", "logits_processor", "stopping_criteria", "streamer", "gamma")
     }
 
 
-def test_custom_generate_is_checked(llada: LLaDAModelLM) -> None:
+def test_custom_generate_is_checked(model: DiffusionLM) -> None:
     with pytest.raises(TypeError, match=r"custom_generate: expected a callable.*'someone/decoder'"):
-        llada.generate(prompts(1, 4), custom_generate="someone/decoder")
+        model.generate(prompts(1, 4), custom_generate="someone/decoder")
     with pytest.raises(TypeError, match="gamma=1 is a rule's"):
-        llada.generate(prompts(1, 4), custom_generate=lambda model, input_ids: None, gamma=1)
+        model.generate(prompts(1, 4), custom_generate=lambda model, input_ids: None, gamma=1)
     with pytest.raises(ValueError, match="input_ids"):
-        llada.generate(torch.zeros(3), custom_generate=lambda model, input_ids: None)
+        model.generate(torch.zeros(3), custom_generate=lambda model, input_ids: None)

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from small import EOS, MASK, PAD, exact_model, left_pad, prompts
+from small import EOS, MASK, PAD, exact, left_pad, prompts
 from torch import Tensor
 from transformers import LogitsProcessor
 
 import fdpp
-from fdpp import LLaDAModelLM
 from fdpp.models.language_model import DiffusionLM
 from fdpp.step import reference
 
@@ -36,9 +35,9 @@ def ragged() -> tuple[Tensor, Tensor]:
     return left_pad([prompts(1, P, seed=P + 4)[0] for P in (3, 9, 0, 5)])
 
 
-def model_with_ends(**config: Any) -> LLaDAModelLM:
-    """Proposes EOS and EoT often."""
-    model = exact_model(seed=3, eot_token_id=EOT, **config)
+def model_with_ends(family: str = "LLaDA", **config: Any) -> Any:
+    """A model of a family in `SMALL` that proposes EOS and EoT often."""
+    model = exact(family, seed=3, eot_token_id=EOT, **config)
     weight = model.get_output_embeddings().weight
     with torch.no_grad():
         weight[EOS] *= 1.7
