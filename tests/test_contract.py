@@ -10,7 +10,7 @@ import torch
 from captures import captured_on_cpu
 from contract import settings_of, specified
 from rules_of_others import credit, editing, hierarchy, wino
-from small import EOS, MASK, PAD, exact_model, left_pad, prompts
+from small import EOS, MASK, PAD, SMALL, exact, exact_model, left_pad, prompts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -21,6 +21,7 @@ from fdpp.cli.options import Parser, add_rule_options, rule_of
 from fdpp.decoding.arena import Step, uncaptured
 from fdpp.decoding.choice import Choice
 from fdpp.decoding.forwards import Forwards
+from fdpp.models.language_model import DiffusionLM
 from fdpp.step import operators
 from fdpp.trace.page import data_of, render
 from fdpp.trace.record import record
@@ -32,9 +33,21 @@ SIZES: dict[str, Any] = {"max_new_tokens": 20, "block_length": 8, "stop_at_eos":
 CACHES = ("none", "prefix", "dual")
 
 
+IN_FAMILIES = pytest.mark.parametrize(
+    ("family", "rule"),
+    [*(("LLaDA", rule) for rule in RULES), *(("Dream", kind()) for kind in KINDS if not kind.needs.rows)],
+    ids=str,
+)
+
+
 @pytest.fixture(scope="module")
 def llada() -> fdpp.LLaDAModelLM:
     return exact_model()
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, DiffusionLM]:
+    return {family: exact(family) for family in SMALL}
 
 
 def fond_of_eos(seed: int) -> fdpp.LLaDAModelLM:
@@ -55,7 +68,7 @@ def kept(rule: fdpp.Rule, cache: str = "dual") -> str:
     return "none" if rule.needs.rows else cache
 
 
-def decode(model: fdpp.LLaDAModelLM, *prompt: Tensor, rule: fdpp.Rule, **settings: Any) -> Any:
+def decode(model: DiffusionLM, *prompt: Tensor, rule: fdpp.Rule, **settings: Any) -> Any:
     return model.generate(*prompt, **{"cache": kept(rule), **SIZES, "rule": rule, "seed": 0, **settings})
 
 
@@ -91,16 +104,18 @@ def test_it_ends(rule: fdpp.Rule, cache: str) -> None:
 
 
 @pytest.mark.parametrize("drafts", [(2, "batch"), (4, "tree"), ("auto", "batch")], ids=str)
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_drafts_change_nothing(llada: fdpp.LLaDAModelLM, rule: fdpp.Rule, drafts: tuple[int | str, str]) -> None:
-    settings = {"drafts": drafts[0], "branches": drafts[1]}
+@IN_FAMILIES
+def test_drafts_change_nothing(
+    models: dict[str, DiffusionLM], family: str, rule: fdpp.Rule, drafts: tuple[int | str, str]
+) -> None:
+    settings, model = {"drafts": drafts[0], "branches": drafts[1]}, models[family]
     if rule.needs.rows:
         with pytest.raises(ValueError, match=r"drafts=.*not defined"):
-            decode(llada, *ragged(), rule=rule, **settings)
+            decode(model, *ragged(), rule=rule, **settings)
         return
     for cache in CACHES:
-        plain = decode(llada, *ragged(), rule=rule, cache=cache)
-        drafted = decode(llada, *ragged(), rule=rule, cache=cache, **settings)
+        plain = decode(model, *ragged(), rule=rule, cache=cache)
+        drafted = decode(model, *ragged(), rule=rule, cache=cache, **settings)
         assert drafted.sequences.equal(plain.sequences) and drafted.commit_step.equal(plain.commit_step)
         assert (drafted.nfe <= plain.nfe).all()
 
@@ -157,13 +172,15 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield commits
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_every_step_is_as_specified(llada: fdpp.LLaDAModelLM, rule: fdpp.Rule, checked: list[int]) -> None:
+@IN_FAMILIES
+def test_every_step_is_as_specified(
+    models: dict[str, DiffusionLM], family: str, rule: fdpp.Rule, checked: list[int]
+) -> None:
     kind = type(rule)
     if kind.decide is not fdpp.Rule.decide:
         assert kind.reference is not fdpp.Rule.reference, "a rule that decides says in `reference` what it means"
     for cache in CACHES:
-        decode(llada, *ragged(), rule=rule, cache=kept(rule, cache))
+        decode(models[family], *ragged(), rule=rule, cache=kept(rule, cache))
     assert len(checked) > 3
 
 

@@ -1,14 +1,16 @@
-"""What `import fdpp` and the command line's help load, and when the `Auto` classes know LLaDA."""
+"""What `import fdpp` and the command line's help load, and when the `Auto` classes know its families."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import fdpp
 
+HELPERS = Path(__file__).parent / "helpers"
 HEAVY = ("transformers", "torchao", "peft", "datasets", "lm_eval", "matplotlib", "torch.distributed.tensor")
 """What takes long to import and no step needs."""
 
@@ -26,7 +28,7 @@ import sys, torch, fdpp
 from fdpp import cli
 fdpp.select(torch.zeros(1, 2, 3), torch.full((1, 2), 2), rule=fdpp.Rule.of("balanced"), mask_id=2)
 fdpp.DiffusionGenerationConfig(rule=fdpp.Frechet(0.5), stop_strings="x")
-assert "LLaDAModelLM" in dir(fdpp)
+assert "LLaDAModelLM" in dir(fdpp) and "DreamModelLM" in dir(fdpp)
 assert cli.main(["--help"]) == 0
 for command in cli.COMMANDS:
     assert cli.main([command.__name__.rpartition(".")[2], "--help"]) == 0
@@ -46,14 +48,27 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_auto_classes_know_llada_in_any_order_of_imports(order: str) -> None:
+def test_auto_classes_know_all_families_in_any_order_of_imports(order: str) -> None:
     """Before anybody asks fdpp for a model."""
     code = f"""
 {ORDERS[order]}
-config = AutoConfig.for_model("llada", d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16, vocab_size=20)
-print(type(AutoModelForCausalLM.from_config(config)).__module__)
+sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+for kind in ("llada", "Dream"):
+    print(type(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))).__module__)
 """
-    assert run(code).splitlines()[-1] == "fdpp.models.llada"
+    assert run(code).splitlines()[-2:] == ["fdpp.models.llada", "fdpp.models.dream"]
+
+
+def test_a_family_of_somebody_elses_registers_itself_where_it_is_imported() -> None:
+    code = """
+import family_of_others
+from transformers import AutoConfig, AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_config(AutoConfig.for_model("gist"))).__module__)
+from fdpp.models.families import families
+print(list(families()))
+"""
+    found = run(f"import sys; sys.path.insert(0, {str(HELPERS)!r})\n{code}").splitlines()[-2:]
+    assert found == ["family_of_others", "['llada', 'Dream', 'gist']"]
 
 
 @pytest.mark.parametrize("name", fdpp.__all__)
