@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +51,12 @@ class Joined:
         weights = []
         for name in self.names:
             layer = self.modules[name]
-            if not is_product(layer, self.biased) or getattr(layer, self.what) is None:
+            # Not as an attribute, which takes a module long to find.
+            weight: Any = layer._parameters[self.what] if is_product(layer, self.biased) else None
+            if weight is None:
                 self.part()  # a layer that was quantised has no use for its former weight's memory
                 return None
-            weights.append(getattr(layer, self.what))
+            weights.append(weight)
         parts = parts_of_all(weights)
         if parts is None:
             self.part()

@@ -17,6 +17,9 @@ from fdpp.models.language_model import DiffusionLM
 from fdpp.models.llada_config import LLaDAConfig
 from fdpp.models.transformer import Transformer
 
+LAYERS = ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out")
+"""A block's layers in the order of `Layers`."""
+
 
 class LLaDABlock(Block):
     """A block with its layers side by side."""
@@ -37,8 +40,9 @@ class LLaDABlock(Block):
         self.gate_up = Joined(self._modules, "ff_proj", "up_proj")
 
     def layers(self) -> Layers:
-        attention = self.attn_norm, self.q_proj, self.k_proj, self.v_proj, self.attn_out
-        return Layers(*attention, self.ff_norm, self.ff_proj, self.up_proj, self.ff_out)
+        # A module finds its attributes ten times as slowly.
+        held: Any = self._modules
+        return Layers(*[held[name] for name in LAYERS])
 
 
 class LLaDAModel(Transformer):
