@@ -145,7 +145,7 @@ def add_rule_options(parser: argparse.ArgumentParser) -> None:
         about = f"{names}: {number.about}" + ("" if default is None else f" (default: {default:g})")
         kind = whole(int(number.interval)) if number.whole else float
         add(f"--{option.replace('_', '-')}", type=kind, metavar=number.unit, help=about)
-    text = "quota: steps for the whole answer, spread evenly (default: one per token)"
+    text = "quota and Dream's rules: steps for the whole answer (default: one per token)"
     add("--steps", type=whole(1), metavar="N", help=text)
 
 
