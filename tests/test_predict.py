@@ -209,7 +209,7 @@ def test_what_a_block_step_of_dream_launches() -> None:
         ({"drafts": 3, "branches": "tree"}, 99),
         ({"cache": "prefix"}, 257),
         ({"full": True, "at": 1}, 1056),
-        ({"full": True, "at": 1, "refresh": "recent"}, 64),
+        ({"full": True, "at": 1, "refresh": "recent"}, 65),
     ],
     ids=str,
 )
