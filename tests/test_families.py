@@ -10,11 +10,12 @@ import pytest
 import torch
 from family_of_others import EACH_FAMILY, FAMILIES
 from partial_refresh import FIRST, decode
-from plain import naive_forward, plain_infill, plain_llada, predicting
+from plain import Boost, naive_forward, plain_infill, plain_llada, predicting
 from rules_of_others.wino import Wino
 from small import MASK, SMALL, left_pad, make_exact, prompts
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 import fdpp
 from fdpp.models.families import load
@@ -243,6 +244,26 @@ def test_a_published_folder_of_dreams_decodes(dtype: Any, tmp_path: Path) -> Non
     assert out.sequences.shape == (2, 17) and not out.sequences.eq(MASK).any()
 
 
+@EACH_FAMILY
+def test_a_folder_of_any_family_is_loaded_by_its_model_type(family: str, tmp_path: Path) -> None:
+    made = FAMILIES[family]()
+    made.save_pretrained(tmp_path)
+    expected = made.generate(prompts(2, 6), max_new_tokens=12, block_length=8).sequences
+    autos = [auto.from_pretrained for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM)]
+    for loader in (load, type(made).from_pretrained, *autos):
+        loaded = loader(str(tmp_path), dtype=torch.float32)
+        assert type(loaded) is type(made)
+        assert loaded.generate(prompts(2, 6), max_new_tokens=12, block_length=8).sequences.equal(expected)
+    assert load(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_family_that_nobody_registered_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model_type llada or Dream.*, got mamba"):
+        load(str(folder(tmp_path, {"model_type": "mamba"})))
+    with pytest.raises(ValueError, match=r"model_type llada or Dream.*, got none"):
+        load(str(folder(tmp_path, {"hidden_size": 32})))
+
+
 # Decodes
 
 
@@ -303,6 +324,15 @@ def test_without_a_cache_against_a_plain_decode(model: DiffusionLM, settings: di
                 row[None], rule=fdpp.Quota(), cache="none", stop_at_eos=False, **sizes, **settings, **more
             )
             assert out.sequences[0].equal(plain)
+
+
+def test_processors_see_the_rows_that_predict_a_block(model: DiffusionLM) -> None:
+    sizes, row = {"max_new_tokens": 20, "block_length": 5, "steps": 12}, ROWS[1]
+    for processor in (Boost(), RepetitionPenaltyLogitsProcessor(1.5)):
+        plain = plain_llada(model, row, **sizes, processors=[processor])
+        settings = {"rule": fdpp.Quota(), "cache": "none", "stop_at_eos": False, "logits_processor": [processor]}
+        for more in ({}, {"drafts": 2}, {"drafts": 3, "branches": "tree"}):
+            assert model.generate(row[None], **sizes, **settings, **more).sequences[0].equal(plain)
 
 
 @pytest.mark.parametrize("refresh", ["all", "recent", "window:9:end", "window:3:5"])

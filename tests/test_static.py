@@ -435,12 +435,13 @@ def test_graphs_are_captured_and_announced(caplog: pytest.LogCaptureFixture) -> 
     ],
     ids=str,
 )
-def test_warming_up_makes_all_steps(settings: dict[str, Any]) -> None:
-    llada = small_model()
+@pytest.mark.parametrize("family", ["LLaDA", "Dream"])
+def test_warming_up_makes_all_steps(family: str, settings: dict[str, Any]) -> None:
+    llada = FAMILIES[family]()
     settings = {"engine": "static", "rule": fdpp.Frechet(0.1), "max_new_tokens": 20, "block_length": 8} | settings
     ids, mask = ragged(llada, 4)
     llada.warmup(ids.shape[1], batch_size=4, **settings)
     made = steps_of(llada)
     out = llada.generate(ids, mask, **settings)
     assert steps_of(llada) == made
-    assert_same(small_model().generate(ids, mask, **settings), out)
+    assert_same(FAMILIES[family]().generate(ids, mask, **settings), out)
