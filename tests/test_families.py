@@ -335,13 +335,15 @@ def test_processors_see_the_rows_that_predict_a_block(model: DiffusionLM) -> Non
             assert model.generate(row[None], **sizes, **settings, **more).sequences[0].equal(plain)
 
 
-@pytest.mark.parametrize("refresh", ["all", "recent", "window:9:end", "window:3:5"])
+@pytest.mark.parametrize(
+    ("refresh", "cfg_scale"), [*((text, 0.0) for text in ("all", "recent", "window:9:end", "window:3:5")), ("all", 0.7)]
+)
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
-def test_with_a_cache_against_a_plain_decode(model: DiffusionLM, cache: str, refresh: str) -> None:
+def test_with_a_cache_against_a_plain_decode(model: DiffusionLM, cache: str, refresh: str, cfg_scale: float) -> None:
     """Also what is fed: one column more than a block has, and than the block before has."""
     for row in ROWS:
         text = torch.cat((row, torch.full((20,), MASK)))
-        how = {"rule": EXPENSIVE, "cache": cache}
+        how = {"rule": EXPENSIVE, "cache": cache, "cfg_scale": cfg_scale}
         x, step_of, steps, fed = decode(model, text, len(row), 8, first=FIRST[refresh], stop_at_eos=False, **how)
         for engine in ("eager", "static"):
             out = model.generate(row[None], **SIZES, **how, refresh=refresh, engine=engine)

@@ -127,23 +127,28 @@ class Capturable(TorchDispatchMode):
         return call
 
 
+WATCHED: list[dict[str, Any]] = [
+    *({"rule": rule, "drafts": drafts} for rule in RULES for drafts in (1, 3)),
+    {"branches": "tree", "drafts": 3},
+    {"branches": "tree", "drafts": "auto", "cache": "prefix"},
+    {"branches": "tree", "drafts": 3, "cache": "none"},
+    {"temperature": 0.7, "seed": 3, "cache": "prefix"},
+    {"rule": fdpp.Quota(), "steps": 9, "remasking": "random", "seed": 3},
+    {"cfg_scale": 0.5, "drafts": 2},
+    {"logits_eos_inf": True, "confidence_eos_eot_inf": True, "rule": fdpp.Quota(2)},
+    {"head": "fused", "rule": fdpp.LocalLeap(0.6, 0.3)},
+    {"refresh": "recent", "cfg_scale": 0.5},
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        *({"rule": rule, "drafts": drafts} for rule in RULES for drafts in (1, 3)),
-        {"branches": "tree", "drafts": 3},
-        {"branches": "tree", "drafts": "auto", "cache": "prefix"},
-        {"branches": "tree", "drafts": 3, "cache": "none"},
-        {"temperature": 0.7, "seed": 3, "cache": "prefix"},
-        {"rule": fdpp.Quota(), "steps": 9, "remasking": "random", "seed": 3},
-        {"cfg_scale": 0.5, "drafts": 2},
-        {"logits_eos_inf": True, "confidence_eos_eot_inf": True, "rule": fdpp.Quota(2)},
-        {"head": "fused", "rule": fdpp.LocalLeap(0.6, 0.3)},
-        {"refresh": "recent", "cfg_scale": 0.5},
-    ],
+    ("family", "settings"),
+    [*(("LLaDA", settings) for settings in WATCHED), *(("Dream", settings) for settings in WATCHED[4:])],
     ids=str,
 )
-def test_a_step_holds_nothing_that_a_capture_refuses(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_holds_nothing_that_a_capture_refuses(
+    family: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     mode, run, taken = Capturable(), static.Step.run, []
     monkeypatch.setattr(cpu, "select", mode.unseen(cpu.select))
     monkeypatch.setattr(project, "project_cpu", mode.unseen(project.project_cpu))
@@ -157,9 +162,10 @@ def test_a_step_holds_nothing_that_a_capture_refuses(settings: dict[str, Any], m
         taken.append(step)
 
     monkeypatch.setattr(static.Step, "run", watched)
-    llada = small_model(eot_token_id=60)
+    llada = FAMILIES[family](eot_token_id=60)
     sizes = {"max_new_tokens": 20, "block_length": 8, "engine": "static", "cache": "dual"}
-    llada.generate(*ragged(llada, 3), **{**sizes, **settings})
+    prompt = ragged(llada, 3) if family == "LLaDA" else left_pad([prompts(1, P)[0] for P in (5, 0, 11)])
+    llada.generate(*prompt, **{**sizes, **settings})
     assert len(set(taken)) > 1
 
 

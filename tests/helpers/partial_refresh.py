@@ -39,17 +39,23 @@ def decode(
     first: First,
     cache: str = "dual",
     stop_at_eos: bool = True,
+    cfg_scale: float = 0.0,
 ) -> tuple[Tensor, Tensor, int, int]:
-    """Fill the masks of `text` `[L]` from column `start` on, for prefix rules alone.
+    """Fill the masks of `text` `[L]` from column `start` on, for prefix rules alone; with guidance, what precedes
+    `start` is the prompt.
 
     Returns its tokens `[L]`, the step that committed each (-1: none did), forwards, and positions fed.
     """
     config: Any = model.config
     mask, eos, L = config.mask_token_id, config.eos_token_id, len(text)
-    x, step_of, kept = text.clone(), torch.full_like(text, -1), BlockCache()
+    x, step_of, kept, unconditional = text.clone(), torch.full_like(text, -1), BlockCache(), BlockCache()
     given = (text[start:] != mask).nonzero().flatten()
     may_end = start + int(given.max()) + 1 if len(given) else start
     step = queries = before = 0
+
+    def project(tokens: Tensor, fed: slice, read: Tensor, kept: BlockCache) -> Tensor:
+        hidden = model.model(tokens[None, fed], cache=kept, start=fed.start)
+        return model.project(hidden[:, read - fed.start])
 
     def end() -> int | None:
         """The column of an EOS behind which nothing counts."""
@@ -64,12 +70,15 @@ def decode(
         fed = slice(min(max(fed.start - lead, 0), others.start), max(fed.stop, others.stop))
         while (x[block] == mask).any() and end() is None:
             before = column
-            hidden = model.model(x[None, fed], cache=kept, start=fed.start)
-            logits = model.project(hidden[:, of_block - fed.start])
+            logits = project(x, fed, of_block, kept)
+            if cfg_scale:
+                blank = torch.where(torch.arange(L) < start, mask, x)
+                other = project(blank, fed, of_block, unconditional)
+                logits = other + (cfg_scale + 1) * (logits - other)
             chosen = reference.select(logits.double(), x[None, block], rule, mask)
             step_of[block][chosen.committed[0]] = step
             x[block] = chosen.tokens[0]
-            step, queries, fed = step + 1, queries + fed.stop - fed.start, others
+            step, queries, fed = step + 1, queries + (1 + (cfg_scale > 0)) * (fed.stop - fed.start), others
     at = end()
     if at is not None:
         x[at + 1 :] = config.pad_token_id
