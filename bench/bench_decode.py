@@ -165,7 +165,10 @@ class Run:
             return rules
         found = []
         for (start, stop), steps in zip(settings.blocks(), rules, strict=True):
-            others = max(len(steps) - 1, 1)
+            left, n = stop - start, 0
+            while left > 0:
+                left, n = left - steps[min(n, len(steps) - 1)].params()[0], n + 1
+            others = max(n - 1, 1)
             share, more = divmod(stop - start - 1, others)
             found.append([fdpp.Quota(1), *(fdpp.Quota(share + (i < more)) for i in range(others))])
         return found
@@ -280,8 +283,8 @@ class Setting:
         row: the results so far; facts about the setting to begin with.
     """
 
-    def __init__(self, model: Any, run: Run, row: dict[str, Any], repeats: int) -> None:
-        self.model, self.run, self.row, self.repeats = model, run, row, repeats
+    def __init__(self, model: Any, run: Run, row: dict[str, Any], repeats: int, pairs: int = 0) -> None:
+        self.model, self.run, self.row, self.repeats, self.pairs = model, run, row, repeats, pairs
         self.responses: dict[str, Tensor] = {}
         self.eos = torch.tensor(run.settings.eos_token_id, device=DEVICE) if run.settings.stop_at_eos else None
 
@@ -292,7 +295,21 @@ class Setting:
         both = [self.row.get(name, {}) for name in WAYS[:2]]
         if way in WAYS[:2] and all("seconds" in each for each in both):
             self.row["same_tokens"] = agreement(*(self.responses[name] for name in WAYS[:2]), self.eos)
-            self.row["speedup"] = both[0]["seconds"] / both[1]["seconds"]
+            if self.pairs:
+                self.in_turn()
+            ratio = both[0]["seconds"] / both[1]["seconds"]
+            self.row["speedup"] = statistics.median(self.row.get("ratios", [ratio]))
+
+    def in_turn(self) -> None:
+        """Time both ways again, pair by pair: the row gets the pairs' ratios, each way the median of its times."""
+        model, prompt, settings = self.model, self.run.prompt, self.run.settings
+        published = partial(self.run.published, published_decode.PublishedModel(model), settings)
+        ways = {"published": published, "fdpp": lambda: model.generate(prompt, generation_config=settings)}
+        seconds = measure.in_turn(ways, self.pairs, 0.0)
+        self.row["ratios"] = [theirs / ours for theirs, ours in zip(*seconds.values(), strict=True)]
+        for way, times in seconds.items():
+            median = statistics.median(times)
+            self.row[way] |= {"seconds": median, "tokens_per_second": self.row[way]["tokens"] / median}
 
     def published(self, way: str) -> dict[str, Any]:
         forward, settings = published_decode.PublishedModel(self.model), self.run.settings
@@ -450,7 +467,7 @@ class Benchmark:
                 try:
                     prompt = prompts_of(B, P)
                     row["prompt"] = prompt.shape[1]
-                    setting = Setting(model, Run(model, prompt, settings), row, options.repeats)
+                    setting = Setting(model, Run(model, prompt, settings), row, options.repeats, options.pairs)
                 except Exception as error:
                     row["error"] = measure.reason(error)
                     self.write()
@@ -483,6 +500,8 @@ def main(arguments: list[str] | None = None) -> None:
     text = "measure batch 1 also with norm, rotation and gate fused by torch.compile (default: on a GPU)"
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=ON_GPU, help=text)
     parser.add_argument("--repeats", type=int, default=3, help="timed decodes of each (default: %(default)s)")
+    text = "on a machine that others use: time both ways in turn so often, and take the pairs' median ratio"
+    parser.add_argument("--pairs", type=int, default=0, help=text)
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no setting is started")
     parser.add_argument("--out", type=Path, default=measure.RESULTS / "local", help="folder of the result file")
     options = parser.parse_args(arguments)

@@ -130,9 +130,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="a vocabulary of 1000 and few rows, to see that it runs")
     parser.add_argument("--out", type=Path, default=measure.RESULTS / "local", help="folder of the result file")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="Dream's: 152064 (default: %(default)s)")
     options = parser.parse_args(arguments)
     bandwidth = measure.copy_bandwidth(1 << (31 if ON_GPU else 20 if options.smoke else 28))
-    sizes, V, mask_id, budget = (SMOKE_SIZES, 1000, 999, 0.05) if options.smoke else (SIZES, VOCABULARY, MASK_ID, 0.5)
+    sizes, V, mask_id, budget = (
+        (SMOKE_SIZES, 1000, 999, 0.05) if options.smoke else (SIZES, options.vocabulary, MASK_ID, 0.5)
+    )
     graphs = ON_GPU or options.smoke
     rows: list[dict[str, Any]] = []
     results = {"smoke": options.smoke, "vocabulary": V, "rule": str(RULE), "copy_gb_s": bandwidth / 1e9, "rows": rows}

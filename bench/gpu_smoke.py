@@ -33,11 +33,11 @@ import measure
 import torch.nn.functional as F
 from inputs import Problem, generator, random_problem
 from measure import DEVICE, ON_GPU
-from small import left_pad, prompts, small_model
+from small import SMALL, left_pad, prompts, small_model
 from torch import Tensor
 
 import fdpp
-from fdpp import Frechet, Rule, Selection
+from fdpp import DreamConfig, DreamModelLM, Frechet, Rule, Selection
 from fdpp.attention import split_keys
 from fdpp.attention.rotary import Angles, Place, rotary_angles, rotate, rotate_in_place
 from fdpp.decoding.arena import uncaptured
@@ -153,6 +153,25 @@ def exactly_rotated(x: Tensor, angles: Angles) -> Tensor:
     return x.double() * cos + torch.cat(x.double().chunk(2, dim=-1)[::-1], dim=-1) * sin
 
 
+def block_agrees(dtype: torch.dtype, n: int, **sizes: int) -> str:
+    """A block of Dream's with biases on queries, keys and values, against PyTorch's operators in the same dtype."""
+    config = DreamConfig(vocab_size=64, num_hidden_layers=1, mask_token_id=62, pad_token_id=61, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(n)
+        with DEVICE:
+            model = DreamModelLM(config)
+        for layer in model.model.blocks[0].layers()[1:4]:
+            torch.nn.init.normal_(layer.bias, std=0.5)
+    ids = torch.randint(0, 60, (1, n), generator=generator(n)).to(DEVICE)
+    rounded = model.to(dtype)
+    with torch.no_grad():
+        ours = rounded.model(ids)
+    theirs = rounded.model(ids).detach()  # our kernels take nothing that gradients are recorded for
+    with torch.no_grad():
+        want = rounded.double().model(ids)
+    return all_as_good({"block": (ours, theirs, want)})
+
+
 def product_agrees(dtype: torch.dtype, M: int, N: int, K: int) -> str:
     """A product with weights in int8, alone and added to."""
     g = generator(M)
@@ -255,6 +274,15 @@ def kernels() -> Iterator[Check]:
         yield f"dawn, edges, {dtype}", partial(edges_agree, dtype, 16, long)
         yield f"layer, {dtype}", partial(layer_agrees, dtype, 4, *((12288, 32, 32, 128) if ON_GPU else (96, 4, 2, 16)))
     yield "weights of one byte", partial(product_agrees, HALF, 32, *((4096, 12288) if ON_GPU else (130, 256)))
+    # Dream: seven heads share one of keys, and a block is fed with the column before it.
+    heads, hd = ((28, 4), 128) if ON_GPU else ((7, 1), 16)
+    yield "block_attention, Dream", partial(attention_agrees, HALF, True, 1, *heads, 33, long, hd)
+    yield "block_attention, 2 branches, Dream", partial(branches_agree, HALF, 2, *heads, 33, long, hd)
+    yield "layer, Dream", partial(layer_agrees, HALF, 33, 18944 if ON_GPU else 96, *heads, hd)
+    sizes = dict(zip(("num_attention_heads", "num_key_value_heads"), heads, strict=True))
+    sizes |= {"hidden_size": heads[0] * hd, "intermediate_size": 18944 if ON_GPU else 96}
+    yield "block with biases, Dream", partial(block_agrees, torch.bfloat16, 33, **sizes)
+    yield "weights of one byte, Dream", partial(product_agrees, HALF, 33, *((3584, 18944) if ON_GPU else (130, 256)))
     yield "dawn, commits", partial(commits_agree, 32, long)
     # No size is a multiple of a tile.
     yield "select, odd sizes", partial(select_agrees, random_problem(0, 3, 7, 53, Frechet(0.1)))
@@ -276,13 +304,13 @@ def counted(ours: Tensor, theirs: Tensor, exact: bool, whose: str) -> str:
 
 
 @cache
-def model_in(dtype: torch.dtype) -> Any:
-    return small_model().to(DEVICE, dtype)
+def model_in(dtype: torch.dtype, family: str = "LLaDA") -> Any:
+    return SMALL[family]().to(DEVICE, dtype)
 
 
-def decode_agrees(dtype: torch.dtype, settings: dict[str, Any], ragged: bool) -> str:
+def decode_agrees(dtype: torch.dtype, settings: dict[str, Any], ragged: bool, family: str = "LLaDA") -> str:
     """A captured decode against the same steps without graphs, and against the eager engine."""
-    model, mask = model_in(dtype), None
+    model, mask = model_in(dtype, family), None
     ids = prompts(1, 16)
     if ragged:
         ids, mask = left_pad([prompts(1, 5 + 3 * b, seed=b)[0] for b in range(3)])
@@ -325,6 +353,11 @@ def decodes() -> Iterator[Check]:
     for name, settings, ragged in kinds:
         for dtype in (torch.bfloat16, torch.float32):
             yield f"{name}, {dtype}", partial(decode_agrees, dtype, {"rule": Frechet(0.1), **settings}, ragged)
+    for name, settings, ragged in kinds:
+        # Steps that feed a column beside the block's, in every layout.
+        if settings["cache"] != "none" and (settings.get("drafts", 1) == 1 or settings["cache"] == "dual"):
+            dream = partial(decode_agrees, torch.float32, {"rule": Frechet(0.1), **settings}, ragged, "Dream")
+            yield f"{name}, Dream, float32", dream
 
 
 def run(checks: Iterator[Check], path: Path) -> int:

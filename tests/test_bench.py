@@ -175,6 +175,15 @@ def test_results_say_what_was_measured_and_on_what(results: Path) -> None:
             assert way["steps"].keys() == kinds and all(ms > 0 for ms in way["steps"].values())
 
 
+def test_pairs_give_a_ratio_of_both_ways_in_turn(tmp_path: Path) -> None:
+    options = ["--smoke", "--headline", "--repeats", "1", "--pairs", "3", "--caches", "dual", "--prompts", "8"]
+    bench_decode.main([*options, "--out", str(tmp_path)])
+    [row] = report.load(tmp_path, "decode")[0]["rows"]
+    assert len(row["ratios"]) == 3 and row["speedup"] == sorted(row["ratios"])[1]
+    for way in (row["published"], row["fdpp"]):
+        assert way["tokens_per_second"] == pytest.approx(way["tokens"] / way["seconds"])
+
+
 def test_kernels_are_compared_on_the_same_problem(results: Path) -> None:
     [result] = report.load(results, "kernels")
     for row in result["head"] + result["attention"] + result["branches"]:

@@ -15,11 +15,14 @@ import torch
 import torch.utils._pytree as pytree
 import unwritten
 from inputs import Problem, assert_as_specified, assert_equal, expected, generator, random_problem, run
+from small import MASK, left_pad, prompts, small_dream
 from torch import Tensor
 
 import fdpp
 from fdpp import DenoisingStep, EntropyBound, Frechet, Quota, Rule, Selection, Threshold
 from fdpp.attention import block_attention
+from fdpp.decoding.arena import uncaptured
+from fdpp.decoding.static import steps_of
 from fdpp.step import gpu, operators, project, reference
 from fdpp.step.terms import Terms, pack
 
@@ -367,16 +370,42 @@ def test_fused_head_of_llada(B: int, T: int) -> None:
     assert out.committed[tokens == mask_id][clear & sure].equal((want > 0.9)[clear & sure])
 
 
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_captured_steps_of_dream(drafts: int) -> None:
+    """Steps that feed a column beside their block: replays equal the steps run one by one, bit for bit.
+
+    With the prefix cache alone: for another layout of the block a GPU would compile kernels that nothing else needs.
+    """
+    model = small_dream(num_attention_heads=2, num_key_value_heads=1).to(DEVICE, torch.bfloat16)
+    ids, mask = left_pad([prompts(1, 5 + 3 * b, seed=b)[0] for b in range(5)])
+    arguments = {"attention_mask": mask.to(DEVICE), "max_new_tokens": 20, "block_length": 8, "rule": Frechet(0.1)}
+
+    def decode() -> Any:
+        return model.generate(ids.to(DEVICE), engine="static", cache="prefix", drafts=drafts, **arguments)
+
+    captured = [decode() for _ in range(2)]
+    assert all(step.graph is not None for step in steps_of(model))
+    with uncaptured():
+        plain = decode()
+    for out in captured:
+        for name in plain:
+            torch.testing.assert_close(out[name], plain[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    assert not (plain.sequences == MASK).any()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("B", "kv_heads", "n"), [(1, 32, 32), (4, 4, 32), (16, 32, 32), (1, 32, 7)])
-def test_attention_of_llada(B: int, kv_heads: int, n: int) -> None:
-    """32 heads of 128 channels over 1056 columns in bfloat16, at most as far from float64 as PyTorch's."""
-    q, k, v = (torch.randn(B, H, T, 128, device=DEVICE) for H, T in ((32, n), (kv_heads, 1056), (kv_heads, 1056)))
+@pytest.mark.parametrize(
+    ("B", "heads", "kv_heads", "n"),
+    [(1, 32, 32, 32), (4, 32, 4, 32), (16, 32, 32, 32), (1, 32, 32, 7), (1, 28, 4, 33), (8, 28, 4, 33)],
+)
+def test_attention_of_llada_and_dream(B: int, heads: int, kv_heads: int, n: int) -> None:
+    """Heads of 128 channels over 1056 columns in bfloat16, at most as far from float64 as PyTorch's."""
+    q, k, v = (torch.randn(B, H, T, 128, device=DEVICE) for H, T in ((heads, n), (kv_heads, 1056), (kv_heads, 1056)))
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     left = torch.randint(0, 800, (B,), device=DEVICE)
     mask = (torch.arange(1056, device=DEVICE) >= left[:, None])[:, None, None]
     ours = block_attention(q, k, v, left)
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-    wide = (x.double().repeat_interleave(32 // x.shape[1], dim=1) for x in (k, v))
+    wide = (x.double().repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     want = torch.nn.functional.scaled_dot_product_attention(q.double(), *wide, mask)
     assert (ours - want).abs().amax() <= (theirs - want).abs().amax() * 1.5 + 1e-6

@@ -284,7 +284,7 @@ class Differing:
 )
 def test_the_smoke_sees_a_wrong_step(monkeypatch: pytest.MonkeyPatch, wrong: int, message: str) -> None:
     model = Differing(wrong)
-    monkeypatch.setattr(gpu_smoke, "model_in", lambda dtype: model)
+    monkeypatch.setattr(gpu_smoke, "model_in", lambda *_: model)
     steps_of = gpu_smoke.steps_of
     monkeypatch.setattr(gpu_smoke, "steps_of", lambda model: steps_of(model.model))
     check = dict(gpu_smoke.decodes())["dual cache, no drafts, torch.float32"]
