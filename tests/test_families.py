@@ -400,6 +400,8 @@ def test_infilling_a_ragged_batch_is_each_text_alone(model: DiffusionLM, setting
     settings = {"rule": EXPENSIVE, "block_length": 7, "stop_at_eos": False, **settings}
     ids, mask = left_pad(texts())
     together = model.infill(ids, mask, **settings)
+    undrafted = model.infill(ids, mask, **settings | {"drafts": 1})
+    assert together.sequences.equal(undrafted.sequences) and together.commit_step.equal(undrafted.commit_step)
     for b, text in enumerate(texts()):
         alone = model.infill(text[None], **settings)
         assert together.sequences[b, -len(text) :].equal(alone.sequences[0])
