@@ -2,7 +2,7 @@
 
 A family is a configuration, a `Transformer` and a `DiffusionLM` that names both. It says where its layers are and where
 a position's logits come from, and is then decoded like any other. Its class registers it with transformers' `Auto`
-classes and with `fdpp.models.families`; docs/design.md has a whole one.
+classes and with `fdpp.models.families`; CONTRIBUTING.md names a whole one.
 """
 
 from __future__ import annotations
