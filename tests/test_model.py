@@ -95,6 +95,7 @@ UNIMPLEMENTED = {
     "residual_dropout": 0.1,
     "embedding_dropout": 0.1,
     "rope_scaling": {"type": "linear", "factor": 2.0},
+    "yarn": True,
 }
 
 BLOCK_KEYS = ("q_proj", "k_proj", "v_proj", "attn_out", "attn_norm", "ff_norm", "ff_proj", "up_proj", "ff_out")

@@ -27,6 +27,7 @@ IMPLEMENTED = {
     "residual_dropout": (0.0,),
     "embedding_dropout": (0.0,),
     "rope_scaling": (None,),
+    "yarn": (False, None),
 }
 """Options of the published configuration that change the architecture, with the values this package implements."""
 
