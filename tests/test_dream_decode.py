@@ -4,8 +4,8 @@
 false) are not compared. Calls that decide nothing, which Dream's schedule has, are left out of ours.
 
 The published cached loops decide a block's first token unconditionally, since no row of theirs predicts it later [5].
-Ours feed the column before the block, and the rule decides every position. `published.imitated` makes ours do as the
-published ones do, so that all else can be compared.
+Ours feed the column before the block, and the rule decides every position. `published_loops.imitated` makes ours do as
+the published ones do, so that all else can be compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from golden import seen_by_rows
 from golden_dream import MASK, PAD, PEERS, DreamRun, model, plain, runs, schedule_tables
 from plain_dream import factor, frechet, plain_decode, threshold
-from published import (
+from published_loops import (
     FirstFrechet,
     FirstLeastEntropy,
     FirstLeftToRight,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from golden import Trajectory, model, seen_by_rows, trajectories
-from published import LeftToRight, PublishedFactor, Recorder
+from published_loops import LeftToRight, PublishedFactor, Recorder
 from torch import Tensor
 
 import fdpp

@@ -19,7 +19,8 @@ from fdpp import Frechet
 from fdpp.attention import BlockCache
 from fdpp.attention.rotary import Place, rotary_angles, rotate, rotate_in_place
 from fdpp.kernels.launch import norm_warps
-from fdpp.models import layers, llada
+from fdpp.models import block as blocks
+from fdpp.models import layers
 from fdpp.models.launches import in_rows, rms_norm_gpu, swiglu_gpu
 
 # The interpreter computes with NumPy, which warns of the infinities and NaN that are tried.
@@ -234,7 +235,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch, **ways: Callable[..., Any]) -> l
 
         return call
 
-    for module in (layers, llada):
+    for module in (layers, blocks):
         monkeypatch.setattr(module, "on_kernels", lambda x: not torch.is_grad_enabled())
     for name, way in ways.items():
         monkeypatch.setattr(layers, name, noted(name, way))
@@ -245,7 +246,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch, **ways: Callable[..., Any]) -> l
 def plain() -> Iterator[None]:
     """Within it blocks launch nothing of ours."""
     with pytest.MonkeyPatch.context() as patched:
-        for module in (layers, llada):
+        for module in (layers, blocks):
             patched.setattr(module, "on_kernels", lambda x: False)
         yield
 

@@ -19,7 +19,7 @@ HAS_SETUPTOOLS = any(int(found.version.split(".")[0]) >= 77 for found in distrib
 REQUIRED = {"cff-version", "message", "title", "authors"}
 """By the schema of CFF 1.2.0; of a reference: type, title and authors."""
 
-PAPERS = {"2606.02955", "2505.22618", "2510.00294", "2602.06953", "2502.09992"}
+PAPERS = {"2606.02955", "2505.22618", "2510.00294", "2602.06953", "2502.09992", "2508.15487"}
 
 
 def test_the_version_stands_in_one_place() -> None:
