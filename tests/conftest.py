@@ -27,6 +27,13 @@ if not GPU:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+REPEATED = (
+    *("test_captures", "test_contract", "test_dream_decode", "test_families"),
+    *("test_golden_dawn", "test_golden_decode", "test_refresh"),
+)
+"""Modules of many decodes, whose lines other tests run as well: coverage is not counted in them."""
+
+
 def left_out(item: pytest.Item) -> bool:
     """Whether a GPU leaves this case to the others (see `inputs.on_gpu`)."""
     marker = item.get_closest_marker("cases")
@@ -44,6 +51,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(skip)
-        if re.search(r"\binterpreter\b", item.name):
-            # Tracing makes Triton's interpreter take three to five times as long.
+        # Tracing makes Triton's interpreter take three to five times as long, and these modules half as long again.
+        if re.search(r"\binterpreter\b", item.name) or item.path.stem in REPEATED:
             item.add_marker("no_cover")
