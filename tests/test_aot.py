@@ -40,12 +40,18 @@ if TRITON == "3.6":
         "decide_kernel-sm_80-EntropyBound-1x32-bfloat16": 56,
         "decide_kernel-sm_90-EntropyBound-1x32-bfloat16": 56,
         "decide_kernel-sm_100-EntropyBound-1x32-bfloat16": 48,
+        "decide_kernel-sm_80-TopkMargin-1x32-bfloat16": 32,
+        "decide_kernel-sm_90-TopkMargin-1x32-bfloat16": 32,
+        "decide_kernel-sm_90-TopkMargin-1x1024-bfloat16-sampled": 8,
         "project_kernel-sm_90-Frechet-1x32-bfloat16": 8,
         "project_kernel-gfx942-Frechet-1x32-bfloat16-sampled": 6,
         "project_kernel-gfx942-EntropyBound-1x32-bfloat16-sampled": 6,
+        "project_kernel-gfx942-TopkMargin-1x32-bfloat16-sampled": 8,
         "attend_kernel-sm_90-1x33-1056x4x128-float32": 32,
         "attend_kernel-sm_90-1x33-1056x4x128-float32-4branches": 32,
         "product_kernel-sm_80-128x12288x4096-int8": 8,
+        "product_kernel-sm_80-33x4608x3584-int8": 8,
+        "product_kernel-sm_80-33x3584x18944-int8-added": 16,
         "product_kernel-sm_90-32x4096x12288-int8-added": 8,
     }
 if TRITON == "3.8":
