@@ -225,13 +225,22 @@ class Forwards:
         return (sees & real[:, None])[:, None]
 
 
+def from_before(rows: Tensor, dim: int, own: Tensor | None = None) -> Tensor:
+    """`rows`, each in the place of the one before it along `dim`; the first stays, and so do those where `own` is True.
+
+    `own` has the dimensions of `rows`, of any size 1.
+    """
+    before = rows.index_select(dim, (torch.arange(rows.shape[dim], device=rows.device) - 1).clamp(min=0))
+    return before if own is None else torch.where(own, rows, before)
+
+
 def aligned(read: Tensor, state: BlockState, window: Window) -> Tensor:
     """The hidden states that predict the block's tokens, `[b, D, T, d_model]`, of those that the window reads."""
     if not window.own:
         return read
     T = window.block_width()
     if read.shape[2] == T:  # no column is before the block
-        return torch.cat((read[:, :, :1], read[:, :, :-1]), dim=2)
+        return from_before(read, 2)
     if state.padding is None:
         return read[:, :, :T]
     start = window.block.start if isinstance(window.block, slice) else window.block[:1]
@@ -244,9 +253,8 @@ def all_aligned(hidden: Tensor, state: BlockState, window: Window) -> Tensor:
 
     The first fed column, and a sequence's first token, get their own.
     """
-    before = torch.cat((hidden[:, :, :1], hidden[:, :, :-1]), dim=2)
     if state.padding is None:
-        return before
+        return from_before(hidden, 2)
     fed = window.fed
     columns = torch.arange(fed.start, fed.stop, device=hidden.device) if isinstance(fed, slice) else fed
-    return torch.where((columns == state.padding[:, None])[:, None, :, None], hidden, before)
+    return from_before(hidden, 2, (columns == state.padding[:, None])[:, None, :, None])

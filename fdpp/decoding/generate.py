@@ -162,10 +162,12 @@ class DiffusionGenerationMixin:
         with steps_for(model, config, ids.device, processors or None) as static:
             loop = BlockLoop(model, ids, mask, config, processors or None, static, embeds=embeds)
             decode(loop, streamer, criteria, ids[:, :0] if unnamed else ids, stops)
+        sequences = loop.sequences[:, ids.shape[1] :] if unnamed else loop.sequences
+        if not config.return_dict_in_generate:
+            return sequences
         out = loop.output()
-        if unnamed:
-            out.sequences = loop.sequences[:, ids.shape[1] :]
-        return out if config.return_dict_in_generate else out.sequences
+        out.sequences = sequences
+        return out
 
     @without_gradients
     def infill(

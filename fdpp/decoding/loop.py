@@ -76,8 +76,7 @@ class BlockLoop:
         self.decoded = torch.full_like(self.live, -1)
         padding = None if attention_mask is None else (~attention_mask).sum(1)
         self.padding = self.padding_of_all(padding)
-        shortest = input_ids.shape[1] if padding is None or not self.shift else input_ids.shape[1] - int(padding.amax())
-        self.bare = self.shift > 0 and shortest == 0
+        self.bare = self.shift > 0 and (0 if padding is None else int(padding.amax())) == input_ids.shape[1]
         self.whole = self.initial(*self.in_bucket(input_ids, padding), given, numbers)
         if embeds is not None:
             held, embedded = for_all_columns(embeds, self.extra, self.length)
@@ -105,11 +104,8 @@ class BlockLoop:
     def memory(self) -> tuple[BlockCache | None, Tensor | None, Filters]:
         """The cache, the ids that end a sequence, and the filters: those of a bucket stand at fixed addresses."""
         if self.static is None:
-            return (
-                cache_for(self.config, self.shift),
-                stop_ids(self.config, self.device),
-                Filters(self.config, self.device),
-            )
+            cache = cache_for(self.config, self.shift)
+            return cache, stop_ids(self.config, self.device), Filters(self.config, self.device)
         self.bucket = bucket_for(self.static, self.config, self.shift, self.device, self.live.shape[0], self.length)
         return self.bucket.cache, self.bucket.eos, self.bucket.filters
 

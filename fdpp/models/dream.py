@@ -180,9 +180,12 @@ class DreamModelLM(DiffusionLM):
         out = self.generate(ids, generation_config=generation_config, **settings)
         if not return_dict_in_generate:
             return out.sequences
-        ids = {name: settings[name] for name in ("mask_token_id",) if name in settings}
-        mask_id = self.settled(generation_config, ids).mask_token_id
-        return DreamModelOutput(**out, history=history_of(out, mask_id) if output_history else None)
+        if not output_history:
+            return DreamModelOutput(**out)
+        mask_id = settings.get("mask_token_id")
+        if mask_id is None:
+            mask_id = self.settled(generation_config, {}).mask_token_id
+        return DreamModelOutput(**out, history=history_of(out, mask_id))
 
 
 def history_of(out: DiffusionGenerationOutput, mask_id: int | None) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import MaskedLMOutput
 
+from fdpp.decoding.forwards import from_before
 from fdpp.decoding.generate import DiffusionGenerationMixin
 from fdpp.decoding.identity import places
 from fdpp.models import quantised
@@ -181,11 +182,10 @@ class DiffusionLM(DiffusionGenerationMixin, DiffusionPreTrainedModel):
         """
         if not self.shift:
             return rows
-        before = torch.cat((rows[:, :1], rows[:, :-1]), dim=1)
         if attention_mask is None:
-            return before
+            return from_before(rows, 1)
         first = attention_mask.bool() & (attention_mask.long().cumsum(1) == 1)
-        return torch.where(first.view(*first.shape, *[1] * (rows.dim() - 2)), rows, before)
+        return from_before(rows, 1, first.view(*first.shape, *[1] * (rows.dim() - 2)))
 
     def forward(
         self,
