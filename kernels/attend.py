@@ -20,6 +20,9 @@ from triton.language.target_info import is_hip
 
 from fdpp.kernels.ticket import is_last
 
+LOWEST = tl.constexpr(-1e30)
+"""Below every score, and finite."""
+
 
 class Part(NamedTuple):
     """What the splits of a tile leave for the last of them: each one's weighted values, maximum and sum.
@@ -69,7 +72,7 @@ def load_columns(cached, own, strides, strides_own, o_s, o_d, m_sd, column, n_ow
     return tl.load(p_s, mask=m_sd, other=0.0)
 
 
-@triton.jit(do_not_specialize=["S", "n", "n_own"], do_not_specialize_on_alignment=["left", "column"])
+@triton.jit(do_not_specialize=["S", "n", "n_own"], do_not_specialize_on_alignment=["left", "column", "stops"])
 def attend_kernel(
     q,
     k,
@@ -78,6 +81,7 @@ def attend_kernel(
     own_v,
     left,
     column,
+    stops,
     out,
     part,
     S,
@@ -91,6 +95,7 @@ def attend_kernel(
     HEAD_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_OWN: tl.constexpr,
+    HAS_STOPS: tl.constexpr,
     BRANCHES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -130,6 +135,9 @@ def attend_kernel(
             b_column = tl.maximum(b_column, b_left - n_own)
             b_left = tl.minimum(b_left, b_column)
         start = tl.maximum(start, b_left)
+    if HAS_STOPS:
+        b_stops = tl.load(stops + o_n, mask=m_m, other=0).to(tl.int32)
+        stop = tl.minimum(stop, tl.max(b_stops, 0))
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -144,7 +152,12 @@ def attend_kernel(
         )
         b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
         b_score = tl.where(m_s[None, :], b_score, float("-inf"))
+        if HAS_STOPS:
+            b_score = tl.where(o_s[None, :] < b_stops[:, None], b_score, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_score, 1))
+        if HAS_STOPS:
+            # A query may see none of these keys: the difference of two infinite maxima would be NaN.
+            b_new = tl.maximum(b_new, LOWEST)
         b_weight = tl.exp2(b_score - b_new[:, None])
         b_decay = tl.exp2(b_max - b_new)
         b_v = load_columns(

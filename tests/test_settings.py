@@ -36,7 +36,7 @@ def test_output_reads_like_transformers_outputs(llada: LLaDAModelLM) -> None:
 
 def test_defaults() -> None:
     config = DiffusionGenerationConfig()
-    assert (config.max_new_tokens, config.block_length, config.rule, config.steps) == (256, 32, Frechet(0.25), None)
+    assert (config.max_new_tokens, config.per_block, config.rule, config.steps) == (256, 32, Frechet(0.25), None)
     assert (config.cache, config.stop_at_eos, config.temperature, config.seed) == ("dual", True, 0.0, None)
 
 

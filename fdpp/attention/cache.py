@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,7 +82,10 @@ class BlockCache:
     On a GPU a short block goes to `block_attention` instead, in either layout, padded or not, as do branches of any
     length. That copies no key.
 
-    The first full forward allocates, later ones write in place. Every forward, the first included, attends over what is
+    With a `grid` columns see no block behind their own. Stored keys of finished blocks are then exact, a forward feeds
+    what is not stored yet, in order, and attends over no column behind those.
+
+    The first forward allocates, later ones write in place. Every forward, the first included, attends over what is
     stored. A block starts with `seat`.
 
     Attributes:
@@ -95,18 +99,30 @@ class BlockCache:
         padding: columns on the left that hold no token and are not attended to. An int is the same for all rows, and
             the columns are cut off; else int64 `[rows]` (see `pad`).
         fillers: bool `[rows]`, rows whose keys and values are not written; None: all are.
+        grid: the length of blocks, counted from column 0, that see no later one; None: every column sees all.
+        sequences, columns: how many sequences of which length L to make room for. None: as the first forward, which
+            then is a full one of all sequences.
     """
 
-    def __init__(self, layout: str = "batch", spare: int = 0, passes: int = 1) -> None:
+    def __init__(
+        self,
+        layout: str = "batch",
+        spare: int = 0,
+        passes: int = 1,
+        grid: int | None = None,
+        sequences: int | None = None,
+        columns: int | None = None,
+    ) -> None:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.allocated: list[tuple[Tensor, Tensor]] = []
         self.tickets: Tensor | None = None
         self.order: list[int] = []
         self.branches, self.layout, self.spare, self.passes = 1, layout, spare, passes
+        self.grid, self.sequences, self.columns = grid, sequences, columns
         self.padding: Tensor | int = 0
         self.fillers: Tensor | None = None
-        self.made: dict[tuple[str | int, torch.device], Any] = {}
+        self.made: dict[tuple[Any, ...], Any] = {}
 
     @property
     def length(self) -> int:
@@ -138,22 +154,25 @@ class BlockCache:
         mask: Tensor | None,
         start: int | Tensor,
         stored: bool = False,
+        wanted: slice | Tensor | None = None,
     ) -> Tensor:
         """Attention of queries `q` `[rows, H, m, hd]`, at some or all of the fed positions that `k` and `v` belong to.
 
         `start` is the first fed column, or an int64 tensor `[n]` of all of them. `mask` is True at keys to see; None:
-        at all but padding and other branches. Where `k` and `v` are `stored` already, it was at their `place`.
+        at all but padding, other branches and, with a `grid`, later blocks. Where `k` and `v` are `stored` already, it
+        was at their `place`. `wanted` says of which positions the queries are; None: of all.
         """
         n = k.shape[2] // self.branches
         if self.branches > 1:
             if mask is None and goes_to_kernel(q):
-                return self.attend_own(layer, q, k, v, start)
+                return self.attend_own(layer, q, k, v, start, wanted)
             if self.layout == "batch":
-                return self.attend_copies(layer, q, k, v, mask, start)
-        keys, values = self.held(layer, n) if stored else self.write(layer, k, v, start)
-        if mask is None and self.branches == 1 and splits_keys(q, keys):
-            return block_attention(q, keys, values, self.left(q.device), tickets=self.tickets)
-        return attend(q, keys, values, self.mask(start, n, q.device) if mask is None else mask)
+                return self.attend_copies(layer, q, k, v, mask, start, wanted)
+        keys, values = self.held(layer, n, start) if stored else self.write(layer, k, v, start)
+        if mask is None and self.branches == 1 and (splits_keys(q, keys) or (self.grid and goes_to_kernel(q))):
+            stops = self.stops(start, n, q.device, wanted)
+            return block_attention(q, keys, values, self.left(q.device), stops=stops, tickets=self.tickets)
+        return attend(q, keys, values, self.mask(start, n, q.device, wanted) if mask is None else mask)
 
     def place(self, layer: int, start: int | Tensor, k: Tensor) -> Place | None:
         """Where a kernel may store keys `k` `[b, kv_heads, n, hd]` and as many values before `attend`, with `start`.
@@ -173,29 +192,39 @@ class BlockCache:
             self.put(stored, columns_from(start, n), new[:, :, :n])
             if self.branches > 1:
                 self.put(stored, slice(self.length, self.seen(n)), new[:, :, n:])
-        return self.held(layer, n)
+        return self.held(layer, n, start)
 
     def seen(self, n: int) -> int:
         """How many columns a forward over `n` attends to, padding and other branches included."""
         return self.length + (self.branches - 1) * n
 
-    def held(self, layer: int, n: int) -> tuple[Tensor, Tensor]:
-        """The keys and values that a forward over `n` columns attends over."""
-        columns = slice(self.padding if isinstance(self.padding, int) else 0, self.seen(n))
+    def behind(self, n: int, start: int | Tensor) -> int:
+        """The column behind those that a forward over `n` columns at `start` attends over, other branches left out."""
+        if self.grid is None or not isinstance(start, int):
+            return self.length
+        return min(math.ceil((start + n) / self.grid) * self.grid, self.length)
+
+    def held(self, layer: int, n: int, start: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values that a forward over `n` columns at `start` attends over."""
+        stop = self.behind(n, start) if self.branches == 1 else self.seen(n)
+        columns = slice(self.padding if isinstance(self.padding, int) else 0, stop)
         return self.keys[layer][:, :, columns], self.values[layer][:, :, columns]
 
     def make_room(self, layer: int, k: Tensor, start: int | Tensor) -> None:
         """Check that keys and values like `k` fit in at `start`, and allocate where the layer has none.
 
-        The first forward of a decode sets L, so it must be a full one.
+        The first forward of a decode sets L, so it must be a full one where `columns` do not.
         """
         cut = self.padding if isinstance(self.padding, int) else 0
         n = k.shape[2] // self.branches
         if layer == len(self.keys):
             if layer == len(self.allocated):
-                if not isinstance(start, int) or start != cut or self.branches > 1:
-                    raise ValueError(f"an empty cache needs a full forward first, got columns from {start}")
-                self.allocate(k, start + n)
+                columns = self.columns
+                if columns is None:
+                    if not isinstance(start, int) or start != cut or self.branches > 1:
+                        raise ValueError(f"an empty cache needs a full forward first, got columns from {start}")
+                    columns = start + n
+                self.allocate(k, columns)
             rows = k.shape[0]
             self.keys.append(self.allocated[layer][0][:rows])
             self.values.append(self.allocated[layer][1][:rows])
@@ -209,6 +238,7 @@ class BlockCache:
     def allocate(self, like: Tensor, length: int) -> None:
         """Allocate one more layer. Zeros: a masked column has weight 0, and 0 times a NaN is NaN."""
         rows, kv_heads, _, hd = like.shape
+        rows = rows if self.sequences is None else self.sequences * self.passes
         k, v = (like.new_zeros(rows, kv_heads, length + self.spare, hd) for _ in range(2))
         self.allocated.append((k, v))
         if self.tickets is None and like.is_cuda:
@@ -223,18 +253,44 @@ class BlockCache:
         """Left padding of every row, int64 `[rows]`; None where it is cut off."""
         return None if isinstance(self.padding, int) else self.padding.to(device)
 
-    def mask(self, start: int | Tensor, n: int, device: torch.device) -> Tensor | None:
+    def mask(
+        self, start: int | Tensor, n: int, device: torch.device, wanted: slice | Tensor | None = None
+    ) -> Tensor | None:
         """The mask of a forward over `n` columns at `start`, made once for all layers; None: everything is seen."""
         branches = self.branches if self.layout == "tree" else 1
-        key = (branches, device)
+        key = (branches, device, n, start if isinstance(start, int) else None)
         if key not in self.made:
-            self.made[key] = seen(self.left(device), self.length, columns_from(start, n), n, branches, device)
-        return self.made[key]
+            fed, cut = columns_from(start, n), self.padding if isinstance(self.padding, int) else 0
+            length = self.length if branches > 1 else self.behind(n, start)
+            mask = seen(self.left(device), length, fed, n, branches, device, self.grid)
+            self.made[key] = mask if mask is None or not cut else mask[..., cut:]
+        mask = self.made[key]
+        return mask if wanted is None or mask is None or mask.shape[2] == 1 else mask[:, :, wanted]
 
-    def attend_own(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int | Tensor) -> Tensor:
+    def stops(self, start: int | Tensor, n: int, device: torch.device, wanted: slice | Tensor | None) -> Tensor | None:
+        """For `block_attention` the column behind those that each query sees, int64 `[m]`; None: it sees all."""
+        if self.grid is None or one_block(columns_from(start, n), self.grid):
+            return None
+        key = ("stops", device, n, start if isinstance(start, int) else None)
+        if key not in self.made:
+            cut = self.padding if isinstance(self.padding, int) else 0
+            self.made[key] = (indices(columns_from(start, n), device) // self.grid + 1) * self.grid - cut
+        return self.made[key] if wanted is None else self.made[key][wanted]
+
+    def attend_own(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: int | Tensor,
+        wanted: slice | Tensor | None = None,
+    ) -> Tensor:
         """Attention of branches by a kernel that takes their own keys and values in place of the cache's."""
-        keys, values = (stored[:, :, : self.length] for stored in (self.keys[layer], self.values[layer]))
         tree, D = self.layout == "tree", self.branches
+        n = k.shape[2] // (D if tree else 1)
+        stop, stops = self.behind(n, start), self.stops(start, n, q.device, wanted)
+        keys, values = (stored[:, :, :stop] for stored in (self.keys[layer], self.values[layer]))
         if tree:
             q, k, v = (x.unflatten(2, (D, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         key = ("column", q.device)
@@ -243,17 +299,28 @@ class BlockCache:
                 start = torch.full((1,), start, dtype=torch.int64, device=q.device)
             self.made[key] = start.to(q.device)
         left = self.left(q.device)
-        out = block_attention(q, keys, values, left, own=(k, v), column=self.made[key], tickets=self.tickets)
+        own = {"own": (k, v), "column": self.made[key]}
+        out = block_attention(q, keys, values, left, stops=stops, tickets=self.tickets, **own)
         return out.unflatten(0, (-1, D)).transpose(1, 2).flatten(2, 3) if tree else out
 
     def attend_copies(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | Tensor
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        start: int | Tensor,
+        wanted: slice | Tensor | None = None,
     ) -> Tensor:
         """Attention of branches in batch layout, each over a copy of its sequence's keys and values."""
-        columns = columns_from(start, k.shape[2])
-        keys, values = with_own(self.keys[layer], columns, k), with_own(self.values[layer], columns, v)
-        if mask is None and (hidden := self.mask(start, k.shape[2], q.device)) is not None:
-            mask = hidden.repeat_interleave(self.branches, dim=0)
+        columns, stop = columns_from(start, k.shape[2]), self.behind(k.shape[2], start)
+        keys, values = (
+            with_own(stored[:, :, :stop], columns, new)
+            for stored, new in ((self.keys[layer], k), (self.values[layer], v))
+        )
+        if mask is None and (hidden := self.mask(start, k.shape[2], q.device, wanted)) is not None:
+            mask = hidden if hidden.shape[0] == 1 else hidden.repeat_interleave(self.branches, dim=0)
         return attend(q, keys, values, mask)
 
     def resize(self, b: int) -> None:
@@ -268,8 +335,8 @@ class BlockCache:
         take rows in the given order.
         """
         if not self.order:
-            rows = self.allocated[0][0].shape[0] // self.passes if self.allocated else 0
-            self.order = list(range(rows)) or list(sequences)
+            rows = self.allocated[0][0].shape[0] // self.passes if self.allocated else self.sequences
+            self.order = list(range(rows or 0)) or list(sequences)
         wanted, b = set(sequences), len(sequences)
         out = [place for place in range(b) if self.order[place] not in wanted]
         back = [place for place in range(b, len(self.order)) if self.order[place] in wanted]
@@ -287,10 +354,30 @@ class BlockCache:
 
     def front(self, b: int) -> BlockCache:
         """Another cache in the same memory, of the first `b` sequences."""
-        other = BlockCache(self.layout, self.spare, self.passes)
+        other = BlockCache(self.layout, self.spare, self.passes, self.grid, self.sequences, self.columns)
         other.allocated, other.tickets = self.allocated, self.tickets
         other.resize(b)
         return other
+
+
+def indices(columns: slice | Tensor, device: torch.device) -> Tensor:
+    """`columns` as int64 numbers `[n]`."""
+    return torch.arange(columns.start, columns.stop, device=device) if isinstance(columns, slice) else columns
+
+
+def one_block(columns: slice | Tensor, grid: int) -> bool:
+    """Whether `columns` are known to lie in one block of the `grid`."""
+    return isinstance(columns, slice) and columns.start // grid == (columns.stop - 1) // grid
+
+
+def block_causal_mask(length: int, grid: int, device: torch.device) -> Tensor:
+    """Bool `[length, length]`: which columns each column sees where none sees a block behind its own."""
+    return no_later_block(slice(0, length), length, grid, device)
+
+
+def no_later_block(columns: slice | Tensor, length: int, grid: int, device: torch.device) -> Tensor:
+    """Bool `[n, length]`: which of `length` columns each of the n `columns` sees where none sees a later block."""
+    return torch.arange(length, device=device) // grid <= (indices(columns, device) // grid)[:, None]
 
 
 def columns_from(start: int | Tensor, n: int) -> slice | Tensor:
@@ -311,26 +398,47 @@ def marked(mask: Tensor, columns: slice | Tensor, value: bool = True) -> Tensor:
 
 
 def seen(
-    padding: Tensor | None, length: int, fed: slice | Tensor, n: int, branches: int, device: torch.device
+    padding: Tensor | None,
+    length: int,
+    fed: slice | Tensor,
+    n: int,
+    branches: int,
+    device: torch.device,
+    grid: int | None = None,
 ) -> Tensor | None:
     """The mask for `attend` of queries in the n columns `fed` over `length` columns; None: everything is seen.
 
     `padding` `[b]` is the number of columns on the left without a token; None: no padding. Several `branches` are in
-    tree layout (`tree_mask`).
+    tree layout (`tree_mask`). With a `grid` a column sees no later block of it; where `fed` are one block, `length`
+    columns end with it.
     """
     real = None if padding is None else visible(padding, length)
+    causal = None if grid is None or one_block(fed, grid) else no_later_block(fed, length, grid, device)
     if branches > 1:
-        return tree_mask(length, fed, n, branches, device, real)
-    return None if real is None else real[:, None, None]
+        if grid is not None and causal is None:
+            causal = no_later_block(fed, length, grid, device)
+        return tree_mask(length, fed, n, branches, device, real, causal)
+    if real is None or causal is None:
+        mask = causal if real is None else real[:, None]
+        return None if mask is None else mask.view(-1, 1, *mask.shape[-2:])
+    # Padding sees padding: a query that sees nothing has no softmax.
+    return (causal & (real[:, None] | ~real[:, fed][:, :, None]))[:, None]
 
 
 def tree_mask(
-    length: int, fed: slice | Tensor, n: int, branches: int, device: torch.device, real: Tensor | None = None
+    length: int,
+    fed: slice | Tensor,
+    n: int,
+    branches: int,
+    device: torch.device,
+    real: Tensor | None = None,
+    causal: Tensor | None = None,
 ) -> Tensor:
     """The mask of branches in tree layout: bool `[b, 1, branches * n, length + (branches - 1) * n]`.
 
     Branch 0 is in the n columns `fed` and sees all `length` columns. Branch j sees its own n columns in place of those
-    `fed`. `real` `[b, length]` is True at columns with a token; None: all have one, and b = 1.
+    `fed`. `real` `[b, length]` is True at columns with a token; None: all have one, and b = 1. `causal` `[n, length]`
+    says which columns those `fed` see; None: all.
     """
     sees = torch.zeros(branches, length + (branches - 1) * n, dtype=torch.bool, device=device)
     sees[:, :length] = True
@@ -339,6 +447,8 @@ def tree_mask(
         first = length + (branch - 1) * n
         sees[branch, first : first + n] = True
     sees = sees.repeat_interleave(n, dim=0)[None]
+    if causal is not None:
+        sees = sees & torch.cat((causal, causal[:, fed].repeat(1, branches - 1)), dim=1).repeat(branches, 1)
     if real is not None:
         sees = sees & torch.cat((real, real[:, fed].repeat(1, branches - 1)), dim=1)[:, None]
     return sees[:, None]

@@ -17,14 +17,27 @@ class Probe(BlockCache):
     Attributes:
         queries, own: per probed layer the fed positions' queries `[rows, H, n, hd]` and keys `[rows, kv_heads, n, hd]`,
             a row per sequence and branch, in either layout of the branches.
-        shared: per probed layer the cache's keys `[b, kv_heads, L, hd]`; empty after a full forward.
+        shared: per probed layer the keys of all columns `[b, kv_heads, L, hd]`; empty after a full forward.
+        start: the column of the first of the queries.
     """
 
     def __init__(
-        self, layers: range, cache: BlockCache | None = None, branches: int = 1, layout: str = "batch"
+        self,
+        layers: range,
+        cache: BlockCache | None = None,
+        branches: int = 1,
+        layout: str = "batch",
+        start: int = 0,
+        skipped: int = 0,
+        behind: int | None = None,
     ) -> None:
+        """Of positions from column `start` on, of which the first `skipped` see less than the others and are left out.
+
+        Columns from `behind` on are seen by none; None: all are.
+        """
         super().__init__(layout)
         self.layers, self.cache, self.branches = layers, cache, branches
+        self.start, self.skipped, self.behind_all = start + skipped, skipped, behind
         self.queries: list[Tensor] = []
         self.own: list[Tensor] = []
         self.shared: list[Tensor] = []
@@ -41,16 +54,19 @@ class Probe(BlockCache):
         mask: Tensor | None,
         start: int | Tensor,
         stored: bool = False,
+        wanted: slice | Tensor | None = None,
     ) -> Tensor:
         if self.cache is None:
             out = attend_uncached(q, k, v, mask)
         else:
-            out = self.cache.attend(layer, q, k, v, mask, start, stored)
+            out = self.cache.attend(layer, q, k, v, mask, start, stored, wanted)
         if layer in self.layers:
             if self.layout == "tree" and self.branches > 1:
                 q, k = (x.unflatten(2, (self.branches, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k))
-            self.queries.append(q)
-            self.own.append(k)
-            if self.cache is not None and k.shape[2] < self.cache.length:
-                self.shared.append(self.cache.keys[layer][:, :, : self.cache.length])
+            self.queries.append(q[:, :, self.skipped :])
+            self.own.append(k[:, :, self.skipped :])
+            if self.cache is not None and self.own[-1].shape[2] < self.cache.length:
+                self.shared.append(self.cache.keys[layer][:, :, : self.cache.length][:, :, : self.behind_all])
+            elif self.skipped:  # in every branch alike, since they see nothing of the block
+                self.shared.append(k[:: self.branches])
         return out

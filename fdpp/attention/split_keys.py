@@ -32,7 +32,13 @@ Own = tuple[Tensor, Tensor]
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, left: Tensor | None, own: Own | None = None, column: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: Tensor | None,
+    own: Own | None = None,
+    column: Tensor | None = None,
+    stops: Tensor | None = None,
 ) -> None:
     """Raise `ValueError` that names the argument, what was expected and what came."""
     if q.dim() != 4 or q.dtype not in DTYPES:
@@ -72,6 +78,13 @@ def check(
                 f"left: expected [{B}] int32 or int64 on {q.device}, "
                 f"got {list(left.shape)} {left.dtype} on {left.device}"
             )
+    if stops is not None:
+        wrong = tuple(stops.shape) != (q.shape[2],) or stops.dtype != torch.int64
+        if wrong or stops.device != q.device:
+            raise ValueError(
+                f"stops: expected [{q.shape[2]}] int64 on {q.device}, "
+                f"got {list(stops.shape)} {stops.dtype} on {stops.device}"
+            )
 
 
 def visible(left: Tensor, length: int) -> Tensor:
@@ -97,6 +110,7 @@ def attention_cpu(
     own_k: Tensor | None = None,
     own_v: Tensor | None = None,
     column: Tensor | None = None,
+    stops: Tensor | None = None,
 ) -> Tensor:
     """`fdpp::block_attention` by PyTorch's own kernels; each branch gets a copy of the cache."""
     mask = None
@@ -107,6 +121,9 @@ def attention_cpu(
         k, v = with_own(k, columns, own_k), with_own(v, columns, own_v)
         if mask is not None:
             mask = mask.repeat_interleave(len(q) // len(mask), dim=0).index_fill_(3, columns, True)
+    if stops is not None:
+        before = torch.arange(k.shape[2], device=k.device) < stops[:, None]
+        mask = before if mask is None else mask & before
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).contiguous()
 
@@ -120,6 +137,7 @@ def attention_gpu(
     own_k: Tensor | None = None,
     own_v: Tensor | None = None,
     column: Tensor | None = None,
+    stops: Tensor | None = None,
     tickets: Tensor | None = None,
 ) -> Tensor:
     """`fdpp::block_attention` in one launch (see `fdpp.kernels.attend`), and a fill if it has to make `tickets`."""
@@ -151,6 +169,7 @@ def attention_gpu(
             own_v,
             q if left is None else left.contiguous(),
             column,
+            q if stops is None else stops.contiguous(),
             out,
             parts,
             S,
@@ -163,6 +182,7 @@ def attention_gpu(
             GROUP=group,
             HAS_LEFT=left is not None,
             HAS_OWN=own_k is not None,
+            HAS_STOPS=stops is not None,
             HEAD_SIZE=d,
             BRANCHES=rows // B,
             SPLITS=config.splits,
@@ -193,18 +213,19 @@ def attention_op(
     own_k: Tensor | None = None,
     own_v: Tensor | None = None,
     column: Tensor | None = None,
+    stops: Tensor | None = None,
 ) -> Tensor:
     """`fdpp::block_attention`: `[B * branches, m, H, d]`, contiguous."""
-    return attention_cpu(q, k, v, left, scale, own_k, own_v, column)
+    return attention_cpu(q, k, v, left, scale, own_k, own_v, column, stops)
 
 
 @attention_op.register_kernel("cuda")
-def _(q, k, v, left, scale, own_k=None, own_v=None, column=None):  # type: ignore[no-untyped-def]
-    return attention_gpu(q, k, v, left, scale, own_k, own_v, column)
+def _(q, k, v, left, scale, own_k=None, own_v=None, column=None, stops=None):  # type: ignore[no-untyped-def]
+    return attention_gpu(q, k, v, left, scale, own_k, own_v, column, stops)
 
 
 @attention_op.register_fake
-def _(q, k, v, left, scale, own_k=None, own_v=None, column=None):  # type: ignore[no-untyped-def]
+def _(q, k, v, left, scale, own_k=None, own_v=None, column=None, stops=None):  # type: ignore[no-untyped-def]
     rows, H, m, d = q.shape
     return q.new_empty((rows, m, H, d))
 
@@ -218,6 +239,7 @@ def block_attention(
     *,
     own: Own | None = None,
     column: Tensor | None = None,
+    stops: Tensor | None = None,
     tickets: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of a block's queries over all keys of a cache but the padding: `[B * branches, H, m, d]`.
@@ -238,15 +260,17 @@ def block_attention(
         column: int64 of at least one element; the first element is the block's first column, from 0 to S - n. It is
             read on the device, so it may change between replays of a captured graph. On a GPU it is not checked:
             outside that range no other memory is read, but the result is meaningless.
+        stops: `[m]` int64, for each query the column behind those that it sees, own ones included: none of a later
+            block, say. None: all S columns.
         tickets: `new_tickets`, on a GPU, of launches that follow each other on one stream; None: made for this one.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or one of `own` and `column` without the other.
         IndexError: on a CPU, a block that does not fit into the S columns.
     """
-    check(q, k, v, left, own, column)
+    check(q, k, v, left, own, column, stops)
     own_k, own_v = (None, None) if own is None else own
-    given = (q, k, v, left, q.shape[3] ** -0.5 if scale is None else float(scale), own_k, own_v, column)
+    given = (q, k, v, left, q.shape[3] ** -0.5 if scale is None else float(scale), own_k, own_v, column, stops)
     if torch.compiler.is_compiling():
         return attention_op(*given).transpose(1, 2)
     return (attention_cpu(*given) if q.device.type == "cpu" else attention_gpu(*given, tickets)).transpose(1, 2)

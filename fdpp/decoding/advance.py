@@ -42,11 +42,12 @@ class Advance:
         eos: Tensor | None,
         processor: Iterable[Callable[..., Tensor]] | None = None,
         filters: Filters | None = None,
+        grid: int | None = None,
     ) -> None:
         assert config.mask_token_id is not None
         self.config, self.rule, self.mask_id = config, config.rule, config.mask_token_id
         filters = filters or Filters(config, next(iter(model.parameters())).device)
-        self.forwards = Forwards(model, config, filters, processor)
+        self.forwards = Forwards(model, config, filters, processor, grid)
         self.step = Choice(config, self.forwards.step)
         self.eos = eos
 
@@ -95,6 +96,12 @@ class Advance:
         # Of one dtype: on a CPU a stack of several takes four times as long.
         counts = torch.stack([count.long() for count in (chain.nonfinite, ended, remaining, chain.accepted)])
         return after, Outcome(state.row, states, chosen, chain.accepted, remaining, ended, chain.nonfinite, counts)
+
+    def feed(self, state: BlockState, window: Window, cache: BlockCache) -> BlockState:
+        """Store the keys and values of the window, which holds no block."""
+        self.forwards.feed(state, window, cache)
+        queries = window.width() * self.config.passes
+        return state._replace(nfe=state.nfe + 1, query_tokens=state.query_tokens + queries)
 
     def draft(self, state: BlockState, window: Window, schedule: Tensor, drafts: int) -> Tensor:
         """The current block and guesses of the following states, `[b, drafts, T]`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fdpp.attention import BlockCache
 from fdpp.decoding.advance import Advance, stop_ids
-from fdpp.decoding.drafts import cache_for
+from fdpp.decoding.drafts import Room, cache_for
 from fdpp.decoding.evidence import Evidence
 from fdpp.decoding.filters import Filters
 from fdpp.decoding.settings import DiffusionGenerationConfig
@@ -166,8 +166,9 @@ class Bucket:
         eos, filters: the ids that end a sequence, and what filters read, at fixed addresses.
     """
 
-    def __init__(self, config: DiffusionGenerationConfig, shift: int, device: torch.device, capacity: int) -> None:
-        self.device, self.capacity, self.cache = device, capacity, cache_for(config, shift)
+    def __init__(self, config: DiffusionGenerationConfig, room: Room, device: torch.device, capacity: int) -> None:
+        self.device, self.capacity = device, capacity
+        self.cache = cache_for(config, room if room.rows is None else room._replace(rows=capacity))
         self.eos, self.filters = stop_ids(config, device), Filters(config, device)
         self.arenas: dict[tuple[int, int, bool, bool], Arena] = {}
         self.graphs: Any = None

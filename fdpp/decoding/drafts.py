@@ -11,6 +11,8 @@ undrafted one state by state, whatever the rule.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -105,19 +107,34 @@ def most_drafts(drafts: int | str) -> int:
     return MAX_DRAFTS if drafts == "auto" else int(drafts)
 
 
-def spare_columns(config: DiffusionGenerationConfig, shift: int) -> int:
-    """Columns that the cache holds for drafts in tree layout; with a `shift` a draft has one more, before its block."""
+class Room(NamedTuple):
+    """What a cache is made for.
+
+    Attributes:
+        shift: of the model. With 1 a draft has one column more, before its block.
+        grid: the length of blocks that see no later one; None: every column sees all.
+        rows, columns: sequences and their length, for a cache with a `grid`, whose first forward need not feed all.
+    """
+
+    shift: int
+    grid: int | None = None
+    rows: int | None = None
+    columns: int | None = None
+
+
+def spare_columns(config: DiffusionGenerationConfig, room: Room) -> int:
+    """Columns that the cache holds for drafts in tree layout."""
     if config.drafts == 1 or config.branches == "batch" or config.cache == "none":
         return 0
-    widest = config.max_new_tokens if config.cache == "prefix" else config.block_length
-    return (most_drafts(config.drafts) - 1) * (min(widest, config.max_new_tokens) + shift)
+    widest = config.max_new_tokens if config.cache == "prefix" and room.grid is None else config.per_block
+    return (most_drafts(config.drafts) - 1) * (min(widest, config.max_new_tokens) + room.shift)
 
 
-def cache_for(config: DiffusionGenerationConfig, shift: int) -> BlockCache | None:
-    """The empty cache of a decode by a model with that `shift`, with room for its drafts; None where it has none."""
+def cache_for(config: DiffusionGenerationConfig, room: Room) -> BlockCache | None:
+    """The empty cache of a decode, with room for its drafts; None where it has none."""
     if config.cache == "none":
         return None
-    return BlockCache(config.branches, spare_columns(config, shift), config.passes)
+    return BlockCache(config.branches, spare_columns(config, room), config.passes, room.grid, room.rows, room.columns)
 
 
 def depth_after(accepted: int, drafts: int | str) -> int:

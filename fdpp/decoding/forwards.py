@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -32,6 +33,7 @@ class Forwards:
             one forward, see `fdpp.attention.BlockCache`.
         filters: change the logits by token.
         processor: change the logits as well, see `fdpp.decoding.shaping.processed`.
+        grid: the length of blocks that see no later one; None: every column sees all.
     """
 
     def __init__(
@@ -40,9 +42,10 @@ class Forwards:
         config: DiffusionGenerationConfig,
         filters: Filters,
         processor: Iterable[Callable[..., Tensor]] | None = None,
+        grid: int | None = None,
     ) -> None:
         assert config.mask_token_id is not None
-        self.filters = filters
+        self.filters, self.grid = filters, grid
         self.processor, self.cfg_scale, self.passes = processor, config.cfg_scale, config.passes
         self.never = config.eos_ids if config.logits_eos_inf else ()
         self.model, self.rule, self.layout, self.mask_id = model, config.rule, config.branches, config.mask_token_id
@@ -70,13 +73,11 @@ class Forwards:
             tokens = tokens.repeat(1, D, 1)
             tokens[:, :, window.inner] = states
         if cache is not None:
-            cache.branches = D
-            padding = state.padding if window.padding is None else window.padding
-            cache.pad(0 if padding is None else padding, state.fillers)
+            prepare(cache, state, window, D)
         needs, probe = self.rule.needs, None
         if needs.attention:
             layers = self.rule.probed(self.model.config.num_hidden_layers)
-            probe = Probe(layers, cache, branches=D, layout=self.layout)
+            probe = Probe(layers, cache, D, self.layout, *self.probed(window))
         fed, fed_tokens = state, tokens
         if self.cfg_scale > 0.0:
             fed, fed_tokens = with_unconditional(state, tokens, window, self.mask_id)
@@ -98,7 +99,7 @@ class Forwards:
             block=window.block,
             fed=window.fed,
             full=window.full,
-            length=state.sequences.shape[1],
+            length=self.behind(window) or state.sequences.shape[1],
             padding=state.padding,
             mask_id=self.mask_id,
             rows=None if beside is None else self.project(beside),
@@ -106,6 +107,29 @@ class Forwards:
             fed_confidence=lambda: self.fed_confidence(hidden, fed, window),
         )
         return Evidence(logits, self.rule.observe(sight, state.evidence))
+
+    def feed(self, state: BlockState, window: Window, cache: BlockCache) -> None:
+        """Store the keys and values of the window alone."""
+        prepare(cache, state, window)
+        tokens = state.sequences[:, window.fed][:, None]
+        fed = state
+        if self.cfg_scale > 0.0:
+            fed, tokens = with_unconditional(state, tokens, window, self.mask_id)
+        self.hidden(fed, tokens, window._replace(read=slice(0, 1)), cache, None, True)
+
+    def behind(self, window: Window) -> int | None:
+        """The column behind the block of the grid that the window ends in; None: all columns are seen, or might be."""
+        if self.grid is None or not isinstance(window.fed, slice):
+            return None
+        return math.ceil(window.fed.stop / self.grid) * self.grid
+
+    def probed(self, window: Window) -> tuple[int, int, int | None]:
+        """The first fed column, how many columns from there see less than the block does, and what none sees."""
+        assert isinstance(window.fed, slice)
+        start, behind = window.fed.start, self.behind(window)
+        if behind is None or self.grid is None:
+            return start, 0, None
+        return start, max(behind - self.grid - start, 0), behind
 
     def filtered(self, logits: Tensor, state: BlockState, states: Tensor, window: Window) -> Tensor:
         """The `logits` of the masked positions alone, `[m, V]`, after the filters."""
@@ -147,7 +171,7 @@ class Forwards:
         padding = state.padding if window.padding is None else None
         if padding is not None and not tree:
             padding = padding.repeat_interleave(D)
-        return seen(padding, n, slice(0, n), n, D if tree else 1, state.sequences.device)
+        return seen(padding, n, slice(0, n), n, D if tree else 1, state.sequences.device, self.grid)
 
     def hidden(
         self,
@@ -223,6 +247,13 @@ class Forwards:
             return sees.expand(state.row.shape[0], 1, -1, -1)
         real = torch.nn.functional.pad(visible(state.padding, n), (0, E), value=True)
         return (sees & real[:, None])[:, None]
+
+
+def prepare(cache: BlockCache, state: BlockState, window: Window, branches: int = 1) -> None:
+    """Tell `cache` of the forward to come."""
+    cache.branches = branches
+    padding = state.padding if window.padding is None else window.padding
+    cache.pad(0 if padding is None else padding, state.fillers)
 
 
 def from_before(rows: Tensor, dim: int, own: Tensor | None = None) -> Tensor:

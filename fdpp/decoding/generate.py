@@ -25,13 +25,15 @@ from fdpp.decoding.arguments import (
     settings_of,
     warn_once,
 )
+from fdpp.decoding.block_causal import BlockCausalLoop
 from fdpp.decoding.embedded import check_embeds, check_settings, copied
 from fdpp.decoding.filters import check_filtered_ids
 from fdpp.decoding.head import slice_held
 from fdpp.decoding.infill import blanks, groups, output_of
 from fdpp.decoding.loop import BlockLoop
 from fdpp.decoding.model import DiffusionModel
-from fdpp.decoding.settings import DiffusionGenerationConfig
+from fdpp.decoding.refresh import ALL
+from fdpp.decoding.settings import BLOCK_LENGTH, DiffusionGenerationConfig
 from fdpp.decoding.static import steps_for
 from fdpp.decoding.stops import StopStrings, end_at_strings, stops_of
 from fdpp.selection import is_int
@@ -58,6 +60,14 @@ class DiffusionGenerationMixin:
     generation_config_class = DiffusionGenerationConfig
     config: Any
     shift = 0
+    block_causal = False
+    anchored = False
+    default_sub_block_length: int | None = None
+
+    @property
+    def default_block_length(self) -> int:
+        """The length of blocks that the model was trained with; that of most where it can be any."""
+        return getattr(self.config, "block_length", None) or BLOCK_LENGTH
 
     @without_gradients
     def generate(
@@ -140,9 +150,7 @@ class DiffusionGenerationMixin:
                 raise ValueError("max_new_tokens=0 fills the masks of a prompt, got one without: expected at least 1")
             return self.fill(ids, mask, config, streamer, stopping_criteria, logits_processor, tokenizer)
         if masks and custom_generate is None:
-            warn_once(
-                "generate: the prompt holds masks, which stay as they are; `infill` or max_new_tokens=0 fills them"
-            )
+            warn_once(f"generate: the prompt holds masks, which {stay(model)}; `infill` or max_new_tokens=0 fills them")
         self.check_window(ids, mask, config.max_new_tokens)
         processors, criteria = lists(streamer, logits_processor, stopping_criteria)
         stops = stops_of(config, tokenizer, ids, mask)
@@ -160,7 +168,8 @@ class DiffusionGenerationMixin:
                 **own,
             )
         with steps_for(model, config, ids.device, processors or None) as static:
-            loop = BlockLoop(model, ids, mask, config, processors or None, static, embeds=embeds)
+            loop = loop_of(model)(model, ids, mask, config, processors or None, static, embeds=embeds)
+            stops = stops_of(config, tokenizer, *loop.prompts)
             decode(loop, streamer, criteria, ids[:, :0] if unnamed else ids, stops)
         sequences = loop.sequences[:, ids.shape[1] :] if unnamed else loop.sequences
         if not config.return_dict_in_generate:
@@ -228,13 +237,17 @@ class DiffusionGenerationMixin:
             at = ", ".join(f"{start} of sequences {rows.tolist()}" for start, rows in parts) or "none"
             raise ValueError(f"streamer: expected first masks in one column of all sequences, got columns {at}")
         model, loops = cast(DiffusionModel, self), []
+        if model.block_causal and parts:
+            # The grid of a row does not begin at its first mask, so rows need not have it in one column.
+            parts = [(parts[0][0], torch.cat([rows for _, rows in parts]).sort().values)]
         for start, rows in parts:
             some = replace(config, max_new_tokens=ids.shape[1] - start)
             with steps_for(model, some, ids.device, processors or None) as static:
                 prompt, given = ids[rows, :start], ids[rows, start:]
-                padding = None if mask is None else check_mask(prompt, mask[rows, :start])
-                loop = BlockLoop(model, prompt, padding, some, processors or None, static, given, rows)
-                decode(loop, streamer, criteria, prompt, stops_of(some, tokenizer, prompt, padding))
+                behind = ids.shape[1] if model.block_causal else start
+                padding = None if mask is None else check_mask(ids[rows, :behind], mask[rows, :behind])
+                loop = loop_of(model)(model, prompt, padding, some, processors or None, static, given, rows)
+                decode(loop, streamer, criteria, prompt, stops_of(some, tokenizer, *loop.prompts))
             loops.append((rows, loop))
         out = output_of(ids, loops)
         return out if config.return_dict_in_generate else out.sequences
@@ -300,7 +313,7 @@ class DiffusionGenerationMixin:
         with steps_for(model, config, ids.device) as static:
             if static is not None:
                 for mask in masks:
-                    BlockLoop(model, ids, mask, config, None, static).warm_up()
+                    loop_of(model)(model, ids, mask, config, None, static).warm_up()
 
     def before_decode(self) -> None:
         """Look at the model before it decodes. `ValueError`: it holds an adapter that a decode cannot apply."""
@@ -323,7 +336,7 @@ class DiffusionGenerationMixin:
         base = own if generation_config is None else check_kind(generation_config)
         settings = replace(base, **settings_of(overrides, base, prompt_length))
         missing = {name: getattr(own, name) for name in TOKEN_IDS if getattr(settings, name) is None}
-        settings = with_token_ids(replace(settings, **missing), self.config)
+        settings = with_token_ids(with_blocks(replace(settings, **missing), cast(DiffusionModel, self)), self.config)
         check_filtered_ids(settings, self.config.vocab_size)
         return settings
 
@@ -355,7 +368,7 @@ def decode(
     put_draft = getattr(streamer, "put_draft", None)
     if streamer is not None:
         streamer.put(prompt.cpu())
-    for block in range(len(loop.config.blocks())):
+    for block in range(len(loop.blocks)):
         live = loop.live
         for _ in loop.steps(block, watch=put_draft is not None):
             if put_draft is not None:
@@ -370,6 +383,39 @@ def decode(
             break
     if streamer is not None:
         streamer.end()
+
+
+def loop_of(model: DiffusionModel) -> type[BlockLoop]:
+    """The loop that decodes `model`."""
+    return BlockCausalLoop if model.block_causal else BlockLoop
+
+
+def stay(model: DiffusionModel) -> str:
+    """What becomes of masks in a prompt."""
+    if model.block_causal:
+        return "stay as they are before the block in which the response begins, and are filled in it"
+    return "stay as they are"
+
+
+def with_blocks(config: DiffusionGenerationConfig, model: DiffusionModel) -> DiffusionGenerationConfig:
+    """`config` with the model's own block lengths where it has none.
+
+    Raises:
+        ValueError: settings that make no sense with, or without, a block-causal model.
+    """
+    if config.block_length is None:
+        config = replace(config, block_length=model.default_block_length)
+    if not model.block_causal:
+        if config.sub_block_length is not None:
+            raise ValueError(f"sub_block_length={config.sub_block_length}: expected a block-causal model")
+        return config
+    if config.refresh != ALL:
+        raise ValueError(f"refresh='{config.refresh}': nothing of a block-causal model has to be fed again")
+    if config.rule.needs.rows:
+        raise ValueError(f"rule={config.rule} feeds rows beside the sequence, which no block of this model sees")
+    if config.sub_block_length is None:
+        return replace(config, sub_block_length=model.default_sub_block_length)
+    return config
 
 
 def lists(

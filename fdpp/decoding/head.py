@@ -43,7 +43,7 @@ def settled(
     if config.head != "auto":
         return config
     drafts = MAX_DRAFTS if config.drafts == "auto" else int(config.drafts)
-    rows = sequences * config.block_length * drafts
+    rows = sequences * config.per_block * drafts
     return replace(config, head="fused" if fused_wins(model, config, processor, rows) else "library")
 
 

@@ -12,7 +12,7 @@ from transformers import StoppingCriteriaList
 from fdpp.attention import BlockCache
 from fdpp.decoding.advance import Advance, stop_ids
 from fdpp.decoding.arena import graph_size
-from fdpp.decoding.drafts import cache_for, depth_after, most_drafts
+from fdpp.decoding.drafts import Room, cache_for, depth_after, most_drafts
 from fdpp.decoding.embedded import for_all_columns
 from fdpp.decoding.filters import Filters
 from fdpp.decoding.head import settled
@@ -24,6 +24,7 @@ from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.state import BlockState, Outcome, Window
 from fdpp.decoding.static import LENGTH_BUCKET, StaticSteps, bucket_for
 from fdpp.decoding.stops import asked
+from fdpp.rules import Rule
 from fdpp.step.terms import pack
 
 
@@ -50,8 +51,13 @@ class BlockLoop:
     Attributes:
         whole: the state of all B sequences, up to date for those that take part in no forward at the moment.
         live: indices of the sequences with blocks to come.
+        prompts: the prompts and their attention mask, as they are decoded.
         decoded: `[B]` int64, in an infill with a partial refresh the last block that each sequence decoded.
+        blocks: start and end of every block, counted from the response's first column.
     """
+
+    grid: int | None = None
+    bucket_length = LENGTH_BUCKET
 
     def __init__(
         self,
@@ -68,8 +74,9 @@ class BlockLoop:
         self.mask_id, self.pad_id = token_ids(config, processor)
         config = settled(model, config, processor, input_ids.shape[0])
         self.config, self.device, self.static, self.shift = config, input_ids.device, static, model.shift
+        self.blocks = config.blocks()
         self.eos = torch.tensor(config.eos_token_id, dtype=torch.int64, device=self.device)
-        self.extra = 0 if static is None else -(input_ids.shape[1] + config.max_new_tokens) % LENGTH_BUCKET
+        self.extra = 0 if static is None else -(input_ids.shape[1] + config.max_new_tokens) % self.bucket_length
         self.prompt_length = input_ids.shape[1] + self.extra
         self.length = self.prompt_length + config.max_new_tokens
         self.live = torch.arange(input_ids.shape[0], device=self.device)
@@ -81,8 +88,9 @@ class BlockLoop:
         if embeds is not None:
             held, embedded = for_all_columns(embeds, self.extra, self.length)
             self.whole = self.whole._replace(embeds=held, embedded=embedded)
+        self.prompts = input_ids, attention_mask
         self.cache, stops, filters = self.memory()
-        self.advance = Advance(model, config, stops, processor, filters)
+        self.advance = Advance(model, config, stops, processor, filters, self.grid)
 
     def padding_of_all(self, padding: Tensor | None) -> int | None:
         """Columns on the left that no full forward feeds, given each prompt's padding `[B]`; None: a mask hides them.
@@ -103,19 +111,26 @@ class BlockLoop:
 
     def memory(self) -> tuple[BlockCache | None, Tensor | None, Filters]:
         """The cache, the ids that end a sequence, and the filters: those of a bucket stand at fixed addresses."""
+        B, room = self.live.shape[0], Room(self.shift)
+        if self.grid is not None:
+            room = Room(self.shift, self.grid, B, self.length)
         if self.static is None:
-            cache = cache_for(self.config, self.shift)
+            cache = cache_for(self.config, room)
             return cache, stop_ids(self.config, self.device), Filters(self.config, self.device)
-        self.bucket = bucket_for(self.static, self.config, self.shift, self.device, self.live.shape[0], self.length)
+        self.bucket = bucket_for(self.static, self.config, room, self.device, B, self.length)
         return self.bucket.cache, self.bucket.eos, self.bucket.filters
 
     def runner(self, state: BlockState, block: int) -> EagerRunner | StaticRunner:
         """Who runs the forwards of `block`."""
-        schedule = torch.cat([pack(rule, self.device) for rule in self.config.block_rules()[block]])
+        schedule = torch.cat([pack(rule, self.device) for rule in self.rules(block)])
         if self.static is not None:
-            start, stop = self.config.blocks()[block]
+            start, stop = self.blocks[block]
             return StaticRunner(self.static, self.bucket, self.advance, state, schedule, stop - start)
         return EagerRunner(self.advance, state, schedule, self.cache)
+
+    def rules(self, block: int) -> list[Rule]:
+        """The rules of the block's successive steps."""
+        return self.config.block_rules()[block]
 
     def seated(self, sequences: Tensor) -> Tensor:
         """`sequences` `[c]`, by their numbers, in the order in which their rows stand in the cache."""
@@ -157,16 +172,24 @@ class BlockLoop:
         for last in before.unique().tolist():
             yield last, rows[before == last]
 
+    def usual(self, block: int) -> int:
+        """What `parts` says beside sequences that decoded every block before."""
+        return block - 1
+
+    def prefill(self, runner: EagerRunner | StaticRunner, block: int, before: int) -> int:
+        """Feed what no forward of the block will feed; returns what is then in the place of `before`."""
+        return before
+
     def warm_up(self) -> None:
         """Capture every step that a decode of these sequences may take, at every size its batch may shrink to."""
         B, most = self.live.shape[0], most_drafts(self.config.drafts)
         depths = [2**i for i in range(1, most.bit_length())] if self.config.drafts == "auto" else [most]
         for b in sorted({graph_size(b) for b in range(1, B + 1)}, reverse=True):
             rows = self.live[torch.arange(b, device=self.device).clamp(max=B - 1)]
-            for block in range(len(self.config.blocks())):
+            for block in range(len(self.blocks)):
                 runner = self.runner(self.whole.take(rows), block)
                 assert isinstance(runner, StaticRunner)
-                first, others = self.windows(block, block - 1)
+                first, others = self.windows(block, self.usual(block))
                 runner.step(first, 1)
                 for drafts in (1, *depths):
                     runner.step(others, drafts)
@@ -208,11 +231,15 @@ class BlockLoop:
 
     @property
     def sequences(self) -> Tensor:
-        """`[B, L]` int64, prompts and responses."""
+        """`[B, P + max_new_tokens]` int64, prompts and responses."""
         return self.whole.sequences[:, self.extra :]
 
+    def of_response(self, held: Tensor) -> Tensor:
+        """What `held` `[B, L]` says of the responses, `[B, max_new_tokens]`."""
+        return held[:, self.prompt_length :]
+
     def block_columns(self, block: int) -> slice:
-        start, stop = self.config.blocks()[block]
+        start, stop = self.blocks[block]
         return slice(self.prompt_length + start, self.prompt_length + stop)
 
     def block_tokens(self, block: int) -> Tensor:
@@ -233,9 +260,9 @@ class BlockLoop:
 
     def steps_of(self, rows: Tensor, block: int, before: int, watch: bool) -> Iterator[Outcome]:
         """`steps` of some sequences `rows` `[c]`, which decoded the block `before` last."""
-        first, others = self.windows(block, before)
         state = self.whole.take(self.seated(rows))
         runner = self.runner(state._replace(first_step=state.steps), block)
+        first, others = self.windows(block, self.prefill(runner, block, before))
         window, drafts = first, 1
         while runner.size:
             outcome, (unusable, any_ended, closed, most_remaining, most_accepted) = runner.step(window, drafts)
@@ -276,16 +303,14 @@ class BlockLoop:
             return
         columns = self.block_columns(block)
         stop, new = columns.stop, columns.stop - columns.start
-        done = asked(criteria, self.sequences[:, : stop - self.extra].clone(), new)[self.live]
+        done = asked(criteria, self.whole.sequences[:, self.extra : stop].clone(), new)[self.live]
         tail = self.whole.sequences[self.live[done], stop:]
         self.whole.sequences[self.live[done], stop:] = tail.masked_fill(tail == self.mask_id, self.pad_id)
         self.live = self.live[~done]
 
     def output(self) -> DiffusionGenerationOutput:
-        commit_step, confidence = (
-            held[:, self.prompt_length :] for held in (self.whole.commit_step, self.whole.confidence)
-        )
-        before_eos = self.text_ends(self.prompt_length).cumsum(1) == 0
+        commit_step, confidence = map(self.of_response, (self.whole.commit_step, self.whole.confidence))
+        before_eos = self.of_response(self.text_ends(0)).cumsum(1) == 0
         written = (before_eos & (commit_step >= 0)).sum(1)
         acceptance = None
         if self.whole.offered is not None and self.whole.accepted is not None:

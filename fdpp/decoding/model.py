@@ -17,6 +17,11 @@ class DiffusionModel(Protocol):
         config: with `vocab_size`, `num_hidden_layers` and `max_position_embeddings`.
         shift: 0 where the hidden state of a column predicts the token in it, 1 where it predicts the next one. A
             sequence's first token is then predicted by its own.
+        block_causal: whether no column sees a block behind its own (`BlockCausalLoop`); else every column sees all.
+        anchored: whether the first token of a block is decided by the column before it, ahead of all others. Of
+            block-causal models with a `shift` alone.
+        default_block_length: the length of blocks that the model was trained with; 32 where it can be any.
+        default_sub_block_length: how many positions of a block are decided together; None: all of them.
         model: the transformer without its head. `model(input_ids, attention_mask=, position_ids=, cache=, start=,
             wanted=)` of ids `[B, n]` returns hidden states `[B, n, d_model]`; with `wanted`, a slice or indices `[m]`
             of the n positions, only theirs. With a cache every layer hands its queries, keys and values to
@@ -27,6 +32,12 @@ class DiffusionModel(Protocol):
 
     config: Any
     shift: int
+    block_causal: bool
+    anchored: bool
+    default_sub_block_length: int | None
+
+    @property
+    def default_block_length(self) -> int: ...
 
     @property
     def model(self) -> nn.Module: ...

@@ -35,6 +35,11 @@ class EagerRunner:
         # The forward's only synchronisation: all that the host must know, in one transfer.
         return outcome, summary(outcome.counts.tolist())
 
+    def feed(self, window: Window) -> None:
+        """A forward of columns before the block, which only stores keys and values."""
+        assert self.cache is not None
+        self.state = self.advance.feed(self.state, window, self.cache)
+
     def go_on_with(self, sequences: Tensor) -> None:
         """Go on with `sequences` `[c]`, in the order of the cache's rows."""
         self.state = self.state.take(self.state.places(sequences))
@@ -88,6 +93,12 @@ class StaticRunner:
         counts = step.replay(self.arena, self.advance)
         self.bucket.sound = True
         return step.outcome.front(self.size), summary([count[: self.size] for count in counts])
+
+    def feed(self, window: Window) -> None:
+        """A forward of columns before the block, which only stores keys and values. It is not captured: where prompts
+        are long enough for one, its launches take a small part of its time."""
+        assert self.arena.cache is not None
+        self.arena.store(self.advance.feed(self.arena.state, window, self.arena.cache))
 
     def go_on_with(self, sequences: Tensor) -> None:
         """Go on with `sequences` `[c]`, in the order of the cache's rows."""

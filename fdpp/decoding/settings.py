@@ -17,6 +17,8 @@ BRANCHES = ("batch", "tree")
 ENGINES = ("auto", "eager", "static")
 HEADS = ("library", "fused", "auto")
 MAX_DRAFTS = 64
+BLOCK_LENGTH = 32
+"""The length of blocks of which neither the settings nor the model say it."""
 
 
 def check_stop_strings(stops: Any) -> None:
@@ -37,19 +39,26 @@ class DiffusionGenerationConfig(SavedSettings):
 
     Attributes:
         max_new_tokens: length of the response; 0 fills the masks of the prompt (`infill`).
-        block_length: positions decoded together, 1 to 1024; the last block may be shorter.
+        block_length: positions decoded together, 1 to 1024; the last block may be shorter. None: as the model was
+            trained, 32 where it can be any. A block-causal model's blocks are counted from the prompt's first token,
+            and no position sees a later one.
+        sub_block_length: of a block-causal model, positions decided together within a block, from left to right; None:
+            as the model's authors decode it, which for most is the whole block.
         rule: which proposals of a step are committed; also a preset ("careful", "balanced", "fast"), a name, "frechet",
             or a name and numbers, {"name": "Frechet", "margin": 0.25}. The default, `Frechet(0.25)`, is bold: it loses
             answers on every task that was measured here (docs/rules.md).
         steps: for `Quota()`, the steps of the whole response (LLaDA's schedule): they are shared out evenly over its
             blocks, and a block's masks over its steps. None commits one position a step. The rules of Dream have a
             schedule of their own for a block's steps.
-        cache: "none" (every forward is a full one), "prefix" or "dual" (Fast-dLLM, arXiv 2505.22618).
+        cache: "none" (every forward is a full one), "prefix" or "dual" (Fast-dLLM, arXiv 2505.22618). With a
+            block-causal model what they keep of finished blocks is exact; they differ where there are sub-blocks:
+            "prefix" feeds the block, "dual" the sub-block alone.
         refresh: what a block's first forward feeds under a cache: "all" (everything), "recent" (the block decoded
             before and the block), "block" (the block alone: for measurements, it loses answers), or a `Recent` or a
             `Window` of `fdpp.decoding.refresh`, also as text, "recent:4" or "window:32:end". Columns that are not fed
             keep their keys and values. The first block begins with everything. Refused unless "all": `cache="none"`, a
-            rule that reads all columns, drafts where the block before is not fed.
+            rule that reads all columns, drafts where the block before is not fed, a block-causal model, of which
+            nothing has to be refreshed.
         stop_at_eos: end a sequence once EOS is committed with everything before it; the rest becomes padding.
         drafts: states a forward evaluates (FreeDave, arXiv 2510.00294): the current one and `drafts - 1` guesses of
             what follows. The result is that of `drafts=1`, in fewer forwards. "auto" doubles what was last accepted.
@@ -109,7 +118,8 @@ class DiffusionGenerationConfig(SavedSettings):
     """
 
     max_new_tokens: int = 256
-    block_length: int = 32
+    block_length: int | None = None
+    sub_block_length: int | None = None
     rule: Rule = field(default_factory=Frechet)
     steps: int | None = None
     cache: str = "dual"
@@ -144,9 +154,11 @@ class DiffusionGenerationConfig(SavedSettings):
     def validate(self) -> None:
         """Put a rule and a refresh in the place of their names; raise `ValueError` if a setting does not fit."""
         self.rule, self.refresh = Rule.of(self.rule), Refresh.of(self.refresh)
-        for name, low, high in (("max_new_tokens", 0, None), ("block_length", 1, MAX_POSITIONS), ("steps", 1, None)):
+        limits: dict[str, tuple[int, int | None]] = {"max_new_tokens": (0, None), "steps": (1, None)}
+        limits |= {"block_length": (1, MAX_POSITIONS), "sub_block_length": (1, MAX_POSITIONS)}
+        for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if value is None and name == "steps":
+            if value is None and name != "max_new_tokens":
                 continue
             if not is_int(value) or value < low or (high is not None and value > high):
                 limit = f"of at least {low}" if high is None else f"from {low} to {high}"
@@ -221,11 +233,16 @@ class DiffusionGenerationConfig(SavedSettings):
             raise ValueError(
                 f"refresh='{self.refresh}': {self.rule} reads all columns in a block's first forward, expected 'all'"
             )
-        if self.drafts != 1 and not self.refresh.covers(self.block_length):
+        if self.drafts != 1 and not self.refresh.covers(self.per_block):
             raise ValueError(
                 f"refresh='{self.refresh}' keeps what the last forward of the block before stored, which drafts="
-                f"{self.drafts!r} would change: expected 'all', 'recent' or a window from {self.block_length} before"
+                f"{self.drafts!r} would change: expected 'all', 'recent' or a window from {self.per_block} before"
             )
+
+    @property
+    def per_block(self) -> int:
+        """`block_length`, or what it is where neither the settings nor the model say it."""
+        return BLOCK_LENGTH if self.block_length is None else self.block_length
 
     @property
     def reads_logits(self) -> str | None:
@@ -260,8 +277,8 @@ class DiffusionGenerationConfig(SavedSettings):
 
     def blocks(self) -> list[tuple[int, int]]:
         """Start and end of every block, counted from the response's first position."""
-        starts = range(0, self.max_new_tokens, self.block_length)
-        return [(start, min(start + self.block_length, self.max_new_tokens)) for start in starts]
+        starts = range(0, self.max_new_tokens, self.per_block)
+        return [(start, min(start + self.per_block, self.max_new_tokens)) for start in starts]
 
     def block_rules(self) -> list[list[Rule]]:
         """For every block the rules of its successive steps; the last one repeats until the block is finished."""

@@ -24,7 +24,7 @@ from torch import nn
 
 from fdpp.decoding.advance import Advance
 from fdpp.decoding.arena import Arena, Bucket, Step, graph_size, switch
-from fdpp.decoding.drafts import spare_columns
+from fdpp.decoding.drafts import Room, spare_columns
 from fdpp.decoding.graphs import graphs_on
 from fdpp.decoding.head import slice_held
 from fdpp.decoding.identity import identity
@@ -142,7 +142,7 @@ def steps_of(model: Any) -> list[Step]:
 
 
 UNKEYED = (
-    *("max_new_tokens", "block_length", "steps", "refresh"),
+    *("max_new_tokens", "block_length", "sub_block_length", "steps", "refresh"),
     *("seed", "engine", "return_dict_in_generate", "stop_strings"),
 )
 """Settings that reach a step as tensors, as the width of its window, or not at all."""
@@ -206,15 +206,12 @@ def hashable(value: Any) -> Any:
 
 
 def bucket_for(
-    held: StaticSteps, config: DiffusionGenerationConfig, shift: int, device: torch.device, B: int, length: int
+    held: StaticSteps, config: DiffusionGenerationConfig, room: Room, device: torch.device, B: int, length: int
 ) -> Bucket:
-    """The bucket for `B` sequences of `length` columns under `config`, of a model with that `shift`.
-
-    Its cache is this decode's from now on.
-    """
+    """The bucket for `B` sequences of `length` columns under `config`. Its cache is this decode's from now on."""
     settings = (getattr(config, field.name) for field in fields(config) if field.name not in UNKEYED)
-    key = (length, spare_columns(config, shift), *map(hashable, settings))
-    bucket = held.bucket(key, graph_size(B), partial(Bucket, config, shift, device))
+    key = (length, room.grid, spare_columns(config, room), *map(hashable, settings))
+    bucket = held.bucket(key, graph_size(B), partial(Bucket, config, room, device))
     if bucket.cache is not None:
         bucket.cache.order = []
     return bucket

@@ -118,7 +118,7 @@ class Block(nn.Module):
         if cache is None:
             h = attend(q, k, v, attention_mask)
         else:
-            h = cache.attend(self.layer, q, k, v, attention_mask, start, stored)
+            h = cache.attend(self.layer, q, k, v, attention_mask, start, stored, wanted)
         if fused:
             norm = layers.ff_norm
             weights = layers.out.weight, norm.weight, gate_up, layers.down.weight

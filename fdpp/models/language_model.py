@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import MaskedLMOutput
 
+from fdpp.attention.cache import block_causal_mask
 from fdpp.decoding.forwards import from_before
 from fdpp.decoding.generate import DiffusionGenerationMixin
 from fdpp.decoding.identity import places
@@ -40,6 +41,9 @@ class DiffusionLM(DiffusionGenerationMixin, DiffusionPreTrainedModel):
         transformer_class: of `self.model`.
         published: the name of the class in the family's published remote code, which `fdpp.patch` looks for.
         shift: 0 where the hidden state of a column predicts the token in it, 1 where it predicts the next one.
+        block_causal: whether no column sees a block behind its own; else every column sees all.
+        anchored: whether the first token of a block is decided by the column before it, ahead of all others.
+        default_sub_block_length: how many positions of a block are decided together; None: all of them.
     """
 
     transformer_class: ClassVar[type[Transformer]]
@@ -202,7 +206,9 @@ class DiffusionLM(DiffusionGenerationMixin, DiffusionPreTrainedModel):
 
         `input_ids` `[B, L]` int64, or in their place `inputs_embeds` `[B, L, d_model]`. `attention_mask` `[B, L]` is 1
         at real tokens, 0 at padding; `[B, L, L]` and `[B, heads or 1, L, L]` say for every position which others it
-        sees. Of the arguments in `SPARED`, which wrappers pass on, None and False are taken.
+        sees. Without one of those a block-causal model's positions see no later block of `default_block_length`,
+        counted from the row's first real token. Of the arguments in `SPARED`, which wrappers pass on, None and False
+        are taken.
 
         Raises:
             ValueError: a mask of another shape, or one that may be additive; `return_dict=False`; ids and embeddings.
@@ -216,12 +222,31 @@ class DiffusionLM(DiffusionGenerationMixin, DiffusionPreTrainedModel):
             raise TypeError(f"{name}: unexpected arguments {unknown}, expected input_ids [B, L]")
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError(f"{name}: expected input_ids or inputs_embeds, got both")
+        if self.block_causal and (attention_mask is None or attention_mask.dim() == 2):
+            like = inputs_embeds if input_ids is None else input_ids
+            assert like is not None
+            attention_mask = self.no_later_block(like.shape[:2], attention_mask, like.device)
         states: list[Tensor] | None = [] if output_hidden_states else None
         hidden = self.model(input_ids, attention_mask, position_ids, hidden_states=states, inputs_embeds=inputs_embeds)
         return MaskedLMOutput(
             logits=self.project(hidden),
             hidden_states=None if states is None else tuple(states),
         )
+
+    def no_later_block(self, shape: torch.Size, real: Tensor | None, device: torch.device) -> Tensor:
+        """What each position of `shape` `[B, L]` sees, bool `[B or 1, L, L]`; padding is where `real` `[B, L]` is 0."""
+        B, L = shape
+        if real is None:
+            return block_causal_mask(L, self.default_block_length, device)[None]
+        if tuple(real.shape) != (B, L):
+            raise ValueError(
+                f"attention_mask: expected [{B}, {L}], [B, L, L] or [B, heads, L, L], got {list(real.shape)}"
+            )
+        real = real.bool()
+        block = (real.cumsum(1) - 1) // self.default_block_length
+        # Padding sees itself: a position that sees nothing has no softmax.
+        itself = torch.eye(L, dtype=torch.bool, device=device)
+        return ((block[:, None] <= block[:, :, None]) & real[:, None]) | itself
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; refuses a model that was quantised in place, which has no configuration to load it by."""

@@ -82,7 +82,7 @@ class Dawn(Rule):
 
     def observe(self, sight: Sight, before: tuple[Tensor, Dependencies] | None) -> Dependencies:
         probe, (b, D, T) = sight.probe, sight.states.shape
-        assert probe is not None and isinstance(sight.fed, slice) and isinstance(sight.block, slice)
+        assert probe is not None and isinstance(sight.block, slice)
         mask = None if sight.padding is None else visible(sight.padding, sight.length)
         key_mask = mask if mask is None or probe.shared else mask.repeat_interleave(D, dim=0)
         edges = dependency_edges(
@@ -90,7 +90,7 @@ class Dawn(Rule):
             probe.own,
             probe.shared,
             rule=self,
-            start=sight.fed.start,
+            start=probe.start,
             first=sight.block.start,
             T=T,
             key_mask=key_mask,

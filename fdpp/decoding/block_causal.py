@@ -1,0 +1,252 @@
+"""The block loop of models whose blocks see no later one (block diffusion, arXiv 2503.09573).
+
+Blocks are counted from a sequence's first token, so the first block to decode may begin with tokens of the prompt.
+Rows are padded on the left by whole blocks: all begin to decode in the same columns, and all blocks lie on one grid.
+
+The keys and values of a finished block are exact once it was fed as it is, and nothing before it ever changes. That
+forward is the next block's first, which feeds both: one forward fewer for every block than where it stands alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdpp.decoding.loop import BlockLoop
+from fdpp.decoding.model import DiffusionModel
+from fdpp.decoding.runners import EagerRunner, StaticRunner
+from fdpp.decoding.settings import DiffusionGenerationConfig
+from fdpp.decoding.state import Window
+from fdpp.decoding.static import LENGTH_BUCKET, StaticSteps
+from fdpp.rules import Rule
+
+PIECE = 1024
+"""Columns of a prompt that a forward feeds at most, beside those of a block. The largest products of LLaDA-8B take no
+longer a token beyond a few hundred rows, and masks and scratch of attention stay small. Derived, not measured."""
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a text `[B, S]` stand while they are decoded, L columns a row.
+
+    Attributes:
+        tokens: `[B, L]` int64: padding, tokens, masks up to the end of the row's last block, padding.
+        padding: `[B]` int64, columns on the left that hold no token, whole blocks.
+        prompt: columns before the first block that is decoded.
+        at: `[B, S]` int64, the column of each token of the text, not below 0.
+        real: `[B, S]` bool, which columns of the text hold a token or a mask.
+        source: `[B, L]` int64, the column of the text from which a column is taken.
+        first: `[B]` int64, the column behind the last given token.
+    """
+
+    tokens: Tensor
+    padding: Tensor
+    prompt: int
+    at: Tensor
+    real: Tensor
+    source: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, text: Tensor, real: Tensor, first: Tensor, grid: int, mask_id: int, pad_id: int) -> Layout:
+        """Of `text` `[B, S]`, left-padded where it is not `real`, whose first position to decode is `first` `[B]`."""
+        S, device = text.shape[1], text.device
+        length = real.sum(1)
+        left = S - length
+        before = first // grid * grid
+        behind = (length + grid - 1) // grid * grid
+        prompt, canvas = torch.stack((before.amax(), (behind - before).amax())).tolist()
+        padding = prompt - before
+        position = torch.arange(prompt + canvas, device=device) - padding[:, None]
+        source = (position + left[:, None]).clamp(0, max(S - 1, 0))
+        inside = (position >= 0) & (position < length[:, None])
+        tokens = torch.where(inside, text.gather(1, source), pad_id)
+        unfinished = (position >= length[:, None]) & (position < behind[:, None])
+        tokens = tokens.masked_fill(unfinished, mask_id)
+        at = (torch.arange(S, device=device) - left[:, None] + padding[:, None]).clamp(min=0)
+        given = real & (text != mask_id)
+        last = (torch.arange(1, S + 1, device=device) * given).amax(1) if S else left
+        return cls(tokens, padding, prompt, at, real, source, torch.maximum(last - left, first) + padding)
+
+
+class BlockCausalLoop(BlockLoop):
+    """`BlockLoop` of a block-causal model.
+
+    Blocks are what is decided together: those of the grid or, with `sub_block_length`, parts of them. In an anchored
+    model the first position of a block of the grid is decided alone, before the block is fed, by the last column of
+    the one before.
+
+    Args:
+        attention_mask: of `input_ids` or, with `given`, of both side by side.
+        given: as in `BlockLoop`; rows may have their first mask in different columns.
+
+    Attributes:
+        stored: `[B]` int64, the column up to which the cache holds each sequence's final keys and values.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        config: DiffusionGenerationConfig,
+        processor: Iterable[Callable[..., Tensor]] | None = None,
+        static: StaticSteps | None = None,
+        given: Tensor | None = None,
+        numbers: Tensor | None = None,
+        embeds: Tensor | None = None,
+    ) -> None:
+        assert config.mask_token_id is not None and config.pad_token_id is not None
+        grid = self.grid = config.per_block
+        self.bucket_length = math.lcm(LENGTH_BUCKET, grid)
+        self.anchored, self.asked = model.anchored, config
+        B, P = input_ids.shape
+        rest = input_ids.new_full((B, config.max_new_tokens), config.mask_token_id) if given is None else given
+        self.text, self.response = torch.cat((input_ids, rest), dim=1), P
+        real = torch.ones_like(self.text, dtype=torch.bool)
+        if attention_mask is not None:
+            real[:, : attention_mask.shape[1]] = attention_mask
+        start = real[:, :P].sum(1)
+        if given is not None:
+            start = start + (given == config.mask_token_id).long().argmax(1)
+        if embeds is not None:  # prompts without ids
+            self.text[:, :P].masked_fill_(self.text[:, :P] == config.mask_token_id, config.pad_token_id)
+        laid = self.laid = Layout.of(self.text, real, start, grid, config.mask_token_id, config.pad_token_id)
+        columns = torch.arange(laid.prompt, device=input_ids.device)
+        padded = bool(laid.padding.any())
+        super().__init__(
+            model,
+            laid.tokens[:, : laid.prompt],
+            columns >= laid.padding[:, None] if padded else None,
+            replace(config, max_new_tokens=laid.tokens.shape[1] - laid.prompt),
+            processor,
+            static,
+            laid.tokens[:, laid.prompt :],
+            numbers,
+        )
+        if embeds is not None:
+            source = torch.nn.functional.pad(laid.source, (self.extra, 0)).clamp(max=max(P - 1, 0))
+            held = embeds.gather(1, source[:, :, None].expand(-1, -1, embeds.shape[2]))
+            self.whole = self.whole._replace(embeds=held, embedded=self.first)
+        self.blocks = self.spans(self.config.max_new_tokens)
+        self.stored = torch.full_like(self.live, self.padding or 0)
+
+    @property
+    def first(self) -> Tensor:
+        """`[B]` int64, the column behind each sequence's last given token."""
+        return self.laid.first + self.extra
+
+    def behind_given(self, given: Tensor) -> Tensor:
+        return self.first
+
+    def spans(self, canvas: int) -> list[tuple[int, int]]:
+        """Start and end of what is decided together, in a response of `canvas` columns."""
+        assert self.grid is not None
+        part = self.config.sub_block_length or self.grid
+        found = []
+        for block in range(0, canvas, self.grid):
+            for start in range(block, block + self.grid, part):
+                stop = min(start + part, block + self.grid)
+                if start == block and self.anchored:
+                    found.append((start, start + 1))
+                    start += 1
+                if start < stop:
+                    found.append((start, stop))
+        return found
+
+    def is_anchor(self, columns: slice) -> bool:
+        assert self.grid is not None
+        return self.anchored and columns.start % self.grid == 0
+
+    def rules(self, block: int) -> list[Rule]:
+        """Every block has its whole share of the steps, whatever of it is given, so that rows do not compete."""
+        part, asked = self.config.sub_block_length or self.config.per_block, self.asked
+        return asked.rule.successive(0, part, max(asked.max_new_tokens, part), asked.steps)
+
+    def parts(self, block: int) -> Iterator[tuple[int, Tensor]]:
+        """The sequences `[c]` that have masks in `block`, and the column up to which the cache is theirs."""
+        columns = self.block_columns(block)
+        rows = self.live[(self.whole.sequences[self.live, columns] == self.mask_id).any(1)]
+        stored = self.stored[rows]
+        self.stored[rows] = self.block_of(columns).start
+        for column in stored.unique().tolist():
+            yield column, rows[stored == column]
+
+    def block_of(self, columns: slice) -> slice:
+        """The block of the grid that `columns` are in."""
+        assert self.grid is not None
+        start = columns.start // self.grid * self.grid
+        return slice(start, start + self.grid)
+
+    @property
+    def piece(self) -> int:
+        """Columns of a piece of a prompt, whole blocks."""
+        assert self.grid is not None
+        return max(PIECE // self.grid, 1) * self.grid
+
+    @property
+    def feeds_all(self) -> bool:
+        """Whether a block's first forward feeds everything: without a cache, and for a rule that looks at all of it."""
+        return self.config.cache == "none" or self.config.rule.needs.attention or self.config.rule.needs.fed
+
+    def pieces(self, block: int, before: int) -> list[slice]:
+        """What is fed ahead of the block's first forward, given that all before column `before` is stored."""
+        target = self.block_of(self.block_columns(block)).start
+        count = 0 if self.feeds_all else max(math.ceil((target - before) / self.piece) - 1, 0)
+        return [slice(start, start + self.piece) for start in range(before, before + count * self.piece, self.piece)]
+
+    def prefill(self, runner: EagerRunner | StaticRunner, block: int, before: int) -> int:
+        for columns in self.pieces(block, before):
+            runner.feed(self.window(columns, columns, (0, False)))
+            before = columns.stop
+        return before
+
+    def usual(self, block: int) -> int:
+        if block > 0:
+            return self.block_of(self.block_columns(block - 1)).start
+        start = self.padding or 0
+        return max([start, *(columns.stop for columns in self.pieces(0, start))])
+
+    def windows(self, block: int, before: int) -> tuple[Window, Window]:
+        """The window of a block's first forward, and that of the others; before column `before` all is stored.
+
+        The first one feeds what is not stored, and the block of the grid.
+        """
+        columns, everything = self.block_columns(block), self.padding or 0
+        around, reading = self.block_of(columns), (self.shift, self.bare and block == 0)
+        needs = self.config.rule.needs
+        sees_block = needs.attention or needs.fed or self.config.cfg_scale > 0.0 or reading[1]
+        if self.is_anchor(columns) and not sees_block:
+            # The column before it sees nothing of its block.
+            others, stop = slice(max(2 * around.start - around.stop, everything), columns.start), columns.start
+        else:
+            fed, stop = columns if self.config.cache == "dual" else around, around.stop
+            others = slice(max(fed.start - self.shift, everything), fed.stop)
+        first = self.window(slice(everything if self.feeds_all else min(before, others.start), stop), columns, reading)
+        return first, first if self.config.cache == "none" else self.window(others, columns, reading)
+
+    def window(self, fed: slice, columns: slice, reading: tuple[int, bool]) -> Window:
+        full = fed.start == (self.padding or 0)
+        padding = self.padding if full else 0 if self.whole.padding is None else None
+        return Window.of(fed, columns, full, padding, *reading)
+
+    @property
+    def sequences(self) -> Tensor:
+        found = self.whole.sequences.gather(1, self.laid.at + self.extra)
+        return torch.where(self.laid.real, found, self.text)
+
+    def of_response(self, held: Tensor) -> Tensor:
+        return held.gather(1, self.laid.at[:, self.response :] + self.extra)
+
+    def block_tokens(self, block: int) -> Tensor:
+        """What the block has of responses, `[B, T]`: padding where a row has less of its own in these columns."""
+        columns = self.block_columns(block)
+        at = self.laid.at[:, self.response :] + self.extra
+        here = torch.arange(columns.start, columns.stop, device=self.device)
+        own = (here >= at[:, :1]) & (here <= at[:, -1:])
+        tokens = self.whole.sequences[:, columns].masked_fill(~own, self.pad_id)
+        return tokens[:, own.any(0)]
