@@ -19,6 +19,7 @@ from fdpp import Frechet
 from fdpp.attention import BlockCache
 from fdpp.attention.rotary import Place, rotary_angles, rotate, rotate_in_place
 from fdpp.kernels.launch import norm_warps
+from fdpp.kernels.layers import HeadNorms
 from fdpp.models import block as blocks
 from fdpp.models import layers
 from fdpp.models.launches import in_rows, rms_norm_gpu, swiglu_gpu
@@ -137,9 +138,10 @@ def test_rows_at_one_distance() -> None:
 
 
 def exact_rotation(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = (angle.double()[..., angle.shape[-1] // 2 :] for angle in angles)
-    first, second = x.double().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    half = angles[0].shape[-1] // 2
+    cos, sin = (angle.double()[..., half:] for angle in angles)
+    first, second, passed = x.double().tensor_split((half, 2 * half), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, passed), dim=-1)
 
 
 @on_each_device
@@ -183,6 +185,36 @@ def test_rotation(
         if fillers is not None:
             want = torch.where(fillers.to(device)[:, None, None, None], old, want)
         assert now.equal(want)
+
+
+@on_each_device
+@in_each_dtype
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "hd", "rotary_dim", "normed"),
+    [(32, 8, 128, 128, True), (16, 4, 128, 64, True), (4, 2, 80, 80, True), (3, 1, 20, 6, True), (2, 2, 40, 30, False)],
+)
+@on_gpu(lambda dtype, hd: dtype == torch.bfloat16 and hd == 128)
+def test_rotation_of_normalised_heads_and_of_some_channels(
+    device: str, dtype: torch.dtype, heads: int, kv_heads: int, hd: int, rotary_dim: int, normed: bool
+) -> None:
+    """Rounded where PyTorch's operators round; the channels beyond the rotary ones are normalised and stored, too."""
+    given = random(hd, 2, 3, heads + 2 * kv_heads, hd, dtype=dtype)
+    angles = rotary_angles(torch.tensor([[5, 900, 4000]]), rotary_dim, 1e6)
+    norms = HeadNorms(1 + random(1, hd, dtype=dtype), 1 - random(2, hd, dtype=dtype), 1e-6) if normed else None
+    q, k, v = given.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
+    stored = [torch.zeros(2, kv_heads, 5, hd, dtype=dtype, device=device) for _ in range(2)]
+    turned = given.to(device, copy=True)
+    on_device = None if norms is None else HeadNorms(norms.q.to(device), norms.k.to(device), norms.eps)
+    place = Place(stored[0], stored[1], 1, None)
+    rotate_in_place(turned, heads, kv_heads, (angles[0].to(device), angles[1].to(device)), place, on_device)
+    new_q, new_k, new_v = turned.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
+    for x, new, weight in ((q, new_q, norms and norms.q), (k, new_k, norms and norms.k)):
+        theirs = x if weight is None else layers.rms_norm(x, weight, 1e-6)
+        exact = x.double() if weight is None else exact_norm(x, weight, 1e-6)
+        assert_as_good(new, rotate(theirs, angles), exact_rotation(exact, angles))
+    assert new_v.cpu().equal(v)
+    for new, now in zip((new_k, new_v), stored, strict=True):
+        assert now[:, :, 1:4].equal(new) and not now[:, :, ::4].any()
 
 
 @on_each_device

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from fdpp.kernels.launch import ROTATE_PAIRS
-from fdpp.kernels.layers import Stored, rotate_kernel
+from fdpp.kernels.layers import HeadNorms, Stored, rotate_kernel
 
 Angles = tuple[Tensor, Tensor]
 
@@ -29,12 +29,13 @@ class Place(NamedTuple):
     fillers: Tensor | None
 
 
-def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> Angles:
-    """Cosines and sines `[B, 1, T, head_size]` (float32) of the rotary angles at `position_ids` `[B, T]`.
+def rotary_angles(position_ids: Tensor, rotary_dim: int, theta: float) -> Angles:
+    """Cosines and sines `[B, 1, T, rotary_dim]` (float32) of the rotary angles at `position_ids` `[B, T]`.
 
-    The sines of the first half are negated, as `rotate` takes them.
+    `rotary_dim` channels of a head turn, all of them in most families. The sines of the first half are negated, as
+    `rotate` takes them.
     """
-    key = head_size, theta, position_ids.device
+    key = rotary_dim, theta, position_ids.device
     plain = type(position_ids) is Tensor and not torch.compiler.is_compiling()
     rates = RATES.get(key) if plain else None
     if rates is None:
@@ -51,28 +52,42 @@ RATES: dict[tuple[int, float, torch.device], Tensor] = {}
 
 
 @torch.inference_mode(False)
-def rotary_rates(head_size: int, theta: float, device: torch.device) -> Tensor:
-    """The angle per position of every channel, float32 `[head_size]`, negative in the first half."""
-    exponent = torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
+def rotary_rates(rotary_dim: int, theta: float, device: torch.device) -> Tensor:
+    """The angle per position of every channel, float32 `[rotary_dim]`, negative in the first half."""
+    exponent = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32) / rotary_dim
     rates = 1.0 / theta**exponent
     return torch.cat((-rates, rates))
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """Rotate pairs of channels, one from each half of the last dimension, in float32."""
+    """Rotate pairs of channels, one from each half of the last dimension, in float32.
+
+    Of angles for fewer channels than `x` has, only the first ones turn.
+    """
     cos, sin = angles
+    if cos.shape[-1] < x.shape[-1]:
+        turned, passed = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+        return torch.cat((rotate(turned, angles), passed), dim=-1)
     wide = x.float()
     swapped = torch.cat(wide.chunk(2, dim=-1)[::-1], dim=-1)
     return swapped.mul_(sin).add_(wide * cos).to(x.dtype)
 
 
-def rotate_in_place(heads: Tensor, n_heads: int, n_kv_heads: int, angles: Angles, place: Place | None) -> None:
+def rotate_in_place(
+    heads: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    angles: Angles,
+    place: Place | None,
+    norms: HeadNorms | None = None,
+) -> None:
     """Rotate the queries and keys of `heads` where they are, and write keys and values to `place`, in one launch.
 
     Args:
         heads: `[b, n, n_heads + 2 n_kv_heads, hd]` on a GPU, queries, keys and values; the last two dimensions dense.
         angles: `rotary_angles` of the n positions, of every row or of one for all.
         place: of b rows; None: nothing is stored.
+        norms: of queries and keys, before they turn; None: there are none.
     """
     b, n, _, hd = heads.shape
     cos, sin = angles
@@ -89,6 +104,7 @@ def rotate_in_place(heads: Tensor, n_heads: int, n_kv_heads: int, angles: Angles
             cos,
             sin,
             stored,
+            norms,
             start,
             n,
             heads.stride(0),
@@ -97,6 +113,7 @@ def rotate_in_place(heads: Tensor, n_heads: int, n_kv_heads: int, angles: Angles
             HEADS=n_heads,
             KV_HEADS=n_kv_heads,
             HALF=hd // 2,
+            TURNED=cos.shape[-1] // 2,
             STORES=place is not None,
             BLOCK_H=block_h,
             BLOCK_D=block_d,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdpp.attention.rotary import Angles, Place, rotate, rotate_in_place
+from fdpp.kernels.layers import HeadNorms
 from fdpp.models.launches import on_kernels, rms_norm_gpu, swiglu_gpu
 from fdpp.models.linear import linear
 from fdpp.models.weights import add_byte_product, takes_bytes
@@ -74,13 +75,17 @@ def attention_inputs(
     n_heads: int,
     n_kv_heads: int,
     bias: Tensor | None = None,
+    norms: HeadNorms | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries `[B, H, T, hd]`, rotated keys and values `[B, kv_heads, T, hd]` of `x` `[B, T, d_model]`.
 
     `norm` is the norm's weight, `weight` `[(H + 2 kv_heads) hd, d_model]` that of queries, keys and values, and `bias`
-    theirs.
+    theirs. `norms` are those of queries and keys, before they are rotated.
     """
     heads = linear(rms_norm(x, norm, eps), weight, bias).unflatten(2, (n_heads + 2 * n_kv_heads, -1)).transpose(1, 2)
+    if norms is not None:
+        q, k, v = heads.split((n_heads, n_kv_heads, n_kv_heads), dim=1)
+        return rotate(rms_norm(q, norms.q, norms.eps), angles), rotate(rms_norm(k, norms.k, norms.eps), angles), v
     rotated = rotate(heads[:, : n_heads + n_kv_heads], angles)
     return rotated[:, :n_heads], rotated[:, n_heads:], heads[:, n_heads + n_kv_heads :]
 
@@ -95,6 +100,7 @@ def attention_inputs_gpu(
     n_kv_heads: int,
     place_of: Callable[[Tensor], Place | None] | None,
     bias: Tensor | None = None,
+    norms: HeadNorms | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
     """`attention_inputs` in three launches, and whether keys and values are stored already.
 
@@ -103,7 +109,7 @@ def attention_inputs_gpu(
     heads = linear(rms_norm(x, norm, eps), weight, bias).unflatten(2, (n_heads + 2 * n_kv_heads, -1))
     q, k, v = heads.transpose(1, 2).split((n_heads, n_kv_heads, n_kv_heads), dim=1)
     place = None if place_of is None else place_of(k)
-    rotate_in_place(heads, n_heads, n_kv_heads, angles, place)
+    rotate_in_place(heads, n_heads, n_kv_heads, angles, place, norms)
     return q, k, v, place is not None
 
 
@@ -126,20 +132,26 @@ def is_whole(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter)
 
 
-def block_output(
-    x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, eps: float
-) -> Tensor:
-    """The block's output `[B, T, d_model]`: `x` plus the attention `attended` `[B, H, T, hd]`, plus SwiGLU of the sum.
+def attention_output(x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x` `[B, T, d_model]` plus the attention `attended` `[B, H, T, hd]`, and the norm of the sum.
 
-    `out`, `gate_up` and `down` are projection weights, `norm` is the weight of the norm before SwiGLU. On a GPU `x` is
-    overwritten.
+    `out` is a projection weight, `norm` the weight of the norm. On a GPU `x` is overwritten.
     """
     attended = attended.transpose(1, 2).flatten(2)
     if on_kernels(x) and not (is_whole(out) or takes_bytes(attended, out)):
-        h = rms_norm_gpu(x, norm, eps, added=linear(attended, out))
-    else:
-        x = plus_product(x, attended, out)
-        h = rms_norm(x, norm, eps)
+        return x, rms_norm_gpu(x, norm, eps, added=linear(attended, out))
+    x = plus_product(x, attended, out)
+    return x, rms_norm(x, norm, eps)
+
+
+def block_output(
+    x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, eps: float
+) -> Tensor:
+    """The block's output `[B, T, d_model]`: `attention_output`, plus SwiGLU of its norm.
+
+    `gate_up` and `down` are projection weights. On a GPU `x` is overwritten.
+    """
+    x, h = attention_output(x, attended, out, norm, eps)
     return plus_product(x, swiglu(*linear(h, gate_up).chunk(2, dim=-1)), down)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fdpp.attention.cache import BlockCache
 from fdpp.attention.rotary import rotary_angles
-from fdpp.models.block import Block, RMSNorm
+from fdpp.models.block import Block, RMSNorm, rotary_dim_of
 from fdpp.models.layers import keys_to_see
 from fdpp.models.linear import is_untouched
 
@@ -81,8 +81,7 @@ class Transformer(DiffusionPreTrainedModel):
         # On a GPU a block overwrites its input, which is a hook's or the caller's here.
         if inputs_embeds is not None or not is_untouched(embedding):
             x = x.clone()
-        head_size = config.hidden_size // config.num_attention_heads
-        angles = rotary_angles(position_ids, head_size, config.rope_theta)
+        angles = rotary_angles(position_ids, rotary_dim_of(config), config.rope_theta)
         for block in self.blocks:
             if hidden_states is not None:
                 hidden_states.append(x.clone())

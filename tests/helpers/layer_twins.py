@@ -9,13 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdpp.attention.rotary import rotate
+from fdpp.kernels.layers import HeadNorms
 
 
-def rotate_twin(heads: Tensor, n_heads: int, n_kv_heads: int, angles: tuple[Tensor, Tensor], place: Any) -> None:
+def rotate_twin(
+    heads: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    angles: tuple[Tensor, Tensor],
+    place: Any,
+    norms: HeadNorms | None = None,
+) -> None:
     """`rotate_in_place`, written out."""
     q, k, v = heads.transpose(1, 2).split((n_heads, n_kv_heads, n_kv_heads), dim=1)
-    for part in (q, k):
-        part.copy_(rotate(part.clone(), angles))
+    weights: tuple[Any, Any] = (None, None) if norms is None else (norms.q, norms.k)
+    for part, weight in zip((q, k), weights, strict=True):
+        turning = part.clone() if norms is None else norm_twin(part, weight, norms.eps)
+        part.copy_(rotate(turning, angles))
     if place is not None:
         start, rows = place.start, slice(None) if place.fillers is None else ~place.fillers
         columns = torch.arange(start, start + k.shape[2]) if isinstance(start, int) else start
