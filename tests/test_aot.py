@@ -210,13 +210,16 @@ def test_parts_are_stored_before_a_tiles_ticket_is_taken(tiled: dict[str, dict[s
 
 
 def test_operators_around_products_are_bound_by_memory(around: dict[str, dict[str, Any]]) -> None:
-    """Sixteen bytes a load (SwiGLU's eight on gfx942), and so few registers that multiprocessors fill up."""
+    """Sixteen bytes a load (on gfx942 eight of SwiGLU's and of a rotation of some channels), and so few registers that
+    multiprocessors fill up: with norms of heads 40 to 71."""
     assert {b["target"] for b in around.values()} == set(SHARED)
     for name, build in around.items():
         if build["kernel"] == "product_kernel":
             continue
-        assert build["registers"] <= 64, name
-        narrow = build["target"] == "gfx942" and build["kernel"] == "swiglu_kernel"
+        turns = build["kernel"] == "rotate_kernel" and "normed" in name
+        assert build["registers"] <= (80 if turns else 64), name
+        some = turns and "turning" in name
+        narrow = build["target"] == "gfx942" and (build["kernel"] == "swiglu_kernel" or some)
         assert build["widest"] == (8 if narrow else 16), name
         assert not [load for load in build["memory"] if re.fullmatch(r"ld\.global\.b16|\S+_load_ushort", load)], name
 

@@ -18,6 +18,7 @@ from aot_project import tiles
 
 from fdpp.attention import rotary
 from fdpp.attention.rotary import Place
+from fdpp.kernels.layers import HeadNorms
 from fdpp.models import launches
 
 
@@ -33,24 +34,30 @@ class Layer:
     kv_heads: int = 32
     dtype: str = "bfloat16"
     captured: bool = True
+    head_dim: int | None = None
+    rotary_dim: int | None = None
+    normed: bool = False
 
     @property
     def name(self) -> str:
         facts = [self.target, f"{self.n}x{self.d_model}x{self.heads}x{self.kv_heads}", self.dtype]
-        return "-".join(facts + ["eager"] * (not self.captured))
+        facts += ["eager"] * (not self.captured) + ["normed"] * self.normed
+        return "-".join(facts + [f"{self.rotary_dim}-turning"] * (self.rotary_dim is not None))
 
     def launch(self) -> None:
         dtype = getattr(torch, self.dtype)
         x, weight = like(dtype, 1, self.n, self.d_model), like(dtype, self.d_model)
         launches.rms_norm_gpu(x, weight, 1e-5)
         launches.swiglu_gpu(*like(dtype, 1, self.n, 2 * self.hidden).chunk(2, dim=-1))
-        hd = self.d_model // self.heads
-        angles = like(torch.float32, 1, 1, self.n, hd), like(torch.float32, 1, 1, self.n, hd)
+        hd = self.head_dim or self.d_model // self.heads
+        cos, sin = (like(torch.float32, 1, 1, self.n, self.rotary_dim or hd) for _ in range(2))
         keys, values = (like(dtype, 1, self.kv_heads, 1056, hd) for _ in range(2))
         start = like(torch.int64, self.n) if self.captured else 0
         fillers = like(torch.bool, 1) if self.captured else None
         heads = like(dtype, 1, self.n, self.heads + 2 * self.kv_heads, hd)
-        rotary.rotate_in_place(heads, self.heads, self.kv_heads, angles, Place(keys, values, start, fillers))
+        place = Place(keys, values, start, fillers)
+        norms = HeadNorms(like(dtype, hd), like(dtype, hd), 1e-6) if self.normed else None
+        rotary.rotate_in_place(heads, self.heads, self.kv_heads, (cos, sin), place, norms)
 
 
 @dataclass(frozen=True)
@@ -87,10 +94,17 @@ def products() -> list[Product]:
     return found + [Product(target, weights="float8_e4m3fn") for target in ("sm_90", "sm_100")]
 
 
+SDAR_4B: dict[str, Any] = {"n": 4, "d_model": 2560, "hidden": 9728, "kv_heads": 8, "head_dim": 128}
+SDAR_8B: dict[str, Any] = {"n": 4, "d_model": 4096, "hidden": 12288, "kv_heads": 8, "head_dim": 128}
+LLADA2_MINI: dict[str, Any] = {"d_model": 2048, "hidden": 5120, "heads": 16, "kv_heads": 4, "rotary_dim": 64}
+"""Blocks with norms of queries and keys. SDAR's first block of a decode and LLaDA2's have more positions than these."""
+
+
 def layers() -> list[Layer]:
     found, dream = [], {"n": 33, "d_model": 3584, "hidden": 18944, "heads": 28, "kv_heads": 4}
     for target in TARGETS:
         found += [Layer(target), Layer(target, captured=False), Layer(target, **dream)]
+        found += [Layer(target, **shape, normed=True) for shape in (SDAR_4B, SDAR_8B, LLADA2_MINI)]
     return [*found, Layer("sm_90", dtype="float32"), Layer("sm_90", dtype="float16", d_model=8192, heads=64)]
 
 
