@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from fdpp.decoding.output import DiffusionGenerationOutput
     from fdpp.models.dream import DreamModelLM
     from fdpp.models.dream_config import DreamConfig
+    from fdpp.models.fast_dllm import FastDLLMModelLM
+    from fdpp.models.fast_dllm_config import FastDLLMConfig
     from fdpp.models.llada import LLaDAModelLM
     from fdpp.models.llada_config import LLaDAConfig
+    from fdpp.models.sdar import SDARModelLM
+    from fdpp.models.sdar_config import SDARConfig
     from fdpp.patching import patch, unpatch
 
 moved.install()
@@ -42,8 +46,12 @@ WITH_TRANSFORMERS = {
     "DiffusionGenerationOutput": "fdpp.decoding.output",
     "DreamConfig": "fdpp.models.dream_config",
     "DreamModelLM": "fdpp.models.dream",
+    "FastDLLMConfig": "fdpp.models.fast_dllm_config",
+    "FastDLLMModelLM": "fdpp.models.fast_dllm",
     "LLaDAConfig": "fdpp.models.llada_config",
     "LLaDAModelLM": "fdpp.models.llada",
+    "SDARConfig": "fdpp.models.sdar_config",
+    "SDARModelLM": "fdpp.models.sdar",
     "patch": "fdpp.patching",
     "unpatch": "fdpp.patching",
 }
@@ -60,6 +68,8 @@ __all__ = [
     "DreamModelLM",
     "EntropyBound",
     "Factor",
+    "FastDLLMConfig",
+    "FastDLLMModelLM",
     "Frechet",
     "Klass",
     "LLaDAConfig",
@@ -70,6 +80,8 @@ __all__ = [
     "Origin",
     "Quota",
     "Rule",
+    "SDARConfig",
+    "SDARModelLM",
     "Selection",
     "Threshold",
     "TopkMargin",

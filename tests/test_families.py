@@ -258,9 +258,9 @@ def test_a_folder_of_any_family_is_loaded_by_its_model_type(family: str, tmp_pat
 
 
 def test_a_family_that_nobody_registered_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model_type llada or Dream.*, got mamba"):
+    with pytest.raises(ValueError, match=r"model_type llada or .*Dream.*, got mamba"):
         load(str(folder(tmp_path, {"model_type": "mamba"})))
-    with pytest.raises(ValueError, match=r"model_type llada or Dream.*, got none"):
+    with pytest.raises(ValueError, match=r"model_type llada or .*Dream.*, got none"):
         load(str(folder(tmp_path, {"hidden_size": 32})))
 
 

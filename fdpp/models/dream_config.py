@@ -4,101 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 
-from fdpp.models.rope import theta_of
-
-IMPLEMENTED = {
-    "hidden_act": ("silu",),
-    "attention_dropout": (0.0,),
-    "rope_scaling": (None,),
-    "use_sliding_window": (False,),
-    "use_mrope": (False,),
-}
-"""Options of the published configuration that change the architecture, with the values this package implements."""
-
-LAYERS_TP_PLAN = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-    "layers.*.mlp.gate_proj": "colwise",
-    "layers.*.mlp.up_proj": "colwise",
-    "layers.*.mlp.down_proj": "rowwise",
-}
-"""Tensor parallelism as transformers' `tp_plan`: heads and hidden units of the blocks are sharded."""
+from fdpp.models.qwen_config import QwenConfig
 
 
-class DreamConfig(PretrainedConfig):
-    """Shape and token ids of a Dream model.
+class DreamConfig(QwenConfig):
+    """Shape and token ids of a Dream model (Dream-org/Dream-v0-Base-7B, -Instruct-7B, Dream-Coder).
 
-    The arguments have the names of the published `config.json` (Dream-org/Dream-v0-Base-7B, -Instruct-7B, Dream-Coder),
-    so such a file loads as it is. Defaults are those of the published class, not of Dream 7B: a file names every size.
-
-    Raises:
-        ValueError: sizes that do not fit; an option that changes the architecture and is not implemented, with its
-            name, its value and what is implemented.
+    All other arguments and the errors are those of `QwenConfig`.
     """
 
     model_type = "Dream"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    family = "Dream"
+    implemented = {  # noqa: RUF012
+        "hidden_act": ("silu",),
+        "attention_dropout": (0.0,),
+        "rope_scaling": (None,),
+        "use_sliding_window": (False,),
+        "use_mrope": (False,),
+    }
 
-    def __init__(
-        self,
-        vocab_size: int = 151936,
-        hidden_size: int = 4096,
-        intermediate_size: int = 22016,
-        num_hidden_layers: int = 32,
-        num_attention_heads: int = 32,
-        num_key_value_heads: int | None = None,
-        max_position_embeddings: int = 32768,
-        rope_theta: float | None = None,
-        rms_norm_eps: float = 1e-6,
-        initializer_range: float = 0.02,
-        tie_word_embeddings: bool = False,
-        mask_token_id: int | None = 151666,
-        pad_token_id: int | None = 151643,
-        **kwargs: Any,
-    ) -> None:
-        for option, implemented in IMPLEMENTED.items():
-            if option in kwargs and kwargs[option] not in implemented:
-                expected = " or ".join(repr(value) for value in implemented)
-                raise ValueError(f"Dream config: {option}={kwargs[option]!r} is not implemented, expected {expected}")
-        heads = num_attention_heads
-        # The published class takes as many key heads as heads for None alone.
-        kv_heads = heads if num_key_value_heads is None else num_key_value_heads
-        sizes = {
-            "vocab_size": vocab_size,
-            "hidden_size": hidden_size,
-            "intermediate_size": intermediate_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-        }
-        if min(sizes.values()) < 1:
-            named = ", ".join(f"{name}={value}" for name, value in sizes.items())
-            raise ValueError(f"Dream config: expected sizes of at least 1, got {named}")
-        if hidden_size % heads or heads % kv_heads:
-            raise ValueError(
-                "Dream config: expected num_attention_heads to divide hidden_size and num_key_value_heads to divide "
-                f"num_attention_heads, got hidden_size={hidden_size}, num_attention_heads={heads}, "
-                f"num_key_value_heads={kv_heads}"
-            )
-        if hidden_size // heads % 2:
-            raise ValueError(f"Dream config: rotary embedding needs an even head size, got {hidden_size // heads}")
-        for name, value in sizes.items():
-            setattr(self, name, value)
-        self.max_position_embeddings = max_position_embeddings
-        self.rope_theta = theta_of("Dream", rope_theta, 10000.0, kwargs)
-        self.rms_norm_eps = rms_norm_eps
-        self.initializer_range = initializer_range
-        self.mask_token_id = mask_token_id if mask_token_id is not None and mask_token_id < vocab_size else None
-        pad = pad_token_id if pad_token_id is not None and pad_token_id < vocab_size else None
-        kwargs.pop("rope_scaling", None)  # transformers warns of the name, whatever its value
-        # The head is sharded over the vocabulary, and the embedding only where it is the head.
-        embedding = {"embed_tokens": "embedding_rowwise"} if tie_word_embeddings else {}
-        self.base_model_tp_plan = LAYERS_TP_PLAN | embedding
-        super().__init__(tie_word_embeddings=tie_word_embeddings, pad_token_id=pad, **kwargs)
+    def __init__(self, mask_token_id: int | None = 151666, pad_token_id: int | None = 151643, **kwargs: Any) -> None:
+        super().__init__(mask_token_id=mask_token_id, pad_token_id=pad_token_id, **kwargs)
 
 
 AutoConfig.register("Dream", DreamConfig, exist_ok=True)

@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fdpp.models.language_model import DiffusionLM
 
-CONFIGURATIONS = ("fdpp.models.llada_config", "fdpp.models.dream_config")
+CONFIGURATIONS = (
+    "fdpp.models.llada_config",
+    "fdpp.models.dream_config",
+    "fdpp.models.sdar_config",
+    "fdpp.models.fast_dllm_config",
+)
 """Modules that register a configuration with `AutoConfig` when they are imported. They are apart from the models, since
 `AutoConfig` may be imported amid the import of what a model needs."""
 
-MODELS = ("fdpp.models.llada", "fdpp.models.dream")
+MODELS = ("fdpp.models.llada", "fdpp.models.dream", "fdpp.models.sdar", "fdpp.models.fast_dllm")
 """Modules that register a family."""
 
 TOKENIZERS = ("fdpp.models.dream_tokenizer",)

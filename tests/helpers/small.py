@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 import fdpp
-from fdpp import DreamConfig, DreamModelLM, LLaDAConfig, LLaDAModelLM
+from fdpp import (
+    DreamConfig,
+    DreamModelLM,
+    FastDLLMConfig,
+    FastDLLMModelLM,
+    LLaDAConfig,
+    LLaDAModelLM,
+    SDARConfig,
+    SDARModelLM,
+)
 from fdpp.models.block import Block
 from fdpp.models.language_model import DiffusionLM
 
@@ -51,8 +60,39 @@ def small_dream(seed: int = 0, **config: Any) -> DreamModelLM:
     return model
 
 
+def small_sdar(seed: int = 0, **config: Any) -> SDARModelLM:
+    """`small_model` of SDAR's architecture: heads of a size of their own, whose norms count."""
+    sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 12}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "initializer_range": 0.5, "block_size": 4}
+    ids = {"mask_token_id": MASK, "eos_token_id": EOS, "pad_token_id": PAD}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = SDARModelLM(SDARConfig(**{**sizes, **ids, "max_position_embeddings": 256, **config})).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def small_fast_dllm(seed: int = 0, **config: Any) -> FastDLLMModelLM:
+    """`small_model` of the architecture of Fast-dLLM v2, with biases that count."""
+    sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "initializer_range": 0.5, "bd_size": 8}
+    ids = {"mask_token_id": MASK, "eos_token_id": EOS, "pad_token_id": PAD}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = FastDLLMModelLM(FastDLLMConfig(**{**sizes, **ids, "max_position_embeddings": 256, **config})).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
 SMALL = {"LLaDA": small_model, "Dream": small_dream}
-"""A small model of every family, by name."""
+"""A small model of every family whose positions all see each other, by name."""
+
+BLOCK_CAUSAL = {"SDAR": small_sdar, "Fast-dLLM v2": small_fast_dllm}
+"""A small model of every block-causal family, by name."""
 
 
 def exact_model(seed: int = 0, **config: Any) -> LLaDAModelLM:
