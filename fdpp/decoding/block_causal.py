@@ -225,7 +225,7 @@ class BlockCausalLoop(BlockLoop):
             others, stop = slice(max(2 * around.start - around.stop, everything), columns.start), columns.start
         else:
             fed, stop = columns if self.config.cache == "dual" else around, around.stop
-            others = slice(max(fed.start - self.shift, everything), fed.stop)
+            others = slice(max(min(fed.start, columns.start - self.shift), everything), fed.stop)
         first = self.window(slice(everything if self.feeds_all else min(before, others.start), stop), columns, reading)
         return first, first if self.config.cache == "none" else self.window(others, columns, reading)
 
