@@ -64,7 +64,8 @@ def naive_forward(
         Logits `[T, V]`, attention `[layers, T, S]`, the mean over its heads, and the keys and values.
     """
     config, T, held, maps = model.config, len(ids), [], []
-    size = config.hidden_size // config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    turning = getattr(config, "rotary_dim", None) or size
     shared = config.num_attention_heads // config.num_key_value_heads
 
     def norm(h: Tensor, layer: Any) -> Tensor:
@@ -75,17 +76,22 @@ def naive_forward(
         return h @ layer.weight.double().T + (0.0 if bias is None else bias.double())
 
     def rope(h: Tensor) -> Tensor:
-        """Pairs (j, j + size / 2) as complex numbers, turned by position * theta^(-2j / size)."""
+        """Pairs (j, j + turning / 2) as complex numbers, turned by position * theta^(-2j / turning)."""
         columns = torch.arange(start, start + T)[:, None, None]
-        turns = columns * config.rope_theta ** (-torch.arange(0, size, 2).double() / size)
-        turned = torch.complex(h[..., : size // 2], h[..., size // 2 :]) * torch.polar(torch.ones_like(turns), turns)
-        return torch.cat((turned.real, turned.imag), -1)
+        turns = columns * config.rope_theta ** (-torch.arange(0, turning, 2).double() / turning)
+        first, second, passed = h.tensor_split((turning // 2, turning), -1)
+        turned = torch.complex(first, second) * torch.polar(torch.ones_like(turns), turns)
+        return torch.cat((turned.real, turned.imag, passed), -1)
 
     h = model.get_input_embeddings().weight.double()[ids]
     for n, block in enumerate(model.model.blocks):
         layers = block.layers()
         a = norm(h, layers.norm)
-        q, k, v = (product(a, layer).unflatten(1, (-1, size)) for layer in (layers.q, layers.k, layers.v))
+        own = (layers.q,) if layers.k is layers.q else (layers.q, layers.k, layers.v)
+        projected = torch.cat([product(a, layer) for layer in own], 1).unflatten(1, (-1, size))
+        q, k, v = projected.split([config.num_attention_heads] + 2 * [config.num_key_value_heads], 1)
+        if layers.q_norm is not None:
+            q, k = norm(q, layers.q_norm), norm(k, layers.k_norm)
         q, k = rope(q), rope(k)
         if kept is not None:
             k, v = (
