@@ -110,33 +110,56 @@ def test_against_a_forward_written_out_in_float64(made: Any) -> None:
     assert len(called) == 2
 
 
-def test_keys_are_normalised_and_rotated_in_the_cache() -> None:
-    """A denoising call sees the blocks before and its own, whose keys it replaces; commits are no other."""
-    sdar, held = arrays("sdar"), BlockCache()
-    x = torch.cat((sdar["a_x"][:, :8], sdar["cache_block1_x"]), dim=1)
-    with torch.no_grad():
-        first = model("sdar").project(model("sdar").model(x, block_causal(12, 4)[None], cache=held))
-        close(first[:, :8], "sdar", "cache_prefill_logits")
-        close(first[:, 8:], "sdar", "cache_block1_logits")
+def test_a_block_after_its_prefix_and_with_the_block_before() -> None:
+    """Denoising calls replace the block's own keys. What is published as a commit call is part of the next forward."""
+    sdar, held = arrays("sdar"), BlockCache(grid=4, sequences=1, columns=16)
+    x = sdar["a_x"]
+    masks = torch.full((1, 4), model("sdar").config.mask_token_id)
+    fed = {
+        "prefill": (x[:, :8], 0),
+        "block1": (sdar["cache_block1_x"], 8),
+        "block2": (sdar["cache_block2_x"], 8),
+        "commit, next": (torch.cat((x[:, 8:12], masks), dim=1), 8),
+    }
+    for names, (ids, start) in fed.items():
+        with torch.no_grad():
+            logits = model("sdar").project(model("sdar").model(ids, cache=held, start=start))
+        for name, part in zip(names.split(", "), logits.split((8 if start == 0 else 4), dim=1), strict=True):
+            close(part, "sdar", f"cache_{name}_logits")
         close(held.keys[0][:, :, :8], "sdar", "cache_k0")
         close(held.values[0][:, :, :8], "sdar", "cache_v0")
-        for ids, name in ((sdar["cache_block2_x"], "cache_block2"), (sdar["a_x"][:, 8:12], "cache_commit")):
-            close(model("sdar").project(model("sdar").model(ids, cache=held, start=8)), "sdar", f"{name}_logits")
 
 
 def test_a_sub_block_is_fed_alone() -> None:
     """Fast-dLLM v2: it sees the other sub-blocks as they were when the whole block was last fed."""
-    v2, ours, held = arrays("fastdllm2"), model("fastdllm2"), BlockCache()
-    x = torch.cat((v2["a_x"][:1, :16], v2["block_x"]), dim=1)
-    with torch.no_grad():
-        first = ours.project(ours.model(x, block_causal(24, 8)[None], cache=held))
+    v2, ours, held = arrays("fastdllm2"), model("fastdllm2"), BlockCache(grid=8, sequences=1, columns=24)
+    fed = {
+        "": (v2["a_x"][:1, :16], 0),
+        "block": (v2["block_x"], 16),
+        "blockcache": (v2["block_x"], 16),
+        "sub": (v2["sub_x"], 20),
+        "commit": (v2["commit_x"], 16),
+    }
+    for name, (ids, start) in fed.items():
+        with torch.no_grad():
+            logits = ours.project(ours.model(ids, cache=held, start=start))
+        if name:
+            close(logits, "fastdllm2", f"{name}_logits")
+        if name == "sub":
+            close(held.keys[0][:, :, 16:], "fastdllm2", "block_k0_after_sub")
         close(held.keys[0][:, :, :16], "fastdllm2", "cache_k0")
         close(held.values[0][:, :, :16], "fastdllm2", "cache_v0")
-        close(first[:, 16:], "fastdllm2", "block_logits")
-        close(first[:, 16:], "fastdllm2", "blockcache_logits")
-        close(ours.project(ours.model(v2["sub_x"], cache=held, start=20)), "fastdllm2", "sub_logits")
-        close(held.keys[0][:, :, 16:], "fastdllm2", "block_k0_after_sub")
-        close(ours.project(ours.model(v2["commit_x"], cache=held, start=16)), "fastdllm2", "commit_logits")
+
+
+def test_blocks_are_the_models_own_and_begin_with_a_rows_first_token() -> None:
+    """Where no mask says what is seen."""
+    x, wanted = arrays("sdar")["a_x"], arrays("sdar")["a_logits"]
+    padded = torch.cat((torch.full((1, 3), 7), x), dim=1)
+    real = torch.arange(25)[None] >= 3
+    with torch.no_grad():
+        close(model("sdar")(x).logits, "sdar", "a_logits")
+        logits = model("sdar")(torch.cat((padded, padded.flip(1))), torch.cat((real, real | True)).long()).logits
+    torch.testing.assert_close(logits[:1, 3:], wanted, rtol=0, atol=ATOL)
 
 
 # Folders
