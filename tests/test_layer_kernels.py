@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import INTERPRETED, generator, on_gpu
 from layer_twins import TWINS
-from small import left_pad, prompts, small_model
+from small import left_pad, prompts, small_model, small_sdar
 from torch import Tensor
 
 from fdpp import Frechet
@@ -283,15 +284,15 @@ def plain() -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("made", [partial(small_model, n_kv_heads=2), small_sdar], ids=["LLaDA", "SDAR"])
 @torch.no_grad()
-def test_a_forward_is_the_same(kernels: list[str]) -> None:
-    model = small_model(n_kv_heads=2)
+def test_a_forward_is_the_same(made: Callable[[], Any], kernels: list[str]) -> None:
+    model = made()
     ids = prompts(2, 9)
     states: list[Tensor] = []
     out = model.model(ids, hidden_states=states)
-    assert kernels == (["rms_norm_gpu", "rotate_in_place", "rms_norm_gpu", "swiglu_gpu"] * model.config.n_layers) + [
-        "rms_norm_gpu"
-    ]
+    layer = ["rms_norm_gpu", "rotate_in_place", "rms_norm_gpu", "swiglu_gpu"]
+    assert kernels == layer * model.config.num_hidden_layers + ["rms_norm_gpu"]
     with plain():
         wanted: list[Tensor] = []
         want = model.model(ids, hidden_states=wanted)

@@ -1,4 +1,4 @@
-"""Stand-ins for the code that comes with the checkpoints of LLaDA and Dream: modules, their names, configurations."""
+"""Stand-ins for the code that comes with checkpoints of each family: modules, their names, configurations."""
 
 from __future__ import annotations
 
@@ -121,14 +121,18 @@ class DreamRMSNorm(nn.Module):
 
 
 class DreamAttention(nn.Module):
+    biased, normed = True, False
+
     def __init__(self, config: Any) -> None:
         super().__init__()
-        size = config.hidden_size
-        self.head_size = size // config.num_attention_heads
-        kv_size = self.head_size * config.num_key_value_heads
-        self.q_proj = nn.Linear(size, size, bias=True)
-        self.k_proj, self.v_proj = nn.Linear(size, kv_size, bias=True), nn.Linear(size, kv_size, bias=True)
-        self.o_proj = nn.Linear(size, size, bias=False)
+        size, biased = config.hidden_size, self.biased
+        self.head_size = getattr(config, "head_dim", None) or size // config.num_attention_heads
+        q_size, kv_size = (self.head_size * n for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(size, q_size, bias=biased)
+        self.k_proj, self.v_proj = nn.Linear(size, kv_size, bias=biased), nn.Linear(size, kv_size, bias=biased)
+        self.o_proj = nn.Linear(q_size, size, bias=False)
+        if self.normed:
+            self.q_norm, self.k_norm = (DreamRMSNorm(self.head_size, config.rms_norm_eps) for _ in range(2))
         frequency = config.rope_theta ** -(torch.arange(0, self.head_size, 2).float() / self.head_size)
         self.register_buffer("inv_freq", frequency, persistent=False)
 
@@ -137,10 +141,12 @@ class DreamAttention(nn.Module):
         half = self.head_size // 2
         return x * angle.cos().to(x.dtype) + torch.cat((-x[..., half:], x[..., :half]), -1) * angle.sin().to(x.dtype)
 
-    def forward(self, h: Tensor) -> Tensor:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (project(h).unflatten(2, (-1, self.head_size)).transpose(1, 2) for project in projections)
-        h = F.scaled_dot_product_attention(self.rotated(q), self.rotated(k), v, enable_gqa=True)
+    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (project(h).unflatten(2, (-1, self.head_size)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        h = F.scaled_dot_product_attention(self.rotated(q), self.rotated(k), v, mask, enable_gqa=True)
         return self.o_proj(h.transpose(1, 2).flatten(2))
 
 
@@ -156,22 +162,22 @@ class DreamMLP(nn.Module):
 
 
 class DreamDecoderLayer(nn.Module):
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, attention: type[DreamAttention] = DreamAttention) -> None:
         super().__init__()
-        self.self_attn, self.mlp = DreamAttention(config), DreamMLP(config)
+        self.self_attn, self.mlp = attention(config), DreamMLP(config)
         self.input_layernorm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class DreamBaseModel(nn.Module):
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, attention: type[DreamAttention] = DreamAttention) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DreamDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DreamDecoderLayer(config, attention) for _ in range(config.num_hidden_layers))
         self.norm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -196,3 +202,46 @@ class DreamModel(PreTrainedModel):
     def diffusion_generate(self, input_ids: Tensor) -> Tensor:
         """The published loop, of which a patch knows nothing."""
         return input_ids
+
+
+class SDARConfig(DreamConfig):
+    model_type = "sdar"
+
+
+class SDARAttention(DreamAttention):
+    biased, normed = False, True
+
+
+class BlockCausalModel(PreTrainedModel):
+    """What the code of both block-causal families has in common; the blocks' length is the configuration's."""
+
+    base_model_prefix = "model"
+    attention: type[DreamAttention] = DreamAttention
+    length = "bd_size"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = DreamBaseModel(config, self.attention)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, input_ids: Tensor, **nothing: None) -> CausalLMOutputWithPast:
+        assert not any(nothing.values())
+        block = torch.arange(input_ids.shape[1]) // getattr(self.config, self.length)
+        x = self.model.embed_tokens(input_ids)
+        for layer in self.model.layers:
+            x = layer(x, block[:, None] >= block)
+        return CausalLMOutputWithPast(logits=self.lm_head(self.model.norm(x)))
+
+
+class SDARForCausalLM(BlockCausalModel):
+    config_class = SDARConfig
+    attention = SDARAttention
+    length = "block_size"
+
+
+class Fast_dLLM_QwenConfig(DreamConfig):  # noqa: N801
+    model_type = "Fast_dLLM_Qwen"
+
+
+class Fast_dLLM_QwenForCausalLM(BlockCausalModel):  # noqa: N801
+    config_class = Fast_dLLM_QwenConfig
