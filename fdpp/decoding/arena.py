@@ -125,7 +125,8 @@ class Arena:
         """The step, and whether it is new."""
         # A full window's block moves within it; of others the place is fixed, and tells a block's first from the rest.
         inner = None if window.full or isinstance(window.inner, Tensor) else window.inner.start
-        key = (window.width(), window.block_width(), inner, window.padding, window.own, drafts, fresh)
+        first = window.fed.start if window.full and isinstance(window.fed, slice) else None
+        key = (window.width(), window.block_width(), first, inner, window.padding, window.own, drafts, fresh)
         new = key not in self.steps
         step = Step(window, self.state.row.shape[0], drafts, fresh, self.schedule.device) if new else self.steps[key]
         step.place(window)

@@ -133,7 +133,7 @@ class BlockCausalLoop(BlockLoop):
             held = embeds.gather(1, source[:, :, None].expand(-1, -1, embeds.shape[2]))
             self.whole = self.whole._replace(embeds=held, embedded=self.first)
         self.blocks = self.spans(self.config.max_new_tokens)
-        self.stored = torch.full_like(self.live, self.padding or 0)
+        self.stored = torch.full_like(self.live, self.everything)
 
     @property
     def first(self) -> Tensor:
@@ -183,6 +183,15 @@ class BlockCausalLoop(BlockLoop):
         return slice(start, start + self.grid)
 
     @property
+    def everything(self) -> int:
+        """The first column that holds a token, of any row."""
+        return self.extra
+
+    def asked_after(self, columns: slice) -> Tensor:
+        """Those whose response has begun."""
+        return self.live[self.first[self.live] < columns.stop]
+
+    @property
     def piece(self) -> int:
         """Columns of a piece of a prompt, whole blocks."""
         assert self.grid is not None
@@ -208,15 +217,14 @@ class BlockCausalLoop(BlockLoop):
     def usual(self, block: int) -> int:
         if block > 0:
             return self.block_of(self.block_columns(block - 1)).start
-        start = self.padding or 0
-        return max([start, *(columns.stop for columns in self.pieces(0, start))])
+        return max([self.everything, *(columns.stop for columns in self.pieces(0, self.everything))])
 
     def windows(self, block: int, before: int) -> tuple[Window, Window]:
         """The window of a block's first forward, and that of the others; before column `before` all is stored.
 
         The first one feeds what is not stored, and the block of the grid.
         """
-        columns, everything = self.block_columns(block), self.padding or 0
+        columns, everything = self.block_columns(block), self.everything
         around, reading = self.block_of(columns), (self.shift, self.bare and block == 0)
         needs = self.config.rule.needs
         sees_block = needs.attention or needs.fed or self.config.cfg_scale > 0.0 or reading[1]
@@ -230,7 +238,7 @@ class BlockCausalLoop(BlockLoop):
         return first, first if self.config.cache == "none" else self.window(others, columns, reading)
 
     def window(self, fed: slice, columns: slice, reading: tuple[int, bool]) -> Window:
-        full = fed.start == (self.padding or 0)
+        full = fed.start == self.everything
         padding = self.padding if full else 0 if self.whole.padding is None else None
         return Window.of(fed, columns, full, padding, *reading)
 

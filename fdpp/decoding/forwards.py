@@ -169,6 +169,8 @@ class Forwards:
         """The attention mask of D states of every sequence without a cache, which has its own; None: no mask."""
         n, tree = window.width(), self.layout == "tree"
         padding = state.padding if window.padding is None else None
+        if padding is not None and isinstance(window.fed, slice) and window.fed.start:
+            padding = padding - window.fed.start
         if padding is not None and not tree:
             padding = padding.repeat_interleave(D)
         return seen(padding, n, slice(0, n), n, D if tree else 1, state.sequences.device, self.grid)

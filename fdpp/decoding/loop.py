@@ -303,10 +303,16 @@ class BlockLoop:
             return
         columns = self.block_columns(block)
         stop, new = columns.stop, columns.stop - columns.start
-        done = asked(criteria, self.whole.sequences[:, self.extra : stop].clone(), new)[self.live]
-        tail = self.whole.sequences[self.live[done], stop:]
-        self.whole.sequences[self.live[done], stop:] = tail.masked_fill(tail == self.mask_id, self.pad_id)
-        self.live = self.live[~done]
+        done = asked(criteria, self.whole.sequences[:, self.extra : stop].clone(), new)
+        rows = self.asked_after(columns)
+        rows = rows[done[rows]]
+        tail = self.whole.sequences[rows, stop:]
+        self.whole.sequences[rows, stop:] = tail.masked_fill(tail == self.mask_id, self.pad_id)
+        self.live = self.live[~torch.isin(self.live, rows)]
+
+    def asked_after(self, columns: slice) -> Tensor:
+        """The sequences `[c]` that may end after a block in the `columns`."""
+        return self.live
 
     def output(self) -> DiffusionGenerationOutput:
         commit_step, confidence = map(self.of_response, (self.whole.commit_step, self.whole.confidence))

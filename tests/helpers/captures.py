@@ -47,12 +47,13 @@ class Graph:
         arena, advance = run.args
         step = run.func.__self__  # type: ignore[attr-defined]
         self.step, self.arena, self.model = map(weakref.ref, (step, arena, advance.forwards.model))
-        self.config, self.device, self.replays = advance.config, step.device, 0
+        self.config, self.grid, self.device, self.replays = advance.config, advance.forwards.grid, step.device, 0
 
     def replay(self) -> None:
         self.replays += 1
         step: Any = self.step()
-        step.run(self.arena(), Advance(self.model(), self.config, stop_ids(self.config, self.device)))
+        eos = stop_ids(self.config, self.device)
+        step.run(self.arena(), Advance(self.model(), self.config, eos, grid=self.grid))
         for captured, now in zip(tree_leaves(step.captured), tree_leaves(step.outcome), strict=True):
             captured.copy_(now)
 

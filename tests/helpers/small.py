@@ -103,8 +103,8 @@ def exact_model(seed: int = 0, **config: Any) -> LLaDAModelLM:
 
 
 def exact(family: str, seed: int = 0, **config: Any) -> DiffusionLM:
-    """`exact_model` of a family in `SMALL`."""
-    model = SMALL[family](seed, **config)
+    """`exact_model` of a family in `SMALL` or `BLOCK_CAUSAL`."""
+    model = (SMALL | BLOCK_CAUSAL)[family](seed, **config)
     make_exact(model)
     return model
 
