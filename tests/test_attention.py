@@ -36,13 +36,22 @@ def random_inputs(
     return (2 * q).to(dtype), k.to(dtype), v.to(dtype)
 
 
-def truth(q: Tensor, k: Tensor, v: Tensor, left: Tensor | None = None, scale: float | None = None) -> Tensor:
+def truth(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: Tensor | None = None,
+    scale: float | None = None,
+    stops: Tensor | None = None,
+) -> Tensor:
     """Softmax attention in float64, written out; zeros where no key is seen."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
     scores = q.double() @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
     if left is not None:
         scores = scores.masked_fill(torch.arange(k.shape[2]) < left[:, None, None, None], -torch.inf)
+    if stops is not None:
+        scores = scores.masked_fill(torch.arange(k.shape[2]) >= stops[:, None], -torch.inf)
     return scores.softmax(-1).nan_to_num(nan=0.0) @ v
 
 
@@ -61,16 +70,17 @@ def run(
     scale: float | None = None,
     own: Own | None = None,
     column: Tensor | int | None = None,
+    stops: Tensor | None = None,
 ) -> Tensor:
     """An implementation's result, on the CPU."""
     device = "cuda" if implementation == "cuda" else "cpu"
     column = torch.tensor([column]) if isinstance(column, int) else column
-    given = (q, k, v, left, *(own or (None, None)), column)
-    q, k, v, left, own_k, own_v, column = (None if x is None else to_device(x, device) for x in given)
-    split_keys.check(q, k, v, left, own and (own_k, own_v), column)
+    given = (q, k, v, left, *(own or (None, None)), column, stops)
+    q, k, v, left, own_k, own_v, column, stops = (None if x is None else to_device(x, device) for x in given)
+    split_keys.check(q, k, v, left, own and (own_k, own_v), column, stops)
     take = split_keys.attention_cpu if implementation == "cpu" else split_keys.attention_gpu
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return take(q, k, v, left, scale, own_k, own_v, column).transpose(1, 2).cpu()
+    return take(q, k, v, left, scale, own_k, own_v, column, stops).transpose(1, 2).cpu()
 
 
 def assert_as_good(out: Tensor, *inputs: Any, of: Callable[..., Tensor] | None = None) -> None:
@@ -142,6 +152,43 @@ def test_any_number_of_splits(implementation: str, monkeypatch: pytest.MonkeyPat
         assert_as_good(results[-1], *inputs, left)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+
+
+@each_implementation
+@pytest.mark.parametrize("programs", [1, 264])
+@on_gpu(lambda programs: programs == 264)
+def test_queries_stop_at_columns_of_their_own(
+    implementation: str, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, at and behind the borders of tiles and splits; what lies behind all of them is not read."""
+    monkeypatch.setattr(launch, "ATTEND_PROGRAMS", programs)
+    S, stops = 512, torch.tensor([1, 31, 32, 33, 127, 128, 129, 256, 300, 384, 400])
+    q, k, v = random_inputs(3, 3, 4, 2, len(stops), S, 16)
+    assert (attend_launch(6, 22, S, True).splits > 1) == (programs > 1)
+    left = torch.tensor([0, 30, 200])
+    if implementation != "cpu":
+        k[:, :, 400:], v[:, :, 400:] = NAN, NAN
+    for padding in (None, left):
+        out = run(implementation, q, k, v, padding, stops=stops)
+        want = truth(q, k[:, :, :400], v[:, :, :400], padding, stops=stops)
+        torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
+    assert not run(implementation, q, k, v, stops=torch.zeros_like(stops)).nan_to_num(nan=1.0).any() or (
+        implementation == "cpu"  # PyTorch has no softmax of nothing
+    )
+
+
+@each_implementation
+def test_branches_stop_at_columns_of_their_own(implementation: str) -> None:
+    """Two blocks of a grid, of which the first sees the second in no branch."""
+    n, S, column = 8, 300, 128
+    q, k, v, own = random_branches(1, 2, 3, 4, 2, n, n, S, 16)
+    stops, left = torch.tensor([132] * 4 + [136] * 4), torch.tensor([0, 50])
+    out = run(implementation, q, k, v, left, own=own, column=column, stops=stops)
+    for row in range(len(q)):
+        keys, values = (x[row // 3 : row // 3 + 1].clone() for x in (k, v))
+        keys[:, :, column : column + n], values[:, :, column : column + n] = (x[row] for x in own)
+        want = truth(q[row : row + 1], keys, values, left[row // 3 : row // 3 + 1], stops=stops)
+        torch.testing.assert_close(out[row : row + 1].double(), want, rtol=1e-5, atol=1e-6)
 
 
 @each_implementation

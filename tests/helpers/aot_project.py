@@ -94,12 +94,13 @@ class Block:
     dtype: str = "bfloat16"
     padded: bool = True
     branches: int = 0
+    stops: bool = False
 
     @property
     def name(self) -> str:
         facts = [self.target, f"{self.B}x{self.n}", f"{self.S}x{self.kv_heads}x{self.d}", self.dtype]
         branches = [f"{self.branches}branches"] * bool(self.branches)
-        return "-".join(facts + ["unpadded"] * (not self.padded) + branches)
+        return "-".join(facts + ["unpadded"] * (not self.padded) + branches + ["stops"] * self.stops)
 
     @property
     def rows(self) -> int:
@@ -116,11 +117,16 @@ class Block:
         k, v = (states(self.B, self.kv_heads, self.S) for _ in range(2))
         own = [states(rows, self.kv_heads, self.n) for _ in range(2)] if self.branches else [None, None]
         column = like(torch.int64, self.n) if self.branches else None
-        split_keys.attention_gpu(states(rows, self.heads, self.n), k, v, left, self.d**-0.5, *own, column)
+        stops = like(torch.int64, self.n) if self.stops else None
+        split_keys.attention_gpu(states(rows, self.heads, self.n), k, v, left, self.d**-0.5, *own, column, stops)
 
 
 DREAM: dict[str, Any] = {"n": 33, "heads": 28, "kv_heads": 4}
 """A block of Dream-7B with the column before it: 231 queries of a group, four tiles."""
+
+
+SDAR: dict[str, Any] = {"n": 8, "heads": 32, "kv_heads": 8}
+"""Two blocks of SDAR-4B."""
 
 
 def blocks() -> list[Block]:
@@ -132,6 +138,8 @@ def blocks() -> list[Block]:
         # The same with branches.
         found += [Block(target, branches=4), Block(target, **DREAM, branches=4)]
         found += [Block(target, n=5, branches=4), Block(target, B=4, branches=4)]
+        # Two blocks of a block-causal model, and a piece of its prompt.
+        found += [Block(target, **SDAR, stops=True), Block(target, **{**SDAR, "n": 1024}, stops=True)]
     found += [
         Block("sm_90", dtype="float32", **DREAM, branches=4),
         Block("sm_90", padded=False, branches=4),
