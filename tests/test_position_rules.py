@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from small import EOS, MASK, exact_model, prompts
 from torch import Tensor
 
 import fdpp
-from fdpp.rules import Proposed, budget, klass
+from fdpp.rules import MostConfident, Proposed, budget, klass
+from fdpp.selection import Selection
 from fdpp.step import reference
 
 LEAP = "get_transfer_index_localleap"
@@ -242,3 +244,31 @@ def test_alone_klass_is_its_fallback() -> None:
     logits, tokens = torch.randn(2, 8, 30), torch.full((2, 8), 29)
     out = fdpp.select(logits, tokens, rule=fdpp.Klass(), mask_id=29)
     assert out.committed.equal(fdpp.select(logits, tokens, rule=fdpp.Quota(1), mask_id=29).committed)
+
+
+@dataclass(frozen=True)
+class Watching(MostConfident, fdpp.Rule):
+    """Keeps what it is told of given tokens."""
+
+    seen: ClassVar[list[Any]] = []
+
+    def decide(self, proposed: Proposed) -> Selection:
+        self.seen.append((proposed.given, proposed.block, proposed.tokens))
+        return proposed.step
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_a_rule_sees_which_tokens_were_given(drafts: int) -> None:
+    """Those of an infill, in every state of every draft, whatever was decided in the meantime."""
+    model, text = exact_model(), prompts(1, 20, seed=4)
+    text[0, [3, 4, 5, 8, 9, 12, 15, 16, 19]] = MASK
+    Watching.seen.clear()
+    model.infill(text, rule=Watching(), block_length=6, drafts=drafts, cache="none", stop_at_eos=False)
+    assert len(Watching.seen) >= 9 and any(len(tokens) > 1 for _, _, tokens in Watching.seen) == (drafts > 1)
+    for given, block, tokens in Watching.seen:
+        assert given.equal((text[:, block] != MASK).expand_as(tokens))
+    Watching.seen.clear()
+    model.generate(prompts(1, 4), rule=Watching(), max_new_tokens=6, block_length=3, stop_at_eos=False)
+    assert not any(given.any() for given, _, _ in Watching.seen), "the prompt is before the block"
+    fdpp.select(torch.zeros(1, 2, 10), torch.full((1, 2), 9), rule=Watching(), mask_id=9)
+    assert Watching.seen[-1][:2] == (None, None)

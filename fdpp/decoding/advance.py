@@ -132,4 +132,9 @@ class Advance:
             first = state.streams + state.first_step * STEP_STRIDE
             streams = first[:, None].expand_as(index).flatten()
         terms = Terms(params, self.rule.key(), self.mask_id, self.config.temperature, seeds)
-        return self.step(evidence, states, terms, window.block, streams)
+        given = self.given(state, window.block) if self.step.decides else None
+        return self.step(evidence, states, terms, window.block, streams, given)
+
+    def given(self, state: BlockState, block: slice | Tensor) -> Tensor:
+        """`[b, T]` bool: where the block holds a token that no step decided. It is the same in all drafts."""
+        return (state.commit_step[:, block] < 0) & (state.sequences[:, block] != self.mask_id)

@@ -38,10 +38,12 @@ class Choice:
         terms: Terms,
         block: slice | Tensor,
         streams: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> Selection:
         """One step on each of the `states` `[b, D, T]` of the columns `block`; fields of shape `[b, D, ...]`.
 
-        `terms` are for the `b * D` states; `streams` `[b * D]` int64 are noise streams that a block's steps share.
+        `terms` are for the `b * D` states; `streams` `[b * D]` int64 are noise streams that a block's steps share;
+        `given` `[b, T]` bool is where no step decided the token.
         """
         tokens = states.flatten(0, 1)
         only_masked = evidence.logits.dim() == 2
@@ -59,8 +61,10 @@ class Choice:
         if self.decides:
             candidate = candidates(tokens, terms.mask_id)
             fixed, fresh = (self.uniform(seeds, tokens.shape[1]) for seeds in (streams, terms.seeds))
+            if given is not None:
+                given = given[:, None].expand_as(states).flatten(0, 1)
             proposed = Proposed(
-                chosen, tokens, candidate, terms.mask_id, flat.memory, block, terms.params, fixed, fresh
+                chosen, tokens, candidate, terms.mask_id, flat.memory, block, terms.params, fixed, fresh, given
             )
             chosen = self.rule.decide(proposed)
         if self.random:

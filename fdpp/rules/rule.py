@@ -120,6 +120,8 @@ class Proposed(NamedTuple):
         fixed, fresh: `[N, T]` float64, random numbers, uniform in (0, 1), for a rule that `draws`: a position has one
             for all steps of its block, and one for this step. A sequence's depend on its seed, and on no other row.
             None for other rules and outside of a decode.
+        given: `[N, T]` bool, positions with a token that no step decided, those of a prompt or an infill. None outside
+            of a decode.
 
     In a decode with `Needs.block` the prefix test takes all positions as masked. Committed ones then have a proposal,
     their most likely token, and its confidence. `step.tokens`, `committed` and `remaining` are those of a block of
@@ -135,6 +137,7 @@ class Proposed(NamedTuple):
     numbers: Tensor | None = None
     fixed: Tensor | None = None
     fresh: Tensor | None = None
+    given: Tensor | None = None
 
     def commit(self, committed: Tensor) -> Selection:
         """`step` with another commit mask `[N, T]`, of candidates alone."""
@@ -185,8 +188,8 @@ def number(default: float, interval: str, about: str, **more: Any) -> Any:
 
 
 def whole(default: int | None, least: int, about: str, **more: Any) -> Any:
-    """A field of a rule that is an int of at least `least`, or None where that is the `default`."""
-    spec = Number(str(least), about, "N", whole=True, optional=default is None, **more)
+    """A field of a rule that is an int of at least `least`, or None where that is the `default` or it is `optional`."""
+    spec = Number(str(least), about, "N", whole=True, **{"optional": default is None, **more})
     return dataclasses.field(default=default, metadata={"number": spec})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 from typing import Any
@@ -17,7 +18,8 @@ from fdpp.step import reference
 from fdpp.step.terms import Terms
 
 SETTINGS = 2
-"""Settings drawn for every rule, besides its defaults."""
+"""Settings drawn for every rule that decides, besides its defaults; one for others, which differ in a predicate alone.
+"""
 
 
 def value(number: Number, default: Any, draw: random.Random) -> Any:
@@ -29,14 +31,13 @@ def value(number: Number, default: Any, draw: random.Random) -> Any:
 
 
 def settings_of(kind: type[fdpp.Rule]) -> list[fdpp.Rule]:
-    """The rule's defaults and some other settings, the same in every run."""
+    """The rule's defaults and some other settings, the same in every run; fewer where few are to be had."""
     draw, found = random.Random(kind.name), [kind()]
-    while len(found) <= SETTINGS:
+    wanted = 1 + (1 if kind.decide is fdpp.Rule.decide else SETTINGS)
+    for _ in range(20):
         numbers = {field: value(number, getattr(kind, field), draw) for field, number in kind.numbers.items()}
-        try:
-            found.append(kind(**numbers))
-        except ValueError:  # two fields that do not go together
-            continue
+        with contextlib.suppress(ValueError):  # two fields that do not go together
+            found += [rule for rule in [kind(**numbers)] if rule not in found and len(found) < wanted]
     return found
 
 
@@ -47,6 +48,7 @@ def specified(
     terms: Terms,
     block: slice | Tensor,
     streams: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> fdpp.Selection:
     """The step from each of the `states` `[b, D, T]` as the rule specifies it, greedily; fields `[b * D, ...]`."""
     tokens = states.flatten(0, 1)
@@ -70,4 +72,8 @@ def specified(
     step = fdpp.Selection(*map(torch.cat, zip(*steps, strict=True)))
     seeds = (streams, terms.seeds) if rule.draws else (None, None)
     fixed, fresh = (None if of_row is None else uniform(of_row, tokens.shape[1]) for of_row in seeds)
-    return rule.reference(Proposed(step, tokens, candidate, terms.mask_id, memory, block, terms.params, fixed, fresh))
+    if given is not None:
+        given = given.repeat_interleave(states.shape[1], dim=0)
+    return rule.reference(
+        Proposed(step, tokens, candidate, terms.mask_id, memory, block, terms.params, fixed, fresh, given)
+    )
