@@ -51,6 +51,10 @@ BAD = [
     *((Frechet, {"margin": x}) for x in [*NO_NUMBERS, -1e-9, -1]),
     *((Frechet, {"calibration": x}) for x in [*NO_NUMBERS, -1e-9, 1, 1.0, 2]),
     *((EntropyBound, {"gamma": x}) for x in [*NO_NUMBERS, -1e-9, -1]),
+    *((fdpp.ThresholdQuota, {"tau": x}) for x in [*NO_NUMBERS, -1e-9, 1.0000001]),
+    *((fdpp.EntropySum, {"bound": x}) for x in [*NO_NUMBERS, -1e-9]),
+    *((fdpp.Leftmost, {"k": k}) for k in [0, 1.0, True]),
+    *((fdpp.Editing, arguments) for arguments in [{"post": -1}, {"post": None}, {"edit": 1.1}, {"k": 0}]),
     *((Budget, {"budget": x}) for x in [*NO_NUMBERS, -1e-9, -1]),
     *((Budget, {name: x}) for name in ("sure", "floor", "rise") for x in [*NO_NUMBERS, -1e-9, 1.0000001]),
 ]

@@ -26,7 +26,7 @@ from inputs import (
 )
 from torch import Tensor
 
-from fdpp import EntropyBound, Factor, Frechet, Quota, Rule, Threshold
+from fdpp import EntropyBound, EntropySum, Factor, Frechet, Quota, Rule, Threshold, ThresholdQuota
 
 # The interpreter computes with NumPy, which warns of the infinities and NaN that `tl.where` then leaves out.
 pytestmark = [
@@ -57,7 +57,7 @@ def masked(logits: Tensor, *rules: Rule, **changes: object) -> Problem:
 
 
 @on_gpu(lambda dtype: dtype == torch.float32)
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", [*RULES, ThresholdQuota(0.5, 2), EntropySum(0.8)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_rules_and_dtypes(implementation: str, rule: Rule, dtype: torch.dtype) -> None:
     T, size = (7, V) if implementation == "cuda" else (12, 50)
@@ -190,6 +190,15 @@ def test_ties_go_to_the_lower_id(implementation: str) -> None:
         (Frechet(0.2499, calibration=0.25), [0.0, 0.0], 2),
         (EntropyBound(0.0), [0.0, 0.0, 1.0, 1.0], 3),
         (EntropyBound(0.7), [1.0, 1.0, 1.0], 2),
+        (EntropySum(0.0), [0.0, 0.0], 1),
+        (EntropySum(1e-300), [0.0, 0.0, 1.0], 2),
+        (EntropySum(1.38), [1.0, 1.0, 1.0], 1),
+        (EntropySum(1.39), [1.0, 1.0, 1.0], 2),
+        (ThresholdQuota(0.5), [1.0, 1.0], 1),
+        (ThresholdQuota(0.1), [1.0, 8.0, 9.0, 9.0], 2),
+        (ThresholdQuota(0.25, 3), [0.0, 3.0, 3.0, 3.0], 3),
+        (ThresholdQuota(1.0, 2), [0.0, 0.0, 0.0], 2),
+        (ThresholdQuota(0.0, 9), [0.0, 1.0, 12.0], 3),
         (Quota(5), [1.0] * 6, 5),
         (Quota(10**9), [1.0] * 5, 5),
     ],

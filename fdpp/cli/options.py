@@ -140,13 +140,21 @@ def add_rule_options(parser: argparse.ArgumentParser) -> None:
     add("--rule", choices=choices, default="frechet", help=f"{text} (default: frechet)".replace("é", "e"))
     for option, takers in rule_options().items():
         rule, field = takers[0]
-        number, default = rule.numbers[field], getattr(rule, field)
+        number = rule.numbers[field]
         names = ", ".join(str(taker.name) for taker, _ in takers)
-        about = f"{names}: {number.about}" + ("" if default is None else f" (default: {default:g})")
+        about = f"{names}: {number.about}{defaults_of(takers)}"
         kind = whole(int(number.interval)) if number.whole else float
         add(f"--{option.replace('_', '-')}", type=kind, metavar=number.unit, help=about)
-    text = "quota and Dream's rules: steps for the whole answer (default: one per token)"
+    text = "rules with a --k, and origin: steps for the whole answer (default: one per token)"
     add("--steps", type=whole(1), metavar="N", help=text)
+
+
+def defaults_of(takers: list[tuple[type[fdpp.Rule], str]]) -> str:
+    """What --help says of an option's defaults: the first rule's, and others' that differ."""
+    (_, first), *others = ((str(rule.name), getattr(rule, field)) for rule, field in takers)
+    if first is None:
+        return ""
+    return f" (default: {first:g}{''.join(f', {name}: {own:g}' for name, own in others if own not in (first, None))})"
 
 
 def add_decoding_options(parser: argparse.ArgumentParser, length: str = f"{LENGTH}, or the embedded model's") -> None:
@@ -211,14 +219,17 @@ def rule_of(args: argparse.Namespace) -> fdpp.Rule:
     """The rule that the options name."""
     kind = fdpp.Rule.named().get(args.rule)
     options = {} if kind is None else {option_of(field, number): field for field, number in kind.numbers.items()}
-    own = {*options, "steps"} if kind is not None and kind().takes_steps() else {*options}
+    # With --steps, what may be left to a schedule is.
+    free = {} if kind is None else {field: None for field, number in kind.numbers.items() if number.optional}
+    own = {*options, "steps"} if kind is not None and kind(**free).takes_steps() else {*options}
     for option in ("steps", *rule_options()):
         if option not in own and getattr(args, option) is not None:
             takes = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(own)) or "no number"
             raise CommandError(
                 f"--{option.replace('_', '-')} does not belong to --rule {args.rule}, which takes {takes}"
             )
-    given = {field: getattr(args, option) for option, field in options.items() if getattr(args, option) is not None}
+    given: dict[str, Any] = {} if args.steps is None else free
+    given |= {field: getattr(args, option) for option, field in options.items() if getattr(args, option) is not None}
     with reported(ValueError):
         return fdpp.Rule.presets[args.rule] if kind is None else kind(**given)
 

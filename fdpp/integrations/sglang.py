@@ -14,7 +14,20 @@ import torch
 from torch import Tensor
 
 from fdpp.integrations.extras import install
-from fdpp.rules import EntropyBound, Factor, Frechet, LocalLeap, Quota, Rule, Threshold
+from fdpp.rules import (
+    EntropyBound,
+    EntropySum,
+    Factor,
+    Frechet,
+    Leftmost,
+    LeftmostRun,
+    LocalLeap,
+    Quota,
+    Rule,
+    Threshold,
+    ThresholdLeftmost,
+    ThresholdQuota,
+)
 from fdpp.step.module import DenoisingStep
 
 try:
@@ -29,7 +42,10 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger(__name__)
 
-SERVED = (Frechet, Threshold, Factor, EntropyBound, LocalLeap, Quota)
+SERVED = (
+    *(Frechet, Threshold, Factor, EntropyBound, LocalLeap, Quota),
+    *(ThresholdQuota, ThresholdLeftmost, EntropySum, Leftmost, LeftmostRun),
+)
 READ_BY_SGLANG = {"block_size"}
 """Settings of `--dllm-algorithm-config` that `DllmConfig` reads for every algorithm."""
 

@@ -3,26 +3,35 @@
 from fdpp.rules.budget import Budget
 from fdpp.rules.dawn import Dawn
 from fdpp.rules.dream import Drawn, LeastEntropy, MaskgitPlus, Origin, TopkMargin
+from fdpp.rules.editing import Editing
 from fdpp.rules.entropy_bound import EntropyBound
+from fdpp.rules.entropy_sum import EntropySum
 from fdpp.rules.factor import Factor
 from fdpp.rules.frechet import Frechet
 from fdpp.rules.klass import Klass
+from fdpp.rules.leftmost import Leftmost, ThresholdLeftmost
+from fdpp.rules.leftmost_run import LeftmostRun
 from fdpp.rules.local_leap import LocalLeap
 from fdpp.rules.presets import PRESETS
 from fdpp.rules.quota import MostConfident, Quota
 from fdpp.rules.rule import Needs, Proposed, Rows, Rule, Sight, number, whole
 from fdpp.rules.threshold import Threshold
+from fdpp.rules.threshold_quota import ThresholdQuota
 
 __all__ = [
     "PRESETS",
     "Budget",
     "Dawn",
     "Drawn",
+    "Editing",
     "EntropyBound",
+    "EntropySum",
     "Factor",
     "Frechet",
     "Klass",
     "LeastEntropy",
+    "Leftmost",
+    "LeftmostRun",
     "LocalLeap",
     "MaskgitPlus",
     "MostConfident",
@@ -34,6 +43,8 @@ __all__ = [
     "Rule",
     "Sight",
     "Threshold",
+    "ThresholdLeftmost",
+    "ThresholdQuota",
     "TopkMargin",
     "number",
     "whole",

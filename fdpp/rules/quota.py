@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import triton
 import triton.language as tl  # noqa: F401  (Triton's interpreter insists on seeing it)
+from torch import Tensor
 
-from fdpp.rules.rule import Rule, whole
+from fdpp.rules.rule import Proposed, Rule, whole
 
 
 @triton.jit
@@ -31,8 +32,46 @@ class MostConfident:
         return len(residuals) <= 1
 
 
+class OnShares:
+    """Beside `Rule` as a base: a number k of positions, which None leaves to LLaDA's schedule.
+
+    A block's steps are proportional to its length, and its masks are shared out over them. `params` must begin with
+    `at_once`.
+    """
+
+    k: int | None
+
+    def at_once(self) -> float:
+        """k."""
+        if self.k is None:
+            raise ValueError(
+                f"{type(self).__name__}: k is None, which only `generate` can fill in from its step schedule"
+            )
+        return float(self.k)
+
+    def at_once_of(self, proposed: Proposed) -> Tensor | float:
+        """k of every state in `proposed`, `[N, 1]` or `[1, 1]`; a number outside of a decode."""
+        return self.at_once() if proposed.numbers is None else proposed.numbers[:, :1]
+
+    def takes_steps(self) -> bool:
+        return self.k is None
+
+    def successive(self, start: int, stop: int, length: int, steps: int | None) -> list[Rule]:
+        own: Any = self
+        if self.k is not None:
+            return [own]
+        counts = shares(stop - start, steps_of_block(start, stop, length, steps))
+        return [replace(own, k=k) for k in without_repeats(counts)]
+
+    def with_k(self, label: str, steps: int | None) -> str:
+        """`label`, and k where it is not 1."""
+        if self.k is not None:
+            return label if self.k == 1 else f"{label}, {self.k} at once"
+        return label if steps is None else f"{label}, {steps} steps"
+
+
 @dataclass(frozen=True)
-class Quota(Rule):
+class Quota(OnShares, Rule):
     """The k most confident positions: LLaDA's low-confidence remasking (arXiv 2502.09992, section 2.4).
 
     `k=None`, for `generate` alone, follows the step schedule: a block's masks are shared out evenly over its steps.
@@ -45,19 +84,7 @@ class Quota(Rule):
     counts: ClassVar = True
 
     def params(self) -> tuple[float, float]:
-        if self.k is None:
-            raise ValueError("Quota: k is None, which only `generate` can fill in from its step schedule")
-        return float(self.k), 0.0
-
-    def takes_steps(self) -> bool:
-        return self.k is None
-
-    def successive(self, start: int, stop: int, length: int, steps: int | None) -> list[Rule]:
-        """LLaDA's schedule: a block's steps are proportional to its length, and its masks are shared out over them."""
-        if self.k is not None:
-            return [self]
-        counts = shares(stop - start, steps_of_block(start, stop, length, steps))
-        return [Quota(k) for k in without_repeats(counts)]
+        return self.at_once(), 0.0
 
     def label(self, steps: int | None = None) -> str:
         if self.k is not None:

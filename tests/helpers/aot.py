@@ -55,7 +55,7 @@ class Variant:
 def variants() -> list[Variant]:
     entropy, margin = fdpp.EntropyBound(0.1), fdpp.TopkMargin(2)
     rules = (fdpp.Quota(2), fdpp.Threshold(0.9), fdpp.Factor(0.75), fdpp.Frechet(0.25, 0.1), entropy, margin)
-    found = [Variant("sm_90", rule) for rule in rules]
+    found = [Variant("sm_90", rule) for rule in (*rules, fdpp.ThresholdQuota(0.9), fdpp.EntropySum(0.35))]
     found += [Variant("sm_90", dtype=dtype, active=True) for dtype in ("float16", "float32")]
     found += [Variant("sm_90", V=126349), Variant("sm_90", V=126349, dtype="float32", sampled=True)]
     for T in (32, 64, 128, 256, 1024):

@@ -21,6 +21,11 @@ NAMES = {
     "EntropyBoundProfile": fdpp.EntropyBound,
     "LocalLeapProfile": fdpp.LocalLeap,
     "QuotaProfile": fdpp.Quota,
+    "ThresholdQuotaProfile": fdpp.ThresholdQuota,
+    "ThresholdLeftmostProfile": fdpp.ThresholdLeftmost,
+    "EntropySumProfile": fdpp.EntropySum,
+    "LeftmostProfile": fdpp.Leftmost,
+    "LeftmostRunProfile": fdpp.LeftmostRun,
 }
 SHIPPED = {"LowConfidence", "JointThreshold", "JointThresholdInDel", "Gemma4Renoise"}
 
