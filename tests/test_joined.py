@@ -26,7 +26,7 @@ def is_joined(model: DiffusionLM) -> bool:
     with torch.no_grad():
         return all(
             joined.matrix() is not None
-            and getattr(joined.modules[joined.names[-1]], joined.what).untyped_storage().data_ptr()
+            and getattr(joined.layers()[-1], joined.what).untyped_storage().data_ptr()
             == joined.weight.untyped_storage().data_ptr()
             for block in model.model.blocks
             for joined in block.joins()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fdpp.models.linear import is_product
-from fdpp.models.weights import Parts, assembled, differ_in_rows, parts_of, parts_of_all
+from fdpp.models.weights import Parts, assembled, differ_in_rows, is_quantised, parts_of, parts_of_all
 
 JOINING = threading.Lock()
 """Of threads that find no matrix at the same time, one joins."""
@@ -49,8 +49,7 @@ class Joined:
         if not self.allowed or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         weights = []
-        for name in self.names:
-            layer = self.modules[name]
+        for layer in self.layers():
             # Not as an attribute, which takes a module long to find.
             weight: Any = layer._parameters[self.what] if is_product(layer, self.biased) else None
             if weight is None:
@@ -68,6 +67,10 @@ class Joined:
                 held = None if parts is None else self.held(parts)
                 return self.join(weights, parts) if held is None and parts is not None else held
         return held
+
+    def layers(self) -> list[nn.Module | None]:
+        """The layers as they are now, in the order of their rows."""
+        return [self.modules[name] for name in self.names]
 
     def held(self, parts: list[Parts]) -> Tensor | None:
         """The matrix, if the weights are still its views. Its memory is alive, so equal addresses prove it."""
@@ -106,6 +109,24 @@ class Joined:
                 whole[name] = together
             self.weight = assembled(whole, weights[0])
         return self.weight
+
+
+class Stacked(Joined):
+    """The weights of layers that many experts have, those of one expert after those of the one before.
+
+    Args:
+        modules: the own table of a list of experts.
+        names: of the layers to join, in every expert's own table.
+    """
+
+    def layers(self) -> list[nn.Module | None]:
+        tables = [{} if expert is None else expert._modules for expert in self.modules.values()]
+        return [table.get(name) for table in tables for name in self.names]
+
+    def stack(self) -> Tensor | None:
+        """`matrix()` as `[experts, rows of one, inputs]`; None also for quantised weights, which have no such views."""
+        matrix = self.matrix()
+        return None if matrix is None or is_quantised(matrix) else matrix.view(len(self.modules), -1, matrix.shape[1])
 
 
 def beside_each_other(weights: list[Tensor]) -> Tensor | None:

@@ -1,0 +1,210 @@
+"""The router against its definition, the experts' products against each other, and shapes that no routing changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fdpp.models import experts as module
+from fdpp.models.experts import MoE, Routing, every, grouped, one_by_one, route
+
+D, WIDTH, E = 16, 8, 12
+ROUTINGS = {
+    "groups": Routing(3, 4, 2, 2.5),
+    "one group": Routing(4, 1, 1, 1.0),
+    "all groups": Routing(2, 3, 3, 2.0),
+    "one expert": Routing(1, 3, 1, 2.5),
+    "all of the kept": Routing(6, 4, 2, 1.5),
+    "every expert": Routing(12, 2, 2, 1.0),
+}
+EACH = pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """`route` in float64, row by row and by sorted lists."""
+    indices, weights = [], []
+    for row in x.double():
+        s = (weight.detach().double() @ row).sigmoid().tolist()
+        r = [score + float(b) for score, b in zip(s, bias, strict=True)]
+        size = len(r) // routing.groups
+        score = [sum(sorted(r[g * size : (g + 1) * size])[-2:]) for g in range(routing.groups)]
+        kept = sorted(range(routing.groups), key=lambda g: (-score[g], g))[: routing.kept]
+        among = [e for e in range(len(r)) if e // size in kept]
+        chosen = sorted(among, key=lambda e: (-r[e], e))[: routing.k]
+        total = sum(s[e] for e in chosen) + 1e-20 if routing.k > 1 else 1.0
+        indices.append(chosen)
+        weights.append([s[e] / total * routing.scale for e in chosen])
+    return torch.tensor(indices), torch.tensor(weights, dtype=torch.float64)
+
+
+def problem(seed: int, rows: int = 9, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias = (torch.randn(*size, generator=generator) for size in ((rows, D), (E, D), (E,)))
+    return x.to(dtype), (weight / 4).to(dtype), (bias / 10).to(dtype)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_router_is_its_definition(routing: Routing, dtype: torch.dtype) -> None:
+    for seed in range(4):
+        given = problem(seed, dtype=dtype)
+        index, weights = route(*given, routing)
+        expected, of_weights = reference(*given, routing)
+        assert torch.equal(index, expected)
+        assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(weights.double(), of_weights, atol=1e-6, rtol=1e-6)
+
+
+@EACH
+def test_of_equals_the_lower_index(routing: Routing) -> None:
+    x = torch.ones(2, D)
+    weight = torch.zeros(E, D)
+    bias = torch.tensor([0.0, 0.25] * (E // 2))
+    for given in ((x, weight, torch.zeros(E)), (x, weight, bias), (x, weight, bias.flip(0))):
+        assert torch.equal(route(*given, routing)[0], reference(*given, routing)[0])
+
+
+def test_the_bias_selects_and_does_not_weigh() -> None:
+    x, weight, _ = problem(0)
+    bias = torch.zeros(E)
+    bias[[5, 6]] = 10.0
+    index, weights = route(x, weight, bias, Routing(2, 1, 1, 1.0))
+    assert {*index.flatten().tolist()} == {5, 6}
+    s = (x @ weight.T).sigmoid().gather(1, index)
+    torch.testing.assert_close(weights, s / s.sum(1, keepdim=True))
+
+
+def test_scores_that_vanish_weigh_nothing() -> None:
+    x, weight = torch.full((1, D), 100.0), torch.full((E, D), -100.0)
+    index, weights = route(x, weight, torch.zeros(E), Routing(3, 4, 2, 2.5))
+    assert index.tolist() == [[0, 1, 2]]
+    assert weights.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def stacks(seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(E, 2 * WIDTH, D, generator=generator), torch.randn(E, D, WIDTH, generator=generator)
+
+
+def looped(rows: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return one_by_one(rows, index, E, lambda e, x: module.feed_forward(x, gate_up[e], down[e]))
+
+
+def plain(rows: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Outputs `[N, k, d]` by row and expert, in float64."""
+    out = torch.zeros(*index.shape, rows.shape[1], dtype=torch.float64)
+    for n, chosen in enumerate(index.tolist()):
+        for i, e in enumerate(chosen):
+            gate, up = (gate_up[e].double() @ rows[n].double()).chunk(2)
+            out[n, i] = down[e].double() @ (F.silu(gate) * up)
+    return out
+
+
+WAYS = {"looped": looped, "grouped": grouped, "every": every}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_every_way_computes_the_same(way: Any, dtype: torch.dtype) -> None:
+    gate_up, down = (weight.to(dtype) for weight in stacks())
+    for seed, rows in ((0, 9), (1, 1), (2, 0)):
+        x = problem(seed, rows, dtype)[0]
+        index = torch.rand(rows, E, generator=torch.Generator().manual_seed(seed)).argsort(1)[:, :3]
+        index[: rows // 2] = torch.tensor([E - 1, 0, 4])  # experts without rows, and with many
+        tolerance = 1e-4 if dtype == torch.float32 else 0.1
+        out = way(x, index, gate_up, down)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), plain(x, index, gate_up, down), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("way", [grouped, every], ids=lambda way: way.__name__)
+def test_no_shape_depends_on_the_routing(way: Any) -> None:
+    """Tensors without data cannot be looked at."""
+    with FakeTensorMode():
+        sizes = (9, D), (E, D), (E,), (E, 2 * WIDTH, D), (E, D, WIDTH)
+        x, weight, bias, gate_up, down = (torch.empty(*size, dtype=torch.bfloat16) for size in sizes)
+        index, weights = route(x, weight, bias, Routing(3, 4, 2, 2.5))
+        out = way(x, index, gate_up, down)
+        assert (index.shape, weights.shape, out.shape) == ((9, 3), (9, 3), (9, 3, D))
+
+
+def moe(seed: int = 0, shared: int = 1) -> MoE:
+    made = MoE(D, WIDTH, E, shared, Routing(3, 4, 2, 2.5)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in (*made.parameters(), made.gate.expert_bias):
+            value.copy_(torch.randn(value.shape, generator=generator) / 3)
+    return made
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2])
+def test_the_block_adds_routed_and_shared_experts(shared: int) -> None:
+    made, x = moe(shared=shared).double(), problem(0)[0].double().view(3, 3, D)
+    rows = x.flatten(0, 1)
+    index, weights = reference(rows, made.gate.weight, made.gate.expert_bias, made.routing)
+    with torch.no_grad():
+        gate_up, down = made.gate_up.stack(), made.down.stack()
+        assert gate_up is not None and down is not None
+        expected = (plain(rows, index, gate_up, down) * weights[..., None]).sum(1).view_as(x)
+        if made.shared_experts is not None:
+            expected = expected + made.shared_experts(x)
+        torch.testing.assert_close(made(x), expected)
+    assert made.gate_up.stack() is None, "with gradients the experts' own weights are used"
+    torch.testing.assert_close(made(x).detach(), expected)
+
+
+@pytest.mark.parametrize("way", ["grouped", "every"])
+def test_a_row_does_not_depend_on_others(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x = moe(), problem(0, 24)[0]
+
+    def run(self: MoE, rows: Tensor, index: Tensor) -> Tensor:
+        return WAYS[way](rows, index, self.gate_up.stack(), self.down.stack())
+
+    with torch.no_grad():
+        expected = torch.cat([made(row) for row in x.split(1)])
+        monkeypatch.setattr(MoE, "run", run)
+        torch.testing.assert_close(made(x), expected)
+        torch.testing.assert_close(made(x.flip(0)).flip(0), expected)
+
+
+def test_weights_are_stacked_in_place_and_keep_their_names() -> None:
+    made, x = moe(), problem(0)[0]
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    assert {"gate.weight", "gate.expert_bias", "experts.11.down_proj.weight", "shared_experts.up_proj.weight"} <= {
+        *before
+    }
+    with torch.no_grad():
+        expected, held = made(x), made.gate_up.stack()
+        assert held is not None
+        assert torch.equal(held[7, :WIDTH], made.experts[7].gate_proj.weight)
+        assert held[7, :WIDTH].data_ptr() == made.experts[7].gate_proj.weight.data_ptr()
+        assert made.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+        made.experts[7] = moe(1).experts[7]
+        assert not torch.equal(made(x), expected), "an expert that is replaced is used"
+        other = made.gate_up.stack()
+        assert other is not None and torch.equal(other[7, :WIDTH], made.experts[7].gate_proj.weight)
+
+
+def test_a_hooked_expert_is_called() -> None:
+    made, x, calls = moe(), problem(0)[0], []
+    with torch.no_grad():
+        index, _ = route(x, made.gate.weight, made.gate.expert_bias, made.routing)
+        expected, named = made(x), int(index[0, 0])
+        layer: Any = made.experts[named].up_proj
+        layer.register_forward_hook(lambda *of_call: calls.append(len(of_call[2])))
+        torch.testing.assert_close(made(x), expected)
+    assert calls == [int((index == named).sum())]
+
+
+def test_gradients_reach_the_experts_of_the_rows_and_the_router() -> None:
+    made, x = moe(), problem(0, 2)[0]
+    made(x).square().sum().backward()
+    named = {*route(x, made.gate.weight, made.gate.expert_bias, made.routing)[0].flatten().tolist()}
+    assert {e for e, expert in enumerate(made.experts) if expert.down_proj.weight.grad is not None} == named
+    assert made.gate.weight.grad is not None and made.gate.weight.grad.abs().sum() > 0
