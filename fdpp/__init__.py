@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from fdpp.models.fast_dllm import FastDLLMModelLM
     from fdpp.models.fast_dllm_config import FastDLLMConfig
     from fdpp.models.llada import LLaDAModelLM
+    from fdpp.models.llada2 import LLaDA2ModelLM
+    from fdpp.models.llada2_config import LLaDA2Config
     from fdpp.models.llada_config import LLaDAConfig
     from fdpp.models.sdar import SDARModelLM
     from fdpp.models.sdar_config import SDARConfig
@@ -54,6 +56,8 @@ WITH_TRANSFORMERS = {
     "DreamModelLM": "fdpp.models.dream",
     "FastDLLMConfig": "fdpp.models.fast_dllm_config",
     "FastDLLMModelLM": "fdpp.models.fast_dllm",
+    "LLaDA2Config": "fdpp.models.llada2_config",
+    "LLaDA2ModelLM": "fdpp.models.llada2",
     "LLaDAConfig": "fdpp.models.llada_config",
     "LLaDAModelLM": "fdpp.models.llada",
     "SDARConfig": "fdpp.models.sdar_config",
@@ -80,6 +84,8 @@ __all__ = [
     "FastDLLMModelLM",
     "Frechet",
     "Klass",
+    "LLaDA2Config",
+    "LLaDA2ModelLM",
     "LLaDAConfig",
     "LLaDAModelLM",
     "LeastEntropy",

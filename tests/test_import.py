@@ -52,12 +52,12 @@ def test_auto_classes_know_all_families_in_any_order_of_imports(order: str) -> N
     """Before anybody asks fdpp for a model."""
     code = f"""
 {ORDERS[order]}
-sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
-for kind in ("llada", "Dream", "sdar", "Fast_dLLM_Qwen"):
+sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=16, vocab_size=20)
+for kind in ("llada", "Dream", "sdar", "Fast_dLLM_Qwen", "llada2_moe"):
     print(type(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))).__module__)
 """
-    files = ("llada", "dream", "sdar", "fast_dllm")
-    assert run(code).splitlines()[-4:] == [f"fdpp.models.{file}" for file in files]
+    files = ("llada", "dream", "sdar", "fast_dllm", "llada2")
+    assert run(code).splitlines()[-5:] == [f"fdpp.models.{file}" for file in files]
 
 
 def test_a_family_of_somebody_elses_registers_itself_where_it_is_imported() -> None:

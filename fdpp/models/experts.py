@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdpp.models.joined import Stacked
+from fdpp.models.joined import Joined, Stacked
 from fdpp.models.layers import swiglu
 from fdpp.models.linear import apply, linear
 
@@ -79,6 +79,10 @@ class MoE(nn.Module):
         self.shared_experts = MLP(hidden_size, shared * width) if shared else None
         table: Any = self.experts._modules
         self.gate_up, self.down = Stacked(table, "gate_proj", "up_proj"), Stacked(table, "down_proj")
+
+    def joins(self) -> list[Joined]:
+        """What is joined, see `fdpp.models.block.Block.joins`."""
+        return [self.gate_up, self.down]
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., d]` of `x` `[..., d]`."""

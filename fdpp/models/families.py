@@ -16,11 +16,18 @@ CONFIGURATIONS = (
     "fdpp.models.dream_config",
     "fdpp.models.sdar_config",
     "fdpp.models.fast_dllm_config",
+    "fdpp.models.llada2_config",
 )
 """Modules that register a configuration with `AutoConfig` when they are imported. They are apart from the models, since
 `AutoConfig` may be imported amid the import of what a model needs."""
 
-MODELS = ("fdpp.models.llada", "fdpp.models.dream", "fdpp.models.sdar", "fdpp.models.fast_dllm")
+MODELS = (
+    "fdpp.models.llada",
+    "fdpp.models.dream",
+    "fdpp.models.sdar",
+    "fdpp.models.fast_dllm",
+    "fdpp.models.llada2",
+)
 """Modules that register a family."""
 
 TOKENIZERS = ("fdpp.models.dream_tokenizer",)

@@ -71,7 +71,14 @@ class DiffusionLM(DiffusionGenerationMixin, DiffusionPreTrainedModel):
 
     def make_head(self) -> None:
         """Make the head where `get_output_embeddings` finds it, unless the embedding is the head."""
-        raise NotImplementedError
+        if not self.config.tie_word_embeddings:
+            self.lm_head: nn.Module = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None if self.config.tie_word_embeddings else self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
 
     @classmethod
     def title(cls) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fdpp.models.joined import Stacked
 from fdpp.models.linear import PER_BLOCK, is_bare
 
 if TYPE_CHECKING:
@@ -72,6 +73,16 @@ def torchao_config(kind: str, on_gpu: bool, group: int) -> Any:
     return getattr(quantization, name)(set_inductor_config=False, **options)
 
 
+def check_dense(model: Any) -> None:
+    """Refuse a `model` with experts, which would run one by one, and on a GPU wait for the host in every layer.
+
+    Raises:
+        ValueError: with the model's class.
+    """
+    if any(isinstance(joined, Stacked) for block in model.model.blocks for joined in block.joins()):
+        raise ValueError(f"quantised weights: expected a model without experts, got {type(model).__name__}")
+
+
 def quantise(model: DiffusionLM, kind: str, device: torch.device) -> DiffusionLM:
     """`model` on `device`, the projections of its blocks quantised in place as `kind` of `KINDS` says.
 
@@ -79,9 +90,10 @@ def quantise(model: DiffusionLM, kind: str, device: torch.device) -> DiffusionLM
     transformers' `quantization_config`.
 
     Raises:
-        ModuleNotFoundError, ValueError: as `check_kind`; sizes that torchao cannot quantise so.
+        ModuleNotFoundError, ValueError: as `check_kind` and `check_dense`; sizes that torchao cannot quantise so.
     """
     config = model.config
+    check_dense(model)
     check_kind(kind, device, model.dtype)
     from torchao.quantization import quantize_
 
@@ -106,11 +118,12 @@ def check_loaded(model: PreTrainedModel, layers: int) -> None:
     """Refuse a quantisation that did not do to a just loaded `model`, of so many linear `layers`, what it was asked to.
 
     Raises:
-        ValueError: it replaced no layer, or one that was to be left out under a name that it does not know.
+        ValueError: as `check_dense`; it replaced no layer, or one was to be left out by a name that it does not know.
     """
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         return
+    check_dense(model)
     config = quantizer.quantization_config
     named = [name for attribute in SKIPPED for name in getattr(config, attribute, None) or []]
     if sum(map(is_bare, model.modules())) == layers:

@@ -106,13 +106,3 @@ class QwenLM(DiffusionLM):
 
     _tp_plan = {"lm_head": "colwise"}  # noqa: RUF012
     model: QwenTransformer
-
-    def make_head(self) -> None:
-        if not self.config.tie_word_embeddings:
-            self.lm_head: nn.Module = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return None if self.config.tie_word_embeddings else self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from fdpp.attention.cache import BlockCache
 from fdpp.attention.rotary import rotary_angles
 from fdpp.models.block import Block, RMSNorm, rotary_dim_of
+from fdpp.models.experts import Router
 from fdpp.models.layers import keys_to_see
 from fdpp.models.linear import is_untouched
 
@@ -30,6 +31,9 @@ class DiffusionPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, Router):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.zeros_(module.expert_bias)
 
 
 class Transformer(DiffusionPreTrainedModel):

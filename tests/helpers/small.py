@@ -13,6 +13,8 @@ from fdpp import (
     DreamModelLM,
     FastDLLMConfig,
     FastDLLMModelLM,
+    LLaDA2Config,
+    LLaDA2ModelLM,
     LLaDAConfig,
     LLaDAModelLM,
     SDARConfig,
@@ -88,10 +90,27 @@ def small_fast_dllm(seed: int = 0, **config: Any) -> FastDLLMModelLM:
     return model
 
 
+def small_llada2(seed: int = 0, **config: Any) -> LLaDA2ModelLM:
+    """`small_model` of LLaDA2's architecture: a dense layer, then one of eight experts, three for a row."""
+    sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "initializer_range": 0.5, "block_size": 8}
+    sizes |= {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "n_group": 4, "topk_group": 2}
+    ids = {"mask_token_id": MASK, "eos_token_id": EOS, "pad_token_id": PAD}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LLaDA2ModelLM(LLaDA2Config(**{**sizes, **ids, "max_position_embeddings": 256, **config})).eval()
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith(("query_layernorm.weight", "key_layernorm.weight")):
+                torch.nn.init.uniform_(value, 0.5, 1.5)
+            elif name.endswith(".expert_bias"):
+                torch.nn.init.normal_(value, std=0.1)
+    return model
+
+
 SMALL = {"LLaDA": small_model, "Dream": small_dream}
 """A small model of every family whose positions all see each other, by name."""
 
-BLOCK_CAUSAL = {"SDAR": small_sdar, "Fast-dLLM v2": small_fast_dllm}
+BLOCK_CAUSAL = {"SDAR": small_sdar, "Fast-dLLM v2": small_fast_dllm, "LLaDA2": small_llada2}
 """A small model of every block-causal family, by name."""
 
 
