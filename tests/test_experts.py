@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fdpp.models import experts as module
@@ -189,6 +189,34 @@ def test_weights_are_stacked_in_place_and_keep_their_names() -> None:
         assert not torch.equal(made(x), expected), "an expert that is replaced is used"
         other = made.gate_up.stack()
         assert other is not None and torch.equal(other[7, :WIDTH], made.experts[7].gate_proj.weight)
+
+
+@pytest.mark.parametrize("change", ["value", "data", "parameter", "dtype", "bias", "expert"])
+def test_changes_of_an_expert_are_seen(change: str) -> None:
+    made, other, x = moe(), moe(1), problem(0)[0]
+    with torch.no_grad():
+        for _ in range(2):  # the second time by what the first one saw
+            made(x)
+        layer: Any = made.experts[4].up_proj
+        for again in range(2):
+            if change == "value":
+                layer.weight.mul_(2)
+            elif change == "data":
+                layer.weight.data = other.experts[4].up_proj.weight.data * (again + 1)
+            elif change == "parameter":
+                layer.weight = nn.Parameter(other.experts[4].up_proj.weight * (again + 1))
+            elif change == "dtype":
+                made.to(torch.float64 if again else torch.bfloat16)
+            elif change == "bias":
+                layer.bias = nn.Parameter(torch.full((WIDTH,), again + 1.0))
+            else:
+                made.experts[4] = moe(again + 2).experts[4]
+            given = x.to(made.gate.weight.dtype)
+            index, weights = route(given, made.gate.weight, made.gate.expert_bias, made.routing)
+            outputs = one_by_one(given, index, E, lambda e, rows: made.experts[e](rows))
+            expected = (outputs * weights[..., None]).sum(1).to(given.dtype) + made.shared_experts(given)
+            for _ in range(2):
+                torch.testing.assert_close(made(given), expected)
 
 
 def test_a_hooked_expert_is_called() -> None:
