@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from plain_experts import plain_mixture, plain_mlp, plain_route
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fdpp.models import experts as module
-from fdpp.models.experts import MoE, Routing, every, grouped, one_by_one, route
+from fdpp.models.experts import MoE, Routing, every, feed_forward, grouped, one_by_one, route
 
 D, WIDTH, E = 16, 8, 12
 ROUTINGS = {
@@ -23,23 +22,6 @@ ROUTINGS = {
     "every expert": Routing(12, 2, 2, 1.0),
 }
 EACH = pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
-
-
-def reference(x: Tensor, weight: Tensor, bias: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """`route` in float64, row by row and by sorted lists."""
-    indices, weights = [], []
-    for row in x.double():
-        s = (weight.detach().double() @ row).sigmoid().tolist()
-        r = [score + float(b) for score, b in zip(s, bias, strict=True)]
-        size = len(r) // routing.groups
-        score = [sum(sorted(r[g * size : (g + 1) * size])[-2:]) for g in range(routing.groups)]
-        kept = sorted(range(routing.groups), key=lambda g: (-score[g], g))[: routing.kept]
-        among = [e for e in range(len(r)) if e // size in kept]
-        chosen = sorted(among, key=lambda e: (-r[e], e))[: routing.k]
-        total = sum(s[e] for e in chosen) + 1e-20 if routing.k > 1 else 1.0
-        indices.append(chosen)
-        weights.append([s[e] / total * routing.scale for e in chosen])
-    return torch.tensor(indices), torch.tensor(weights, dtype=torch.float64)
 
 
 def problem(seed: int, rows: int = 9, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +36,7 @@ def test_the_router_is_its_definition(routing: Routing, dtype: torch.dtype) -> N
     for seed in range(4):
         given = problem(seed, dtype=dtype)
         index, weights = route(*given, routing)
-        expected, of_weights = reference(*given, routing)
+        expected, of_weights = plain_route(*given, routing)
         assert torch.equal(index, expected)
         assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(weights.double(), of_weights, atol=1e-6, rtol=1e-6)
@@ -66,7 +48,7 @@ def test_of_equals_the_lower_index(routing: Routing) -> None:
     weight = torch.zeros(E, D)
     bias = torch.tensor([0.0, 0.25] * (E // 2))
     for given in ((x, weight, torch.zeros(E)), (x, weight, bias), (x, weight, bias.flip(0))):
-        assert torch.equal(route(*given, routing)[0], reference(*given, routing)[0])
+        assert torch.equal(route(*given, routing)[0], plain_route(*given, routing)[0])
 
 
 def test_the_bias_selects_and_does_not_weigh() -> None:
@@ -86,40 +68,36 @@ def test_scores_that_vanish_weigh_nothing() -> None:
     assert weights.tolist() == [[0.0, 0.0, 0.0]]
 
 
-def stacks(seed: int = 1) -> tuple[Tensor, Tensor]:
+def moe(seed: int = 0, shared: int = 1) -> MoE:
+    made = MoE(D, WIDTH, E, shared, Routing(3, 4, 2, 2.5)).eval()
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(E, 2 * WIDTH, D, generator=generator), torch.randn(E, D, WIDTH, generator=generator)
+    with torch.no_grad():
+        for value in (*made.parameters(), made.gate.expert_bias):
+            value.copy_(torch.randn(value.shape, generator=generator) / 3)
+    return made
 
 
 def looped(rows: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return one_by_one(rows, index, E, lambda e, x: module.feed_forward(x, gate_up[e], down[e]))
-
-
-def plain(rows: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Outputs `[N, k, d]` by row and expert, in float64."""
-    out = torch.zeros(*index.shape, rows.shape[1], dtype=torch.float64)
-    for n, chosen in enumerate(index.tolist()):
-        for i, e in enumerate(chosen):
-            gate, up = (gate_up[e].double() @ rows[n].double()).chunk(2)
-            out[n, i] = down[e].double() @ (F.silu(gate) * up)
-    return out
+    return one_by_one(rows, index, E, lambda e, x: feed_forward(x, gate_up[e], down[e]))
 
 
 WAYS = {"looped": looped, "grouped": grouped, "every": every}
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_every_way_computes_the_same(way: Any, dtype: torch.dtype) -> None:
-    gate_up, down = (weight.to(dtype) for weight in stacks())
+    made, tolerance = moe().to(dtype), 1e-5 if dtype == torch.float32 else 0.02
     for seed, rows in ((0, 9), (1, 1), (2, 0)):
         x = problem(seed, rows, dtype)[0]
         index = torch.rand(rows, E, generator=torch.Generator().manual_seed(seed)).argsort(1)[:, :3]
         index[: rows // 2] = torch.tensor([E - 1, 0, 4])  # experts without rows, and with many
-        tolerance = 1e-4 if dtype == torch.float32 else 0.1
-        out = way(x, index, gate_up, down)
-        assert out.dtype == dtype
-        torch.testing.assert_close(out.double(), plain(x, index, gate_up, down), atol=tolerance, rtol=tolerance)
+        out = way(x, index, made.gate_up.stack(), made.down.stack())
+        assert out.dtype == dtype and out.shape == (rows, 3, D)
+        for n, chosen in enumerate(index.tolist()):
+            expected = torch.stack([plain_mlp(x[n].double(), made.experts[e]) for e in chosen])
+            torch.testing.assert_close(out[n].double(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("way", [grouped, every], ids=lambda way: way.__name__)
@@ -133,26 +111,11 @@ def test_no_shape_depends_on_the_routing(way: Any) -> None:
         assert (index.shape, weights.shape, out.shape) == ((9, 3), (9, 3), (9, 3, D))
 
 
-def moe(seed: int = 0, shared: int = 1) -> MoE:
-    made = MoE(D, WIDTH, E, shared, Routing(3, 4, 2, 2.5)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in (*made.parameters(), made.gate.expert_bias):
-            value.copy_(torch.randn(value.shape, generator=generator) / 3)
-    return made
-
-
 @pytest.mark.parametrize("shared", [0, 1, 2])
 def test_the_block_adds_routed_and_shared_experts(shared: int) -> None:
     made, x = moe(shared=shared).double(), problem(0)[0].double().view(3, 3, D)
-    rows = x.flatten(0, 1)
-    index, weights = reference(rows, made.gate.weight, made.gate.expert_bias, made.routing)
+    expected = plain_mixture(x.flatten(0, 1), made).view_as(x)
     with torch.no_grad():
-        gate_up, down = made.gate_up.stack(), made.down.stack()
-        assert gate_up is not None and down is not None
-        expected = (plain(rows, index, gate_up, down) * weights[..., None]).sum(1).view_as(x)
-        if made.shared_experts is not None:
-            expected = expected + made.shared_experts(x)
         torch.testing.assert_close(made(x), expected)
     assert made.gate_up.stack() is None, "with gradients the experts' own weights are used"
     torch.testing.assert_close(made(x).detach(), expected)

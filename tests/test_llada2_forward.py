@@ -10,16 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from captures import captured_on_cpu
+from plain import naive_logits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import MASK, prompts, small_llada2
+from small import MASK, left_pad, make_exact, prompts, small_llada2
 from torch import Tensor, nn
 
+import fdpp
 from fdpp import LLaDA2Config, LLaDA2ModelLM
+from fdpp.attention.cache import BlockCache
+from fdpp.models import experts
 from fdpp.models.experts import MoE, route
 from fdpp.models.families import load
 from fdpp.models.quantised import quantise
-from fdpp.patching.models import bound, family_of
 
 DATA = Path(__file__).parent / "data/block/llada2"
 ATOL = 2e-4
@@ -97,6 +101,75 @@ def test_rows_do_not_depend_on_each_other() -> None:
             ids, mask = prompts(3, 16), sees(16, 8)
             together = small(ids, mask.expand(3, -1, -1)).logits
             torch.testing.assert_close(together, torch.cat([small(row[None], mask).logits for row in ids]))
+
+
+def test_against_a_forward_written_out_in_float64() -> None:
+    """Also with layers that are called, and so nothing joined."""
+    small, x = small_llada2(num_attention_heads=6, num_key_value_heads=3, partial_rotary_factor=0.75), prompts(2, 13)
+    wanted = naive_logits(small.double(), x, sees(13, 4).expand(2, -1, -1))
+    with torch.no_grad():
+        for _ in range(2):
+            # Norms and angles are in float32 in one and in float64 in the other.
+            logits = small(x, sees(13, 4).expand(2, -1, -1)).logits
+            torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4)
+            small.model.layers[1].attention.query_key_value.register_forward_hook(lambda *of_call: None)
+
+
+def test_a_block_after_its_prefix() -> None:
+    held, x = BlockCache(grid=8, sequences=1, columns=24), arrays()["a_x"].long()
+    with torch.no_grad():
+        for name, ids, start in (("prefill", x[:, :16], 0), ("block", arrays()["cache_block_x"].long(), 16)):
+            logits = model().project(model().model(ids, cache=held, start=start))
+            torch.testing.assert_close(logits, arrays()[f"cache_{name}_logits"], rtol=0, atol=ATOL)
+    for stored, name in ((held.keys, "k0"), (held.values, "v0")):
+        torch.testing.assert_close(stored[0][:, :, :16], arrays()[f"cache_{name}"], rtol=0, atol=ATOL)
+
+
+# Decodes
+
+IDS, MASKED = left_pad([prompts(1, 7, seed=1)[0], prompts(1, 12, seed=2)[0]])
+SIZES: dict[str, Any] = {"max_new_tokens": 14, "stop_at_eos": False}
+KINDS: list[dict[str, Any]] = [{"cache": "none"}, {"engine": "static"}, {"drafts": 3}, {"rule": fdpp.Frechet(0.1)}]
+
+
+def decoded(model: Any, **settings: Any) -> Any:
+    return model.generate(IDS, MASKED, **SIZES, **settings)
+
+
+def test_every_engine_and_draft_decodes_alike() -> None:
+    small = small_llada2()
+    make_exact(small)
+    wanted = decoded(small).sequences
+    assert not (wanted == MASK).any()
+    for kind in KINDS[:3]:
+        assert decoded(small, **kind).sequences.equal(wanted), kind
+    alone = [
+        small.generate(row[seen.bool()][None], **SIZES).sequences[0, -14:]
+        for row, seen in zip(IDS, MASKED, strict=True)
+    ]
+    assert torch.stack(alone).equal(wanted[:, -14:])
+
+
+@pytest.mark.parametrize("way", ["grouped", "every"])
+def test_captured_steps_run_every_expert_in_shapes_of_their_own(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: all operators of a capture were in its warm-up, whatever the routes."""
+    small, calls = small_llada2(), []
+
+    def run(self: MoE, rows: Tensor, index: Tensor) -> Tensor:
+        calls.append(len(rows))
+        gate_up, down = self.gate_up.stack(), self.down.stack()
+        assert gate_up is not None and down is not None
+        return getattr(experts, way)(rows, index, gate_up, down)
+
+    wanted = decoded(small)
+    monkeypatch.setattr(MoE, "run", run)
+    with captured_on_cpu() as captures:
+        out = decoded(small, engine="static")
+    assert out.sequences.equal(wanted.sequences) and out.nfe.equal(wanted.nfe) and calls
+    assert captures.logs
+    for step, warm, captured in captures.logs:
+        assert step.graph is not None and step.graph.replays
+        assert {*captured} <= {*warm}
 
 
 # Checkpoints
@@ -247,19 +320,18 @@ class LLaDA2MoeModelLM(nn.Module):
                 block.mlp.gate = gate
 
 
-def test_a_model_of_the_published_class_is_bound_where_its_weights_are() -> None:
-    made = small_llada2()
-    with torch.no_grad():
-        expected = made(prompts(2, 16), sees(16, 8).expand(2, -1, -1)).logits
-        remote = LLaDA2MoeModelLM(small_llada2())
-        before = {name: value.data_ptr() for name, value in remote.named_parameters()}
-        family = family_of(remote)
-        assert family is LLaDA2ModelLM
-        ours = bound(family)(remote)
-        torch.testing.assert_close(ours(prompts(2, 16), sees(16, 8).expand(2, -1, -1)).logits, expected)
-        assert {name: value.data_ptr() for name, value in remote.named_parameters()} == before
-        assert {name: value.data_ptr() for name, value in ours.named_parameters()} == before
-        assert ours.model.layers[1].mlp.gate is remote.model.layers[1].mlp.gate
-        remote.model.layers[1].mlp.experts[2].up_proj = nn.Linear(3, 16)
+def test_a_patched_model_of_the_published_class_decodes_as_ours() -> None:
+    """From its own modules: no weight moves."""
+    ours, theirs = small_llada2(), LLaDA2MoeModelLM(small_llada2())
+    before = {name: value.data_ptr() for name, value in theirs.named_parameters()}
+    with fdpp.patch(theirs):
+        for kind in KINDS:
+            out, wanted = decoded(theirs, **kind), decoded(ours, **kind)
+            assert out.sequences.equal(wanted.sequences) and out.nfe.equal(wanted.nfe), kind
+        assert type(theirs.denoising_step) is fdpp.DenoisingStep
+        theirs.model.layers[1].mlp.experts[2].up_proj = nn.Linear(3, 16)
         with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.2\.up_proj"):
-            ours.before_decode()
+            decoded(theirs)
+    assert not hasattr(theirs, "generate")
+    del before["model.layers.1.mlp.experts.2.up_proj.weight"]
+    assert before.items() <= {name: value.data_ptr() for name, value in theirs.named_parameters()}.items()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from plain_experts import plain_mixture
 from small import EOS, MASK, PAD, exact, left_pad, prompts
 from torch import Tensor
 from transformers import LogitsProcessor
@@ -108,8 +109,11 @@ def naive_forward(
         maps.append(torch.stack(weights).mean(0))
         h = h + product(torch.cat(heads, -1), layers.out)
         a = norm(h, layers.ff_norm)
-        gate, up = product(a, layers.gate), product(a, layers.up)
-        h = h + product(gate * gate.sigmoid() * up, layers.down)
+        if layers.gate is None:
+            h = h + plain_mixture(a, block.mlp)
+        else:
+            gate, up = product(a, layers.gate), product(a, layers.up)
+            h = h + product(gate * gate.sigmoid() * up, layers.down)
     logits = product(norm(h, model.model.final_norm), model.get_output_embeddings() or model.get_input_embeddings())
     return logits, torch.stack(maps), held
 
