@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from inputs import RULES, Problem, random_problem
-from small import SMALL, left_pad, prompts, small_model
+from small import BLOCK_CAUSAL, SMALL, left_pad, prompts, small_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -138,9 +138,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "few ids": ("LLaDA", {"embedding_size": 200}),
     "Dream, uneven": ("Dream", {"vocab_size": 65}),
     "Dream, tied": ("Dream", {"tie_word_embeddings": True}),
+    "SDAR": ("SDAR", {}),
 }
-"""Families and configurations in `SMALL`. The slices hold 36 and 29 ids, 32 and 32, 64 and none, 33 and 32, 32 and 32.
-Dream has grouped heads, and biases."""
+"""Families in `MADE` and their configurations. The slices hold 36 and 29 ids, 32 and 32, 64 and none, 33 and 32, 32 and
+32, 32 and 32. Dream has grouped heads and biases, SDAR grouped heads with norms."""
+
+MADE = {**SMALL, **BLOCK_CAUSAL}
 
 ragged, ragged_mask = left_pad([prompts(1, 9)[0], prompts(1, 4, seed=1)[0], prompts(1, 6, seed=2)[0]])
 DECODES: dict[str, dict[str, Any]] = {
@@ -165,8 +168,9 @@ DECODES: dict[str, dict[str, Any]] = {
 
 
 def cases(name: str) -> list[str]:
-    """The decodes of a model: those of Dream are the ones whose forwards differ."""
-    return list(DECODES) if MODELS[name][0] == "LLaDA" else ["none", "prefix", "dual", "tree", "ragged"]
+    """The decodes of a model: of other families than LLaDA the ones whose forwards differ."""
+    others = {"Dream": ["none", "prefix", "dual", "tree", "ragged"], "SDAR": ["prefix", "tree", "ragged"]}
+    return others.get(MODELS[name][0], list(DECODES))
 
 
 def decode(model: DiffusionLM, settings: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -209,7 +213,7 @@ def decode_all(folder: Path) -> dict[str, Any]:
     ids = torch.load(folder / "tiny.pt")
     results["tiny"] = model.generate(ids, max_new_tokens=48, cache="dual", rule=Frechet(0.25)).sequences
     for name in MODELS:
-        kind = type(SMALL[MODELS[name][0]]())
+        kind = type(MADE[MODELS[name][0]]())
         model = in_float64(kind.from_pretrained(folder / name, tp_plan="auto", dtype=torch.float64))
         held = model.vocabulary_slice()
         results[name] = {
