@@ -37,12 +37,14 @@ from small import SMALL, left_pad, prompts, small_model
 from torch import Tensor
 
 import fdpp
-from fdpp import DreamConfig, DreamModelLM, Frechet, Rule, Selection
+from fdpp import DreamModelLM, Frechet, Rule, SDARModelLM, Selection
 from fdpp.attention import split_keys
 from fdpp.attention.rotary import Angles, Place, rotary_angles, rotate, rotate_in_place
 from fdpp.decoding.arena import uncaptured
 from fdpp.decoding.static import steps_of
+from fdpp.kernels.layers import HeadNorms
 from fdpp.models import launches
+from fdpp.models.language_model import DiffusionLM
 from fdpp.rules import dawn
 from fdpp.rules.dawn import decide, edges
 from fdpp.rules.dawn import reference as reference_dawn
@@ -118,7 +120,10 @@ def branches_agree(dtype: torch.dtype, D: int, H: int, kv: int, n: int, S: int, 
 
 
 def layer_agrees(dtype: torch.dtype, n: int, width: int, H: int, kv: int, hd: int) -> str:
-    """What a layer launches around its products: norm, SwiGLU, rotation and the write into a cache."""
+    """What a layer launches around its products: norm, SwiGLU, rotation and the write into a cache.
+
+    The rotation also of half the channels and with norms of queries and keys.
+    """
     g = generator(n + hd)
 
     def random(*shape: int) -> Tensor:
@@ -131,7 +136,12 @@ def layer_agrees(dtype: torch.dtype, n: int, width: int, H: int, kv: int, hd: in
     rotate_in_place(turned, H, kv, angles, Place(*stored, torch.arange(3, n + 3, device=DEVICE), None))
     assert stored[0][:, :, 3:-2].equal(turned[:, :, H : H + kv].transpose(1, 2)), "the cache's keys are others"
     assert stored[1][:, :, 3:-2].equal(v) and not any(s[:, :, :3].any() or s[:, :, -2:].any() for s in stored)
-    wide = x.double()
+    some = rotary_angles(torch.arange(n, device=DEVICE)[None] + 700, hd // 4 * 2, 1e4)
+    norms, normed = HeadNorms(weight[:hd], weight[-hd:], 1e-6), heads.clone()
+    rotate_in_place(normed, H, kv, some, None, norms)
+    wide, wide_k = x.double(), k.double()
+    k_normed = norms.k * F.rms_norm(k.float(), (hd,), eps=1e-6).to(dtype)
+    wide_k = norms.k.double() * wide_k / (wide_k.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     pairs = {
         "norm": (
             launches.rms_norm_gpu(x, weight, 1e-5),
@@ -144,24 +154,32 @@ def layer_agrees(dtype: torch.dtype, n: int, width: int, H: int, kv: int, hd: in
             rotate(k, angles),
             exactly_rotated(k, angles),
         ),
+        "rotation of half, normalised": (
+            normed[:, :, H : H + kv].transpose(1, 2),
+            rotate(k_normed, some),
+            exactly_rotated(wide_k, some),
+        ),
     }
     return all_as_good(pairs)
 
 
 def exactly_rotated(x: Tensor, angles: Angles) -> Tensor:
     cos, sin = (angle.double() for angle in angles)
-    return x.double() * cos + torch.cat(x.double().chunk(2, dim=-1)[::-1], dim=-1) * sin
+    x, passed = x.double().tensor_split((cos.shape[-1],), dim=-1)
+    return torch.cat((x * cos + torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1) * sin, passed), dim=-1)
 
 
-def block_agrees(dtype: torch.dtype, n: int, **sizes: int) -> str:
-    """A block of Dream's with biases on queries, keys and values, against PyTorch's operators in the same dtype."""
-    config = DreamConfig(vocab_size=64, num_hidden_layers=1, mask_token_id=62, pad_token_id=61, **sizes)
+def block_agrees(dtype: torch.dtype, n: int, kind: type[DiffusionLM], **sizes: int) -> str:
+    """A block with biases or norms of queries and keys, against PyTorch's operators in the same dtype."""
+    config: Any = kind.config_class
+    ids_of = {"mask_token_id": 62, "pad_token_id": 61}
     with torch.random.fork_rng():
         torch.manual_seed(n)
         with DEVICE:
-            model = DreamModelLM(config)
-        for layer in model.model.blocks[0].layers()[1:4]:
-            torch.nn.init.normal_(layer.bias, std=0.5)
+            model: Any = kind(config(vocab_size=64, num_hidden_layers=1, **ids_of, **sizes))
+        for name, parameter in model.model.blocks[0].named_parameters():
+            if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+                torch.nn.init.normal_(parameter, std=0.5)
     ids = torch.randint(0, 60, (1, n), generator=generator(n)).to(DEVICE)
     rounded = model.to(dtype)
     with torch.no_grad():
@@ -281,7 +299,11 @@ def kernels() -> Iterator[Check]:
     yield "layer, Dream", partial(layer_agrees, HALF, 33, 18944 if ON_GPU else 96, *heads, hd)
     sizes = dict(zip(("num_attention_heads", "num_key_value_heads"), heads, strict=True))
     sizes |= {"hidden_size": heads[0] * hd, "intermediate_size": 18944 if ON_GPU else 96}
-    yield "block with biases, Dream", partial(block_agrees, torch.bfloat16, 33, **sizes)
+    yield "block with biases, Dream", partial(block_agrees, torch.bfloat16, 33, DreamModelLM, **sizes)
+    # SDAR-4B: heads of a size of their own, with norms.
+    sizes = {"num_attention_heads": 32 if ON_GPU else 4, "num_key_value_heads": 8 if ON_GPU else 2, "head_dim": hd}
+    sizes |= dict(zip(("hidden_size", "intermediate_size"), (2560, 9728) if ON_GPU else (40, 96), strict=True))
+    yield "block with norms of heads, SDAR", partial(block_agrees, torch.bfloat16, 8, SDARModelLM, **sizes)
     yield "weights of one byte, Dream", partial(product_agrees, HALF, 33, *((3584, 18944) if ON_GPU else (130, 256)))
     yield "dawn, commits", partial(commits_agree, 32, long)
     # No size is a multiple of a tile.

@@ -58,7 +58,7 @@ def patch(target: Any) -> Patch:
     """Let `target` work with fdpp until `unpatch(target)`; in a `with` statement, until its end.
 
     - A module of a script (Fast-dLLM's `generate.py` and relatives): see `fdpp.patching.scripts`.
-    - A LLaDA or Dream that transformers loaded with remote code: see `fdpp.patching.models`.
+    - A model of one of our families that transformers loaded with remote code: see `fdpp.patching.models`.
     - A `torch.nn.Module` that holds a denoising step: see `fdpp.patching.steps`.
 
     Only `target` changes, and after an error nothing does. Patching it again does nothing: one `unpatch`, or the end of

@@ -1,7 +1,8 @@
 """fdpp's `generate` for a model that transformers loaded with the code of its repository.
 
-The published classes `LLaDAModelLM` (GSAI-ML/LLaDA-8B-Base, -Instruct, LLaDA-1.5) and `DreamModel` (Dream-org's
-Dream-v0-Base-7B, -Instruct-7B) have our layouts of modules. A patched instance gets attributes of its own and is
+The published classes `LLaDAModelLM` (GSAI-ML/LLaDA-8B-Base, -Instruct, LLaDA-1.5), `DreamModel` (Dream-org's
+Dream-v0-Base-7B, -Instruct-7B), `SDARForCausalLM` (SDAR, TraDo) and `Fast_dLLM_QwenForCausalLM` (Fast-dLLM v2) have our
+layouts of modules. A patched instance gets attributes of its own and is
 otherwise left alone, its `forward` and Dream's `diffusion_generate` included:
 
 - `generate` and `infill`: those of our model of the same family (`DiffusionLM.published`) whose embedding, linear
@@ -11,7 +12,7 @@ otherwise left alone, its `forward` and Dream's `diffusion_generate` included:
   fit is refused by name. The layers run one by one, where a model of ours joins those with the same input
   (`fdpp.models.joined`).
 - `denoising_step`: a `fdpp.DenoisingStep` with the default rule of `generate` and the model's mask id. Its logits are
-  those that predict each position: of a Dream's `forward` the rows before (`DiffusionLM.aligned`).
+  those that predict each position: of a `forward` with a `shift` the rows before (`DiffusionLM.aligned`).
 """
 
 from __future__ import annotations
