@@ -89,8 +89,24 @@ def test_against_a_decode_written_out(family: str, length: int) -> None:
         assert int(out.nfe) == taken
 
 
-@each_family
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+OF_BLOCKS = (
+    fdpp.ThresholdQuota(0.6, 2),
+    fdpp.Leftmost(2),
+    fdpp.ThresholdLeftmost(0.5, 2),
+    fdpp.EntropySum(1.0),
+    fdpp.LeftmostRun(0.4),
+    fdpp.Editing(0.5, edit=0.4, post=3),
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    [
+        *((family, rule) for family in FAMILIES for rule in (*RULES, *OF_BLOCKS)),
+        *(("LLaDA2", rule) for rule in (RULES[0], RULES[4], RULES[-1], OF_BLOCKS[-1])),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 def test_any_rule_with_and_without_a_cache_alone_and_in_a_batch(family: str, rule: fdpp.Rule) -> None:
     model, (ids, mask) = model_of(family), ragged()
     uncached = decode(model, ids, mask, rule=rule, cache="none")
@@ -115,16 +131,21 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@each_family
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [*((family, kind) for family in FAMILIES for kind in OPTIONS), *(("LLaDA2", OPTIONS[i]) for i in (1, 4, 7))],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "settings",
-    [{"rule": fdpp.Quota()}, {"rule": fdpp.Frechet(0.1), "temperature": 0.6, "seed": 5}],
-    ids=("greedy", "drawn"),
+    [
+        {"rule": fdpp.Quota()},
+        {"rule": fdpp.Frechet(0.1), "temperature": 0.6, "seed": 5},
+        {"rule": fdpp.Editing(0.5, edit=0.4, post=3)},
+    ],
+    ids=("greedy", "drawn", "edited"),
 )
-def test_drafts_static_steps_and_the_fused_head_change_nothing(
-    family: str, settings: dict[str, Any], options: dict[str, Any]
-) -> None:
+def test_drafts_and_static_steps_change_nothing(family: str, settings: dict[str, Any], options: dict[str, Any]) -> None:
     model, (ids, mask) = model_of(family), ragged()
     kept = options.get("cache", "prefix")
     want = decode(model, ids, mask, **{**settings, "cache": kept})
