@@ -110,9 +110,11 @@ class BlockCausalLoop(BlockLoop):
         real = torch.ones_like(self.text, dtype=torch.bool)
         if attention_mask is not None:
             real[:, : attention_mask.shape[1]] = attention_mask
-        start = real[:, :P].sum(1)
+        before = torch.arange(self.text.shape[1], device=input_ids.device) < P
         if given is not None:
-            start = start + (given == config.mask_token_id).long().argmax(1)
+            masks = (self.text == config.mask_token_id) & real & ~before
+            before = before | (masks.cumsum(1) == 0)
+        start = (real & before).sum(1)
         if embeds is not None:  # prompts without ids
             self.text[:, :P].masked_fill_(self.text[:, :P] == config.mask_token_id, config.pad_token_id)
         laid = self.laid = Layout.of(self.text, real, start, grid, config.mask_token_id, config.pad_token_id)
