@@ -18,8 +18,8 @@ from fdpp.step import reference
 from fdpp.step.terms import Terms
 
 SETTINGS = 2
-"""Settings drawn for every rule that decides, besides its defaults; one for others, which differ in a predicate alone.
-"""
+"""Settings drawn for every rule that remembers something, besides its defaults; one for others, to which all steps of a
+decode are the same."""
 
 
 def value(number: Number, default: Any, draw: random.Random) -> Any:
@@ -33,7 +33,7 @@ def value(number: Number, default: Any, draw: random.Random) -> Any:
 def settings_of(kind: type[fdpp.Rule]) -> list[fdpp.Rule]:
     """The rule's defaults and some other settings, the same in every run; fewer where few are to be had."""
     draw, found = random.Random(kind.name), [kind()]
-    wanted = 1 + (1 if kind.decide is fdpp.Rule.decide else SETTINGS)
+    wanted = 1 + (1 if kind.observe is fdpp.Rule.observe else SETTINGS)
     for _ in range(20):
         numbers = {field: value(number, getattr(kind, field), draw) for field, number in kind.numbers.items()}
         with contextlib.suppress(ValueError):  # two fields that do not go together
