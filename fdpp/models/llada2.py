@@ -8,7 +8,6 @@ The parameter names are those of the published checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from fdpp.models.experts import MLP, MoE, Routing
 from fdpp.models.joined import Joined
 from fdpp.models.language_model import DiffusionLM
 from fdpp.models.llada2_config import LLaDA2Config
-from fdpp.models.transformer import Transformer
+from fdpp.models.qwen import QwenTransformer
 
 PARALLEL = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 """Arguments of transformers' `from_pretrained` that ask for tensor or expert parallelism."""
@@ -72,32 +71,13 @@ class LLaDA2Block(Block):
         return self.mlp(h) if layers.gate is None else super().feed_forward(layers, h)
 
 
-class LLaDA2Transformer(Transformer):
-    """The transformer up to its final norm."""
+class LLaDA2Transformer(QwenTransformer):
+    """The transformer up to its final norm, of the parts that Qwen's has, too, but for its blocks."""
 
     config_class = LLaDA2Config
+    block_class = LLaDA2Block
+    embedding = "word_embeddings"
     _no_split_modules = ("LLaDA2Block",)
-
-    def __init__(self, config: LLaDA2Config) -> None:
-        super().__init__(config)
-        self.word_embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LLaDA2Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_init()
-
-    @property
-    def blocks(self) -> Sequence[Block]:
-        return self.layers  # type: ignore[return-value]
-
-    @property
-    def final_norm(self) -> nn.Module:
-        return self.norm
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.word_embeddings = value
 
 
 class LLaDA2ModelLM(DiffusionLM):

@@ -75,13 +75,14 @@ class QwenBlock(Block):
 
 
 class QwenTransformer(Transformer):
-    """The transformer up to its final norm, of blocks of a family's `block_class`."""
+    """The transformer up to its final norm; a family names its `block_class` and perhaps its `embedding`."""
 
-    block_class: ClassVar[type[QwenBlock]]
+    block_class: ClassVar[type[Block]]
+    embedding: ClassVar[str] = "embed_tokens"
 
     def __init__(self, config: QwenConfig) -> None:
         super().__init__(config)
-        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.add_module(self.embedding, nn.Embedding(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(self.block_class(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
@@ -95,10 +96,10 @@ class QwenTransformer(Transformer):
         return self.norm
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
+        return self.get_submodule(self.embedding)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
+        setattr(self, self.embedding, value)
 
 
 class QwenLM(DiffusionLM):
