@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from captures import captured_on_cpu
 from decoding import Recorder, forwards
-from small import EOS, MASK, PAD, RULES, exact, left_pad, prompts
+from small import BLOCK_CAUSAL, EOS, MASK, PAD, RULES, exact, left_pad, prompts
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
@@ -291,6 +292,23 @@ def test_stopping_criteria_and_stop_strings_see_left_padded_rows(family: str) ->
     for b, n in enumerate(LENGTHS[1:], start=1):
         row = held[b][held[b] != pad]
         assert row[: n + NEW].equal(want.sequences[b, -n - NEW :])
+
+
+@pytest.mark.parametrize("family", BLOCK_CAUSAL)
+def test_a_warm_up_leaves_nothing_to_capture(family: str) -> None:
+    """But the first forward of other prompts, which feeds as many columns as they have."""
+    model = (model_of if family in FAMILIES else exact)(family)
+    settings = {"engine": "static", "rule": fdpp.Frechet(0.1)}
+    with captured_on_cpu() as captures:
+        model.warmup(12, 2, max_new_tokens=NEW, cache="prefix", stop_at_eos=False, **settings)
+        known = len(captures.logs)
+        for lengths in ((12, 12), (12, 10), (11, 9), (10,)):
+            decode(model, *left_pad([prompts(1, n, seed=n)[0] for n in lengths]), **settings)
+        assert all(step.window.full for step, _, _ in captures.logs[known:])
+        found = len(captures.logs)
+        decode(model, prompts(1, 12), **settings)
+        assert known <= 16 and len(captures.logs) == found <= known + 3
+    model.forget_captures()
 
 
 REFUSED = [

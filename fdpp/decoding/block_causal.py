@@ -216,10 +216,12 @@ class BlockCausalLoop(BlockLoop):
             before = columns.stop
         return before
 
-    def usual(self, block: int) -> int:
-        if block > 0:
-            return self.block_of(self.block_columns(block - 1)).start
-        return max([self.everything, *(columns.stop for columns in self.pieces(0, self.everything))])
+    def usual(self, block: int) -> list[int]:
+        around, before = self.block_of(self.block_columns(block)), self.block_of(self.block_columns(max(block - 1, 0)))
+        found = [] if block == 0 else [before.start]
+        if around.start == self.prompt_length:  # where a prompt ends in this block, it is fed with it
+            found.append(max([self.everything, *(columns.stop for columns in self.pieces(block, self.everything))]))
+        return found
 
     def windows(self, block: int, before: int) -> tuple[Window, Window]:
         """The window of a block's first forward, and that of the others; before column `before` all is stored.

@@ -172,9 +172,9 @@ class BlockLoop:
         for last in before.unique().tolist():
             yield last, rows[before == last]
 
-    def usual(self, block: int) -> int:
-        """What `parts` says beside sequences that decoded every block before."""
-        return block - 1
+    def usual(self, block: int) -> list[int]:
+        """What `parts` may say beside sequences of a decode that is no infill."""
+        return [block - 1]
 
     def prefill(self, runner: EagerRunner | StaticRunner, block: int, before: int) -> int:
         """Feed what no forward of the block will feed; returns what is then in the place of `before`."""
@@ -187,10 +187,11 @@ class BlockLoop:
         for b in sorted({graph_size(b) for b in range(1, B + 1)}, reverse=True):
             rows = self.live[torch.arange(b, device=self.device).clamp(max=B - 1)]
             for block in range(len(self.blocks)):
-                runner = self.runner(self.whole.take(rows), block)
-                assert isinstance(runner, StaticRunner)
-                first, others = self.windows(block, self.usual(block))
-                runner.step(first, 1)
+                for before in self.usual(block):
+                    runner = self.runner(self.whole.take(rows), block)
+                    assert isinstance(runner, StaticRunner)
+                    first, others = self.windows(block, before)
+                    runner.step(first, 1)
                 for drafts in (1, *depths):
                     runner.step(others, drafts)
 
