@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from captures import Operators, captured_on_cpu
 from family_of_others import FAMILIES
-from small import prompts, small_model
+from small import BLOCK_CAUSAL, prompts, small_model
 from torch import Tensor, nn
 
 import fdpp
@@ -69,7 +69,8 @@ def made(
 ) -> DiffusionLM:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fdpp.models.quantised.check_kind", lambda *_: None)
-        return quantise(FAMILIES[family](seed=seed, **SIZES_OF[family] | options).to(dtype), kind, CPU)
+        model = {**FAMILIES, **BLOCK_CAUSAL}[family](seed=seed, **SIZES_OF.get(family, SIZES_OF["Dream"]) | options)
+        return quantise(model.to(dtype), kind, CPU)
 
 
 def layer(rows: int, kind: str, dtype: torch.dtype, seed: int = 0, bias: bool = False) -> nn.Linear:
@@ -491,10 +492,9 @@ def test_without_torchao_the_option_says_what_to_install(
 
 
 def test_sizes_that_torchao_cannot_quantise() -> None:
-    with pytest.raises(
-        ValueError, match=r"int4: expected hidden and intermediate sizes that are multiples of 32, got \(64, 48\)"
-    ):
-        made("int4", mlp_hidden_size=48)
+    for options in ({"mlp_hidden_size": 48}, {"family": "SDAR", "head_dim": 12}):
+        with pytest.raises(ValueError, match=r"int4: expected layers with inputs in multiples of 32, got \(64, 48"):
+            made("int4", **options)
     with pytest.raises(
         ValueError, match=r"float8-dynamic: expected torchao to quantise every layer, it left 6 .*\(40, 64\)"
     ):

@@ -92,18 +92,15 @@ def quantise(model: DiffusionLM, kind: str, device: torch.device) -> DiffusionLM
     Raises:
         ModuleNotFoundError, ValueError: as `check_kind` and `check_dense`; sizes that torchao cannot quantise so.
     """
-    config = model.config
     check_dense(model)
     check_kind(kind, device, model.dtype)
     from torchao.quantization import quantize_
 
-    sizes = config.hidden_size, config.intermediate_size
+    blocks: Any = model.model.blocks
+    sizes = tuple(dict.fromkeys(layer.in_features for layer in blocks.modules() if is_bare(layer)))
     fitting = [group for group in GROUPS if all(size % group == 0 for size in sizes)]
     if kind == "int4" and not fitting:
-        raise ValueError(
-            f"int4: expected hidden and intermediate sizes that are multiples of {GROUPS[-1]}, got {sizes}"
-        )
-    blocks: Any = model.model.blocks
+        raise ValueError(f"int4: expected layers with inputs in multiples of {GROUPS[-1]}, got {sizes}")
     quantize_(blocks, torchao_config(kind, device.type == "cuda", fitting[0] if fitting else 0), device=device)
     whole = [name for name, module in blocks.named_modules() if is_bare(module)]
     if whole:
