@@ -57,9 +57,6 @@ class Editing(ThresholdQuota, Rule):
         earlier = 0 if before is None else before[1].clean
         return Looks(clean * (clean.cumsum(1) + earlier))
 
-    def again(self, logits: Tensor, memory: Looks) -> Looks:
-        return Looks(memory.clean + (memory.clean > 0).long())
-
     def decide(self, proposed: Proposed) -> Selection:
         step, tokens, candidate, memory = proposed.step, proposed.tokens, proposed.candidate, proposed.memory
         if memory is None or proposed.given is None:
@@ -68,10 +65,9 @@ class Editing(ThresholdQuota, Rule):
         rank = c.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         chosen = candidate & ((c > self.tau) | (rank < k))
         edited = ~candidate & ~proposed.given & (step.proposal != tokens) & (step.confidence > self.edit)
-        # The memory of a draft's guess does not know whether this state has masks.
-        clean = torch.where(candidate.any(1), 0, memory.clean.clamp(min=1))
-        settled = (clean > 0) & ~edited.any(1)
-        return written(proposed, chosen, edited, settled | (clean >= self.post))
+        # A draft's guess has the memory of the state before; what it changes does not depend on that.
+        settled = (memory.clean > 0) & ~edited.any(1)
+        return written(proposed, chosen, edited, settled | (memory.clean >= self.post))
 
     def reference(self, proposed: Proposed) -> Selection:
         step, tokens, memory = proposed.step, proposed.tokens, proposed.memory
@@ -86,8 +82,8 @@ class Editing(ThresholdQuota, Rule):
             for t, confidence in enumerate(row):
                 free = t not in masked and not proposed.given[b, t]
                 edited[b, t] = free and bool(step.proposal[b, t] != tokens[b, t]) and confidence > self.edit
-            clean = 0 if masked else max(int(memory.clean[b]), 1)
-            over.append((not masked and not edited[b].any()) or clean >= self.post)
+            clean = int(memory.clean[b])
+            over.append((clean > 0 and not edited[b].any()) or clean >= self.post)
         return written(proposed, chosen, edited, torch.tensor(over, device=tokens.device))
 
 
