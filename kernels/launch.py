@@ -179,6 +179,10 @@ ROTATE_PAIRS = 1024
 """Pairs of channels of a tile of the rotation: 8 a thread with 4 warps, one 16-byte load of each half in bfloat16. The
 32 positions of a block of LLaDA, 96 heads of 64 pairs, are 192 programs."""
 
+ROUTE_EXPERTS = 1024
+"""Most experts, rounded up, that the router's kernel ranks: one warp holds them all, so that none of its sixteen or so
+reductions waits at a barrier. LLaDA2.0's 256 are 8 a thread."""
+
 
 def norm_warps(block_d: int) -> int:
     """Warps of the norm of rows of at most `block_d` channels."""

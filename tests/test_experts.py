@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from inputs import INTERPRETED
 from plain_experts import plain_mixture, plain_mlp, plain_route
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fdpp.models.experts import MoE, Routing, every, feed_forward, grouped, one_by_one, route
+from fdpp.models.launches import route_gpu
 
 D, WIDTH, E = 16, 8, 12
 ROUTINGS = {
@@ -24,9 +26,11 @@ ROUTINGS = {
 EACH = pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
 
 
-def problem(seed: int, rows: int = 9, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def problem(
+    seed: int, rows: int = 9, dtype: torch.dtype = torch.float32, experts: int = E
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    x, weight, bias = (torch.randn(*size, generator=generator) for size in ((rows, D), (E, D), (E,)))
+    x, weight, bias = (torch.randn(*size, generator=generator) for size in ((rows, D), (experts, D), (experts,)))
     return x.to(dtype), (weight / 4).to(dtype), (bias / 10).to(dtype)
 
 
@@ -66,6 +70,45 @@ def test_scores_that_vanish_weigh_nothing() -> None:
     index, weights = route(x, weight, torch.zeros(E), Routing(3, 4, 2, 2.5))
     assert index.tolist() == [[0, 1, 2]]
     assert weights.tolist() == [[0.0, 0.0, 0.0]]
+
+
+DEVICES = [
+    pytest.param("cpu", id="interpreter", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+on_each_device = pytest.mark.parametrize("device", DEVICES)
+MINI = Routing(8, 8, 4, 2.5)
+
+
+@on_each_device
+@pytest.mark.parametrize("routing", [*ROUTINGS.values(), MINI], ids=[*ROUTINGS, "LLaDA2.0-mini"])
+def test_the_kernel_is_the_definition(routing: Routing, device: str) -> None:
+    experts = 256 if routing is MINI else E
+    x, weight, bias = problem(1, rows=5, experts=experts)
+    for ties in (False, True):
+        if ties:
+            x, bias = torch.zeros_like(x), torch.arange(experts) // 2 % 3 / 4.0
+        index, weights = route_gpu((x @ weight.T).to(device), bias.to(device), *routing)
+        expected, of_weights = plain_route(x, weight, bias, routing)
+        assert index.dtype == torch.int64 and index.cpu().equal(expected)
+        torch.testing.assert_close(weights.cpu().double(), of_weights, atol=2e-6, rtol=2e-6)
+
+
+@on_each_device
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_the_kernel_of_nothing_and_of_extremes(device: str) -> None:
+    assert [len(part) for part in route_gpu(torch.zeros(0, E, device=device), torch.zeros(E), 3, 4, 2, 2.5)] == [0, 0]
+    logits = torch.zeros(4, E)
+    logits[0] = float("nan")
+    logits[1, :10] = float("nan")
+    logits[2] = -float("inf")
+    logits[3, 5], logits[3, 6] = float("inf"), -1000.0
+    index, weights = (part.cpu() for part in route_gpu(logits.to(device), torch.zeros(E, device=device), 3, 4, 2, 2.5))
+    assert ((index >= 0) & (index < E)).all()
+    assert index[1, :2].tolist() == [10, 11] and weights[0].isnan().all()
+    assert index[2].tolist() == [0, 1, 2] and weights[2].tolist() == [0.0, 0.0, 0.0]
+    assert index[3].tolist() == [5, 0, 1]
+    torch.testing.assert_close(weights[3], torch.tensor([1.0, 0.5, 0.5]) / 2 * 2.5)
 
 
 def moe(seed: int = 0, shared: int = 1) -> MoE:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdpp.models.joined import Joined, Stacked
+from fdpp.models.launches import route_gpu, routes
 from fdpp.models.layers import swiglu
 from fdpp.models.linear import apply, linear
 
@@ -114,11 +115,14 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, routing: Routing) -> tuple[Te
 
     With s = sigmoid(x W^T) and r = s + bias, a group scores the sum of its two largest r. The k largest r in the groups
     that score most are chosen; their weights are s over the sum of the chosen s, times `scale`. Of equals the lower
-    index counts as the larger. As published for LLaDA2.0 (and DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16, there with
-    all scores of a group that is not kept set to zero); all in float32, or in float64 where `x` is.
+    index counts as the larger. All in float32, or in float64 where `x` is; a score that is no number ranks anywhere. As
+    published for LLaDA2.0, after DeepSeek-V3 (arXiv 2412.19437, eq. 12 to 16).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    scores = linear(x.to(wide), weight.to(wide)).sigmoid()
+    logits = linear(x.to(wide), weight.to(wide))
+    if routes(logits, routing.groups):
+        return route_gpu(logits, bias, *routing)
+    scores = logits.sigmoid()
     ranked = (scores + bias).unflatten(1, (routing.groups, -1))
     if routing.kept < routing.groups:
         kept = largest(ranked.topk(2, dim=2).values.sum(2), routing.kept)

@@ -6,9 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from fdpp.kernels.launch import SWIGLU_BLOCK, norm_warps, product_launch
+from fdpp.kernels.launch import ROUTE_EXPERTS, SWIGLU_BLOCK, norm_warps, product_launch
 from fdpp.kernels.layers import rms_norm_kernel, swiglu_kernel
 from fdpp.kernels.product import Parts, product_kernel
+from fdpp.kernels.route import route_kernel
 from fdpp.selection import DTYPES
 from fdpp.step.gpu import ticket_for
 
@@ -58,6 +59,40 @@ def swiglu_gpu(gate: Tensor, up: Tensor) -> Tensor:
             gate, up, out, width, gate.stride(-2), up.stride(-2), BLOCK_F=block, num_warps=4, enable_fp_fusion=True
         )
     return out
+
+
+def route_gpu(logits: Tensor, bias: Tensor, k: int, groups: int, kept: int, scale: float) -> tuple[Tensor, Tensor]:
+    """`fdpp.models.experts.route` of a router's `logits` `[N, E]`, float32, in one launch."""
+    rows, experts = logits.shape
+    index = logits.new_empty(rows, k, dtype=torch.int64)
+    weights = logits.new_empty(rows, k)
+    if rows == 0:
+        return index, weights
+    size = experts // groups
+    with torch.cuda.device_of(logits):
+        route_kernel[(rows,)](
+            logits.contiguous(),
+            bias,
+            index,
+            weights,
+            scale,
+            SIZE=size,
+            GROUPS=groups,
+            KEPT=kept,
+            K=k,
+            BLOCK_G=triton.next_power_of_2(groups),
+            BLOCK_S=triton.next_power_of_2(size),
+            BLOCK_K=triton.next_power_of_2(k),
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
+    return index, weights
+
+
+def routes(logits: Tensor, groups: int) -> bool:
+    """Whether `route_gpu` takes the `logits` `[N, E]` of experts in so many groups."""
+    tile = triton.next_power_of_2(groups) * triton.next_power_of_2(logits.shape[1] // groups)
+    return on_kernels(logits) and logits.dtype == torch.float32 and tile <= ROUTE_EXPERTS
 
 
 def in_rows(x: Tensor) -> bool:

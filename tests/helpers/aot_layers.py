@@ -108,7 +108,29 @@ def layers() -> list[Layer]:
     return [*found, Layer("sm_90", dtype="float32"), Layer("sm_90", dtype="float16", d_model=8192, heads=64)]
 
 
-def compiled(variant: Layer | Product, kernels: dict[str, Compiled]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Route:
+    """The choice of experts for a block's positions; by default of LLaDA2.0."""
+
+    target: str
+    experts: int = 256
+    groups: int = 8
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}-{self.experts}-of-{self.groups}"
+
+    def launch(self) -> None:
+        logits, bias = like(torch.float32, 32, self.experts), like(torch.bfloat16, self.experts)
+        launches.route_gpu(logits, bias, 8, self.groups, self.groups // 2, 2.5)
+
+
+def routes() -> list[Route]:
+    return [Route(target) for target in TARGETS] + [Route("sm_90", experts=1024, groups=8)]
+
+
+def compiled(variant: Layer | Product | Route, kernels: dict[str, Compiled]) -> list[dict[str, Any]]:
     triton.runtime.driver.set_active(TargetDriver(variant.target))
     variant.launch()
     found = []
@@ -140,6 +162,9 @@ if __name__ == "__main__":
         "swiglu_kernel": launches,
         "rotate_kernel": rotary,
         "product_kernel": launches,
+        "route_kernel": launches,
     }
     kernels = watched(modules)
-    json.dump([facts for variant in (*layers(), *products()) for facts in compiled(variant, kernels)], sys.stdout)
+    json.dump(
+        [facts for variant in (*layers(), *products(), *routes()) for facts in compiled(variant, kernels)], sys.stdout
+    )
