@@ -44,6 +44,7 @@ from fdpp.decoding.arena import uncaptured
 from fdpp.decoding.static import steps_of
 from fdpp.kernels.layers import HeadNorms
 from fdpp.models import launches
+from fdpp.models.experts import MoE, Routing, route
 from fdpp.models.language_model import DiffusionLM
 from fdpp.rules import dawn
 from fdpp.rules.dawn import decide, edges
@@ -190,6 +191,36 @@ def block_agrees(dtype: torch.dtype, n: int, kind: type[DiffusionLM], **sizes: i
     return all_as_good({"block": (ours, theirs, want)})
 
 
+@torch.no_grad()
+def experts_agree(dtype: torch.dtype, rows: int, hidden: int, width: int, routing: Routing, experts: int) -> str:
+    """A mixture of experts, its router's kernel too, captured and replayed with rows of other experts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(rows)
+        with DEVICE:
+            moe = MoE(hidden, width, experts, 1, routing)
+        torch.nn.init.normal_(moe.gate.weight, std=hidden**-0.5)
+        torch.nn.init.normal_(moe.gate.expert_bias, std=0.01)
+    moe = moe.to(dtype)
+    first, x = (torch.randn(1, rows, hidden, generator=generator(seed)).to(dtype).to(DEVICE) for seed in (1, 2))
+    logits = x[0].float() @ moe.gate.weight.float().T
+    index, weights = launches.route_gpu(logits, moe.gate.expert_bias, *routing)
+    with torch.enable_grad():  # our kernels take nothing that gradients are recorded for
+        wanted, of_weights = (part.detach() for part in route(x[0], moe.gate.weight, moe.gate.expert_bias, routing))
+        theirs = moe(x).detach()
+    assert index.equal(wanted), "other experts"
+    torch.testing.assert_close(weights, of_weights, rtol=1e-5, atol=1e-6)
+    ours = moe(x)
+    if ON_GPU:
+        graph, fed = torch.cuda.CUDAGraph(), first
+        moe(fed)
+        with torch.cuda.graph(graph):
+            out = moe(fed)
+        fed.copy_(x)
+        graph.replay()
+        assert out.equal(ours), "a replay with other experts differs"
+    return all_as_good({"experts": (ours, theirs, moe.double()(x.double()))})
+
+
 def product_agrees(dtype: torch.dtype, M: int, N: int, K: int) -> str:
     """A product with weights in int8, alone and added to."""
     g = generator(M)
@@ -304,6 +335,9 @@ def kernels() -> Iterator[Check]:
     sizes = {"num_attention_heads": 32 if ON_GPU else 4, "num_key_value_heads": 8 if ON_GPU else 2, "head_dim": hd}
     sizes |= dict(zip(("hidden_size", "intermediate_size"), (2560, 9728) if ON_GPU else (40, 96), strict=True))
     yield "block with norms of heads, SDAR", partial(block_agrees, torch.bfloat16, 8, SDARModelLM, **sizes)
+    sizes = (2048, 512, Routing(8, 8, 4, 2.5), 256) if ON_GPU else (32, 16, Routing(3, 4, 2, 2.5), 16)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield f"experts, LLaDA2, {dtype}", partial(experts_agree, dtype, 32, *sizes)
     yield "weights of one byte, Dream", partial(product_agrees, HALF, 33, *((3584, 18944) if ON_GPU else (130, 256)))
     yield "dawn, commits", partial(commits_agree, 32, long)
     # No size is a multiple of a tile.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from inputs import INTERPRETED
+from inputs import INTERPRETED, on_gpu
 from plain_experts import plain_mixture, plain_mlp, plain_route
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -82,6 +82,7 @@ MINI = Routing(8, 8, 4, 2.5)
 
 @on_each_device
 @pytest.mark.parametrize("routing", [*ROUTINGS.values(), MINI], ids=[*ROUTINGS, "LLaDA2.0-mini"])
+@on_gpu(lambda routing: routing in (ROUTINGS["groups"], MINI))
 def test_the_kernel_is_the_definition(routing: Routing, device: str) -> None:
     experts = 256 if routing is MINI else E
     x, weight, bias = problem(1, rows=5, experts=experts)

@@ -18,7 +18,7 @@ from fdpp.models.linear import apply, linear
 ROWS = 512
 """Rows up to which every expert runs on every row, on GPUs without a grouped product that needs no host.
 
-That reads all weights, of which the 32 rows of a block, with 8 of 256 experts each, need 63% anyway. It computes 32
+That reads all weights, of which the 32 rows of a block, with 8 of 256 experts each, need 64% anyway. It computes 32
 times too much: counted for LLaDA2.0-mini on an A100 (250 TFLOP/s) 63 ms at 512 rows, as much as the launches of a loop
 over experts, 3 x 256 in each of 19 layers at 5 us."""
 

@@ -1,9 +1,9 @@
 """fdpp's `generate` for a model that transformers loaded with the code of its repository.
 
 The published classes `LLaDAModelLM` (GSAI-ML/LLaDA-8B-Base, -Instruct, LLaDA-1.5), `DreamModel` (Dream-org's
-Dream-v0-Base-7B, -Instruct-7B), `SDARForCausalLM` (SDAR, TraDo) and `Fast_dLLM_QwenForCausalLM` (Fast-dLLM v2) have our
-layouts of modules. A patched instance gets attributes of its own and is
-otherwise left alone, its `forward` and Dream's `diffusion_generate` included:
+Dream-v0-Base-7B, -Instruct-7B), `SDARForCausalLM` (SDAR, TraDo), `LLaDA2MoeModelLM` (LLaDA2.0, 2.1) and
+`Fast_dLLM_QwenForCausalLM` (Fast-dLLM v2) have our layouts of modules. A patched instance gets attributes of its own
+and is otherwise left alone, its `forward` and Dream's `diffusion_generate` included:
 
 - `generate` and `infill`: those of our model of the same family (`DiffusionLM.published`) whose embedding, linear
   layers and norms are the instance's own modules. No weight is copied or moved, and weights that are moved, cast,
