@@ -26,8 +26,9 @@ FAMILIES = {
 }
 """The folder of every peer."""
 MASKS = {"sdar": 300, "llada2": 270, "fastdllm2": 270}
-EDITS = ("llada21", "diffusers")
-"""Peers whose calls need not turn a mask into a token."""
+PAD = 271
+LENGTHS = ("gen_length", "max_gen_length", "max_tokens", "max_new_tokens")
+STOPS = ("stopping_criteria_idx", "stop_words", "eos_id", "eos_token_id", "stop_token")
 
 
 @dataclass(frozen=True)
@@ -79,26 +80,52 @@ class BlockRun:
         """How many tokens were asked for."""
         return next(self.params[name] for name in LENGTHS if name in self.params)
 
+    @property
+    def edits_tokens(self) -> bool:
+        """Whether a call may turn no mask into a token."""
+        # Diffusers' pipeline takes 0 for none.
+        return self.peer == "llada21" or bool(self.params.get("editing_threshold"))
+
+    @property
+    def stops(self) -> list[int]:
+        """The ids that end it."""
+        found = next((self.params[name] for name in STOPS if self.params.get(name) is not None), [])
+        return [id for id in ([found] if isinstance(found, int) else found) if id >= 0]
+
     def canvas(self, row: int) -> int:
-        """Columns of whole blocks; Fast-dLLM v2 adds the first token of the block after them."""
-        length = len(self.out[row])
-        return length // self.block_length * self.block_length if FAMILIES[self.peer] == "fastdllm2" else length
+        """Columns that are decoded if nothing ends it, in whole blocks."""
+        n, T = len(self.prompts[row]), self.block_length
+        if FAMILIES[self.peer] == "fastdllm2":
+            return (self.new // T + max(map(len, self.prompts)) // T) * T
+        return -(-(n + self.new) // T) * T
 
     def commit_step(self, row: int) -> Tensor:
-        """`step_of` counted in the row's own deciding calls; where tokens are edited, in all calls."""
+        """The last of the row's own deciding calls that turned a mask into a token; or edited it, of all calls."""
         step_of = self.step_of[row]
-        if self.peer in EDITS:
+        if self.edits_tokens:
+            step_of = step_of.clone()
+            for call, at, position, _old, _new in self.edits.tolist():
+                step_of[position] = call if at == row else step_of[position]
             return step_of
-        calls = step_of[step_of >= 0].unique()
-        return torch.where(step_of >= 0, torch.searchsorted(calls, step_of), -1)
+        calls = step_of[step_of >= 0]
+        if self.calls.shape[1] >= 4 and self.peer != "jetengine":
+            # Of a sequence that ended, calls may have decided nothing that is left of it.
+            calls = torch.cat((calls, (self.calls[:, 3] == 0).nonzero().flatten()))
+        return torch.where(step_of >= 0, torch.searchsorted(calls.unique(), step_of), -1)
+
+    @property
+    def alone(self) -> list[int]:
+        """The rows that are what they are in a batch of one."""
+        if len(self.prompts) == 1:
+            return [0]
+        # That of padded rows was not looked at, and only editing makes rows depend on each other there.
+        unknown = [not self.edits_tokens] * len(self.prompts)
+        return [row for row, same in enumerate(self.facts.get("rows_equal_batch1", unknown)) if same]
 
     def settings(self, row: int) -> dict[str, Any]:
         """`params` of one row, where a list has one for each."""
         whole = ("stop_words", "stopping_criteria_idx")
         return {k: v[row] if isinstance(v, list) and k not in whole else v for k, v in self.params.items()}
-
-
-LENGTHS = ("gen_length", "max_gen_length", "max_tokens", "max_new_tokens")
 
 
 @functools.cache
@@ -122,7 +149,12 @@ def run_of(peer: str, facts: dict[str, Any], arrays: dict[str, Tensor]) -> Block
         else:
             keys = (f"{facts['id']}_{name}{row}" for row in range(len(prompts)))
             found = [arrays[key] for key in keys if key in arrays]
-        return [row[: facts["lengths"][i]] if "lengths" in facts else row for i, row in enumerate(found)]
+        found = [row[: facts["lengths"][i]] if "lengths" in facts else row for i, row in enumerate(found)]
+        return [row[k:] for row, k in zip(found, padding, strict=False)]
+
+    # One is padded, by a whole block.
+    padding = [int((prompt == PAD).sum()) for prompt in prompts]
+    prompts = [prompt[k:] for prompt, k in zip(prompts, padding, strict=True)]
 
     none = torch.zeros(0, 5, dtype=torch.int64)
     return BlockRun(

@@ -42,8 +42,8 @@ def plain_blocks(
     Args:
         block_cache: feed a sub-block alone, whose keys take the place of those of the block's last whole call, unless
             its first token is a mask.
-        before: feed the column before a sub-block with it, whose row predicts its first token. Then the block is fed as
-            a whole in its first call alone, and in every sub-block's if the sub-block begins it.
+        before: feed the column before a sub-block with it, whose row predicts its first token. Then it is the first
+            call of each sub-block that feeds the whole block.
     """
     n = len(prompt)
     x, step_of, calls = prompt, torch.full((n,), -1), []
@@ -64,7 +64,7 @@ def plain_blocks(
         step_of = F.pad(step_of, (0, len(x) - len(step_of)), value=-1)
         held, fresh = grown(model, main, start, block), False
         for s in range(start, start + block, sub):
-            columns = slice(s, s + sub)
+            columns, fresh = slice(s, s + sub), fresh and not before
             while (x[columns] == MASK).any():
                 alone = block_cache and fresh and (before or x[s] != MASK)
                 begin = max(s - before, start) if alone else start
