@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList
 
 from fdpp.decoding.loop import BlockLoop
 from fdpp.decoding.model import DiffusionModel
@@ -23,6 +24,7 @@ from fdpp.decoding.runners import EagerRunner, StaticRunner
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.state import Window
 from fdpp.decoding.static import LENGTH_BUCKET, StaticSteps
+from fdpp.decoding.stops import asked
 from fdpp.rules import Rule
 
 PIECE = 1024
@@ -136,6 +138,7 @@ class BlockCausalLoop(BlockLoop):
             self.whole = self.whole._replace(embeds=held, embedded=self.first)
         self.blocks = self.spans(self.config.max_new_tokens)
         self.stored = torch.full_like(self.live, self.everything)
+        self.end = laid.at[:, -1] + self.extra + 1
 
     @property
     def first(self) -> Tensor:
@@ -170,9 +173,13 @@ class BlockCausalLoop(BlockLoop):
         return asked.rule.successive(0, part, max(asked.max_new_tokens, part), asked.steps)
 
     def parts(self, block: int) -> Iterator[tuple[int, Tensor]]:
-        """The sequences `[c]` that have masks in `block`, and the column up to which the cache is theirs."""
+        """The sequences `[c]` that have masks in `block`, and the column up to which the cache is theirs.
+
+        What stands behind a response is decoded where the response's last tokens are decided with it, not alone.
+        """
         columns = self.block_columns(block)
-        rows = self.live[(self.whole.sequences[self.live, columns] == self.mask_id).any(1)]
+        masked = (self.whole.sequences[self.live, columns] == self.mask_id).any(1)
+        rows = self.live[masked & (columns.start < self.end[self.live])]
         stored = self.stored[rows]
         self.stored[rows] = self.block_of(columns).start
         for column in stored.unique().tolist():
@@ -188,10 +195,6 @@ class BlockCausalLoop(BlockLoop):
     def everything(self) -> int:
         """The first column that holds a token, of any row."""
         return self.extra
-
-    def asked_after(self, columns: slice) -> Tensor:
-        """Those whose response has begun."""
-        return self.live[self.first[self.live] < columns.stop]
 
     @property
     def piece(self) -> int:
@@ -254,11 +257,30 @@ class BlockCausalLoop(BlockLoop):
     def of_response(self, held: Tensor) -> Tensor:
         return held.gather(1, self.laid.at[:, self.response :] + self.extra)
 
-    def block_tokens(self, block: int) -> Tensor:
-        """What the block has of responses, `[B, T]`: padding where a row has less of its own in these columns."""
+    def reached(self, column: int) -> Tensor:
+        """How many tokens of each response stand before `column`, `[B]` int64."""
+        length = self.text.shape[1] - self.response
+        return (column - (self.end - length)).clamp(0, length)
+
+    def block_tokens(self, block: int, draft: bool = False) -> Tensor:
+        """What is new of the responses, which begin in different columns of their first blocks.
+
+        A draft goes as far as any of them has come. What all have come to is finished, and everything if no sequence
+        goes on. So what is finished of all blocks makes the responses.
+        """
         columns = self.block_columns(block)
-        at = self.laid.at[:, self.response :] + self.extra
-        here = torch.arange(columns.start, columns.stop, device=self.device)
-        own = (here >= at[:, :1]) & (here <= at[:, -1:])
-        tokens = self.whole.sequences[:, columns].masked_fill(~own, self.pad_id)
-        return tokens[:, own.any(0)]
+        reached = self.reached(columns.stop)
+        stop = int(reached.amax() if draft or self.finished() else reached.amin())
+        start = int(self.reached(columns.start).amin()) if block else 0
+        return self.sequences[:, self.response + start : self.response + stop]
+
+    def ended_by(self, criteria: StoppingCriteriaList, block: int) -> Tensor:
+        """They see the sequences as they are returned, each with as much of its response as it has."""
+        columns, done = self.block_columns(block), torch.zeros_like(self.end, dtype=torch.bool)
+        reached = self.reached(columns.stop)
+        lengths = torch.stack((reached, reached - self.reached(columns.start)), dim=1)
+        for length, new in lengths.unique(dim=0).tolist():
+            if new:
+                said = asked(criteria, self.sequences[:, : self.response + length], new)
+                done |= said & (lengths == lengths.new_tensor((length, new))).all(1)
+        return done

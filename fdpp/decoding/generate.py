@@ -96,9 +96,12 @@ class DiffusionGenerationMixin:
             streamer: receives `put(prompt)`, `put_draft(block)` after every forward if it has that method, `put(block)`
                 for every finished block and `end()`, as `transformers.TextDiffusionStreamer` does. A draft is the
                 block's tokens so far `[B, T]`, masks included; a streamer that asks for logits instead is refused.
+                Responses of a block-causal model begin amid blocks, in a batch at different places: a draft goes as far
+                as any has come, and what all have come to is finished.
             stopping_criteria: called after every block as `criterion(sequences so far, None, new_token_length=T)`, with
                 all B sequences, ended ones too, and T the block's length, as in transformers' text diffusion; True ends
-                a sequence. `StopStringCriteria`, which look at the last token, are asked for each token of the block.
+                a sequence. `StopStringCriteria`, which look at the last token, are asked for each token of the block. Where
+                responses begin amid blocks, once for each length that they have come to, and a sequence by its own.
             logits_processor: changes the logits of every forward's block. A `LogitsProcessor` with a third parameter,
                 `cur_step`, as in transformers' text diffusion, is called with `input_ids` `[N, S]`, the columns before
                 the block, `scores` `[N, T, V]`, the block's logits, and the masks left `[N, 1, 1]`; N counts the
@@ -372,13 +375,13 @@ def decode(
         live = loop.live
         for _ in loop.steps(block, watch=put_draft is not None):
             if put_draft is not None:
-                put_draft(loop.block_tokens(block).cpu())
+                put_draft(loop.block_tokens(block, draft=True).cpu())
         if stops is not None:
             end_at_strings(loop, stops, block, live)
         if criteria:
             loop.stop(criteria, block)
-        if streamer is not None:
-            streamer.put(loop.block_tokens(block).cpu())
+        if streamer is not None and (tokens := loop.block_tokens(block)).shape[1]:
+            streamer.put(tokens.cpu())
         if loop.finished():
             break
     if streamer is not None:

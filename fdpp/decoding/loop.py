@@ -54,6 +54,7 @@ class BlockLoop:
         prompts: the prompts and their attention mask, as they are decoded.
         decoded: `[B]` int64, in an infill with a partial refresh the last block that each sequence decoded.
         blocks: start and end of every block, counted from the response's first column.
+        end: `[B]` int64, the column behind each sequence's response.
     """
 
     grid: int | None = None
@@ -80,7 +81,7 @@ class BlockLoop:
         self.prompt_length = input_ids.shape[1] + self.extra
         self.length = self.prompt_length + config.max_new_tokens
         self.live = torch.arange(input_ids.shape[0], device=self.device)
-        self.decoded = torch.full_like(self.live, -1)
+        self.decoded, self.end = torch.full_like(self.live, -1), torch.full_like(self.live, self.length)
         padding = None if attention_mask is None else (~attention_mask).sum(1)
         self.padding = self.padding_of_all(padding)
         self.bare = self.shift > 0 and (0 if padding is None else int(padding.amax())) == input_ids.shape[1]
@@ -243,8 +244,8 @@ class BlockLoop:
         start, stop = self.blocks[block]
         return slice(self.prompt_length + start, self.prompt_length + stop)
 
-    def block_tokens(self, block: int) -> Tensor:
-        """The block's tokens `[B, T]` of all sequences."""
+    def block_tokens(self, block: int, draft: bool = False) -> Tensor:
+        """The block's tokens `[B, T]` of all sequences, as a streamer gets them: a `draft`, or finished."""
         return self.whole.sequences[:, self.block_columns(block)]
 
     def finished(self) -> bool:
@@ -302,18 +303,16 @@ class BlockLoop:
         """
         if self.finished():
             return
-        columns = self.block_columns(block)
-        stop, new = columns.stop, columns.stop - columns.start
-        done = asked(criteria, self.whole.sequences[:, self.extra : stop].clone(), new)
-        rows = self.asked_after(columns)
-        rows = rows[done[rows]]
-        tail = self.whole.sequences[rows, stop:]
-        self.whole.sequences[rows, stop:] = tail.masked_fill(tail == self.mask_id, self.pad_id)
-        self.live = self.live[~torch.isin(self.live, rows)]
+        stop, done = self.block_columns(block).stop, self.ended_by(criteria, block)[self.live]
+        tail = self.whole.sequences[self.live[done], stop:]
+        self.whole.sequences[self.live[done], stop:] = tail.masked_fill(tail == self.mask_id, self.pad_id)
+        self.live = self.live[~done]
 
-    def asked_after(self, columns: slice) -> Tensor:
-        """The sequences `[c]` that may end after a block in the `columns`."""
-        return self.live
+    def ended_by(self, criteria: StoppingCriteriaList, block: int) -> Tensor:
+        """What `criteria` say of all sequences up to the end of `block`, bool `[B]`."""
+        columns = self.block_columns(block)
+        sequences = self.whole.sequences[:, self.extra : columns.stop].clone()
+        return asked(criteria, sequences, columns.stop - columns.start)
 
     def output(self) -> DiffusionGenerationOutput:
         commit_step, confidence = map(self.of_response, (self.whole.commit_step, self.whole.confidence))

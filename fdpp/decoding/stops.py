@@ -125,8 +125,10 @@ def end_at_strings(loop: BlockLoop, stops: StopStrings, block: int, live: Tensor
     whole, start = loop.whole, loop.prompt_length
     stop = loop.block_columns(block).stop
     given = [0] * len(live) if whole.may_end is None else (whole.may_end[live] - start).tolist()
-    for b, response, first in zip(live.tolist(), whole.sequences[live, start:stop].tolist(), given, strict=True):
-        kept = stops.kept(b, response, first)
+    room = (loop.end[live] - start).tolist()
+    responses = whole.sequences[live, start:stop].tolist()
+    for b, response, first, length in zip(live.tolist(), responses, given, room, strict=True):
+        kept = stops.kept(b, response[:length], first)
         if kept is not None:
             whole.sequences[b, start + kept :] = loop.pad_id
             whole.commit_step[b, start + kept :] = -1

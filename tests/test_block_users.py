@@ -1,0 +1,133 @@
+"""What people touch, on block-causal models: streams, criteria, infills, commands, traces, evaluations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small import BLOCK_CAUSAL, MASK, PAD, left_pad, make_exact, prompts
+from torch import Tensor
+from transformers import StoppingCriteria
+
+import fdpp
+from fdpp.models.language_model import DiffusionLM
+
+EACH = pytest.mark.parametrize("family", BLOCK_CAUSAL)
+NEW = 21
+SETTINGS: dict[str, Any] = {"max_new_tokens": NEW, "rule": fdpp.Threshold(0.5)}
+ROWS = [prompts(1, n, seed=n)[0] for n in (9, 3, 4, 13)]
+"""Of lengths before, on and behind the ends of blocks of 4 and 8."""
+
+
+def exactly(family: str, **config: Any) -> DiffusionLM:
+    """In float64, so that no rounding decides a commit."""
+    model = BLOCK_CAUSAL[family](**config)
+    make_exact(model)
+    return model
+
+
+class Kept:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.finished: list[Tensor] = []
+        self.drafts: list[Tensor] = []
+
+    def put(self, value: Tensor) -> None:
+        self.finished.append(value)
+
+    def put_draft(self, value: Tensor) -> None:
+        self.drafts.append(value)
+
+    def end(self) -> None: ...
+
+
+@EACH
+@pytest.mark.parametrize("stop_at_eos", [True, False])
+def test_a_stream_is_the_sequences(family: str, stop_at_eos: bool) -> None:
+    model = exactly(family)
+    alone = [(row[None], torch.ones_like(row[None])) for row in ROWS]
+    for ids, mask in [*alone, left_pad(ROWS)]:
+        streamer = Kept()
+        out = model.generate(ids, mask, streamer=streamer, stop_at_eos=stop_at_eos, **SETTINGS)
+        told = torch.cat(streamer.finished, 1)
+        assert told.equal(out.sequences[:, : told.shape[1]]) and (out.sequences[:, told.shape[1] :] == PAD).all()
+        assert all(part.shape[1] for part in streamer.finished) and len(streamer.drafts) >= int(out.nfe.max())
+        assert stop_at_eos or told.shape == out.sequences.shape
+
+
+class Holds(StoppingCriteria):
+    """Ends a sequence whose response holds `token`."""
+
+    def __init__(self, start: int, token: int) -> None:
+        self.start, self.token, self.new = start, token, 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, new_token_length: int = 0, **kwargs: Any) -> Tensor:
+        self.new += new_token_length
+        return (input_ids[:, self.start :] == self.token).any(1)
+
+
+class Numbers:
+    """A tokenizer whose words are the ids."""
+
+    def decode(self, ids: list[int], **kwargs: Any) -> str:
+        return "".join(f" {token} " for token in ids)
+
+
+@EACH
+def test_criteria_and_stop_strings_see_responses(family: str) -> None:
+    """The prompt's tokens in the first block are no part of them, nor is what the last block has behind them."""
+    model, (ids, mask) = exactly(family), left_pad(ROWS)
+    P, free = ids.shape[1], model.generate(ids, mask, stop_at_eos=False, **SETTINGS).sequences[:, ids.shape[1] :]
+    token = int(free[:, :-1].flatten().mode().values)
+    assert (free == token).any(1).sum() >= 2 and not (free == token).all()
+    ended: dict[str, Any] = {"stop_strings": f" {token} ", "tokenizer": Numbers()}
+    both = model.generate(ids, mask, stopping_criteria=[Holds(P, token)], stop_at_eos=False, **SETTINGS)
+    strings = model.generate(ids, mask, stop_at_eos=False, **ended, **SETTINGS)
+    for b, row in enumerate(ROWS):
+        criterion = Holds(len(row), token)
+        by_criterion = model.generate(row[None], stopping_criteria=[criterion], stop_at_eos=False, **SETTINGS)
+        by_string = model.generate(row[None], stop_at_eos=False, **ended, **SETTINGS)
+        found = by_criterion.sequences[0, len(row) :]
+        if token in free[b]:
+            first = free[b].tolist().index(token)
+            assert found[: first + 1].equal(free[b, : first + 1])
+            assert by_string.sequences[0, len(row) :].tolist() == [*free[b, :first].tolist(), *[PAD] * (NEW - first)]
+        else:
+            assert found.equal(free[b]) and criterion.new == NEW and by_string.sequences[0, len(row) :].equal(free[b])
+        assert both.sequences[b, P:].equal(found)
+        assert strings.sequences[b, P:].equal(by_string.sequences[0, len(row) :])
+
+
+@EACH
+def test_a_string_that_ends_behind_the_response_ends_nothing(family: str) -> None:
+    model, prompt = exactly(family), ROWS[0][None]
+    longer = model.generate(prompt, stop_at_eos=False, **{**SETTINGS, "max_new_tokens": NEW + 2}).sequences
+    string = "".join(f" {token} " for token in longer[0, prompt.shape[1] :].tolist())
+    ended = model.generate(prompt, stop_strings=string, tokenizer=Numbers(), stop_at_eos=False, **SETTINGS).sequences
+    assert ended.equal(model.generate(prompt, stop_at_eos=False, **SETTINGS).sequences)
+
+
+@EACH
+def test_texts_of_any_lengths_are_filled_as_alone(family: str) -> None:
+    model, texts = exactly(family), [prompts(1, n, seed=n)[0] for n in (19, 12, 26)]
+    for text, masked in zip(texts, ([2, 3, 7, 16], [9, 10, 11], [14, 15, 20]), strict=True):
+        text[masked] = MASK
+    ids, mask = left_pad(texts)
+    out = model.infill(ids, mask, rule=fdpp.Threshold(0.5))
+    assert not (out.sequences == MASK).any()
+    for b, text in enumerate(texts):
+        alone = model.infill(text[None], rule=fdpp.Threshold(0.5), cache="none")
+        for name in ("sequences", "commit_step"):
+            assert out[name][b, -len(text) :].equal(alone[name][0]), name
+        assert out.nfe[b] == alone.nfe[0] > 0
+
+
+def test_what_stands_alone_behind_a_response_is_not_decoded() -> None:
+    """The response ends with a block's first token, which Fast-dLLM v2 decides by the block before."""
+    model, prompt = exactly("Fast-dLLM v2"), ROWS[2][None]
+    at_end, one_more = (
+        model.generate(prompt, stop_at_eos=False, **{**SETTINGS, "max_new_tokens": n}) for n in (NEW - 1, NEW)
+    )
+    assert one_more.sequences[0, :-1].equal(at_end.sequences[0]) and one_more.nfe == at_end.nfe + 1
