@@ -219,6 +219,7 @@ def test_every_embedded_model_has_a_name_and_decodes_with_its_own_settings(name,
         ("tiny:sums", (128, 32)),
         ("tiny:sudoku", (42, 14)),
         ("tiny:stories", (48, 24)),
+        ("tiny:stories-block", (48, 16)),
         ("other/model", (128, 32)),
     ],
 )
@@ -241,7 +242,9 @@ def test_what_a_models_name_means():
         None
     ] * 4
     for name in ("tiny:", "tiny:chess", "tiny:sums:sums"):
-        with pytest.raises(ValueError, match=f"expected one of tiny:sums, tiny:sudoku, tiny:stories, got '{name}'"):
+        with pytest.raises(
+            ValueError, match=f"expected one of tiny:sums, tiny:sudoku, tiny:stories, tiny:stories-block, got '{name}'"
+        ):
             tiny.task_of(name)
 
 
@@ -412,7 +415,7 @@ def test_bfloat16(capsys):
         *(
             (
                 f"{command} --model tiny:chess",
-                "--model: expected one of tiny:sums, tiny:sudoku, tiny:stories, got 'tiny:ch",
+                "--model: expected one of tiny:sums, tiny:sudoku, tiny:stories, tiny:stories-block, got 'tiny:ch",
             )
             for command in ("generate --prompt x", "chat", "trace", "eval --tasks tiny_sums")
         ),

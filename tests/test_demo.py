@@ -309,5 +309,7 @@ def test_a_package_without_checkpoint(name, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("fdpp.tiny.task.CHECKPOINTS", tmp_path)
     assert cli.main(["demo", "--task", name]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("fdpp: error: expected one of sums, sudoku, stories, or a folder with a checkpoint")
+    assert err.startswith(
+        "fdpp: error: expected one of sums, sudoku, stories, stories-block, or a folder with a checkpoint"
+    )
     assert err.endswith(f"got {tmp_path / name}\n")

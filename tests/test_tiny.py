@@ -113,7 +113,7 @@ def test_the_default_is_the_sums() -> None:
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_missing_checkpoint_is_named(tmp_path: Path, kind: Any) -> None:
-    expected = "expected one of sums, sudoku, stories, or a folder with a checkpoint .*, got "
+    expected = "expected one of sums, sudoku, stories, stories-block, or a folder with a checkpoint .*, got "
     with pytest.raises(FileNotFoundError, match=expected + str(tmp_path)):
         tiny.load(kind(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"{expected}{tmp_path}/none"):

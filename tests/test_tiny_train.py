@@ -20,6 +20,7 @@ from fdpp.tiny.task import Task
 from fdpp.tiny.tokenizer import build_tokenizer
 
 each_task = pytest.mark.parametrize("task", tiny.TASKS.values(), ids=tiny.TASKS)
+each_model = pytest.mark.parametrize("task", tiny.MODELS.values(), ids=tiny.MODELS)
 SEEDS = range(12)
 TOKENS = 1024
 
@@ -263,6 +264,15 @@ def test_plain_attention_equals_the_fused_one() -> None:
     torch.testing.assert_close(plain, fused)
 
 
+@each_model
+def test_every_matrix_of_a_block_is_muons(task: Task) -> None:
+    model = train.build_model(task, 0)
+    muon, adamw = ([p for group in o.param_groups for p in group["params"]] for o in train.build_optimizers(model))
+    assert len(muon) == 6 * 7 and {p.ndim for p in muon} == {2}
+    assert len(muon) + len(adamw) == len(list(model.parameters()))
+    assert {tuple(p.shape) for p in adamw if p.ndim == 2} == {(model.config.vocab_size, 128)}
+
+
 STEPS = ("--steps", "2", "--cached-steps", "3")
 
 
@@ -273,7 +283,7 @@ def run_training(folder: Path, *more: str) -> dict[str, Any]:
     return torch.load(folder / "state.pt", weights_only=True)
 
 
-@each_task
+@each_model
 def test_training_resumes_to_the_same_weights(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
@@ -282,7 +292,8 @@ def test_training_resumes_to_the_same_weights(task: Task, tmp_path: Path, monkey
     steps = ("--task", task.name, *STEPS)
     expected = run_training(whole, *steps)
 
-    make_batch, batches = train.make_batch, []
+    name = "make_block_batch" if task.family == "sdar" else "make_batch"
+    make_batch, batches = getattr(train, name), []
 
     def interrupted(*args: Any) -> train.Batch:
         if len(batches) == 2:
@@ -290,10 +301,10 @@ def test_training_resumes_to_the_same_weights(task: Task, tmp_path: Path, monkey
         batches.append(args)
         return make_batch(*args)
 
-    monkeypatch.setattr(train, "make_batch", interrupted)
+    monkeypatch.setattr(train, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_training(parts, *steps, "--save-every", "2")
-    monkeypatch.setattr(train, "make_batch", make_batch)
+    monkeypatch.setattr(train, name, make_batch)
     assert torch.load(parts / "state.pt", weights_only=True)["step"] == 2
     resumed = run_training(parts, *steps)
 
@@ -325,7 +336,7 @@ def test_the_steps_are_those_of_the_recipe(tmp_path: Path, monkeypatch: pytest.M
     """Of the cached steps two in three train as caches decode, and a batch is of the task that was asked for."""
     recipe = dataclasses.replace(tiny.TASKS["stories"].recipe, steps=2, cached_steps=4, tokens=128)
     task = dataclasses.replace(tiny.TASKS["stories"], recipe=recipe)
-    monkeypatch.setitem(tiny.TASKS, "stories", task)
+    monkeypatch.setitem(tiny.MODELS, "stories", task)
     make_batch, asked = train.make_batch, []
 
     def recorded(*args: Any) -> train.Batch:

@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
         description="Decode problems held out from an embedded model's training: the first ones live, then all of them "
         f"with every rule, in a table: {', '.join(rule.label() for rule in held_out.RULES)}.",
     )
-    text = "sudoku: 6 x 6 grids, on which rules differ; sums; stories (default: %(default)s)"
-    parser.add_argument("--task", choices=tuple(tiny.TASKS), default="sudoku", help=text)
+    text = "sudoku: 6 x 6 grids, on which rules differ; sums; stories, also by block diffusion (default: %(default)s)"
+    parser.add_argument("--task", choices=tuple(tiny.MODELS), default="sudoku", help=text)
     text = "problems of the table (default: %(default)s)"
     parser.add_argument("--problems", type=whole(1), default=held_out.PROBLEMS, metavar="N", help=text)
     parser.add_argument("--cache", choices=CACHES, default="dual", help="see `fdpp generate` (default: %(default)s)")

@@ -136,12 +136,12 @@ def run(name: str, problems: int, cache: str) -> int:
     # The operators of so small a model are too short for two threads to share.
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
-    task = tiny.TASKS[name]
+    task = tiny.MODELS[name]
     model, tokenizer = tiny.load(name)
     held_out = task.generate("held-out", problems)
     rule = fit(sys.stdout, SHOWN.label(), SHOWN.label().replace("é", "e"))
-    size = f"{model.num_parameters() / 1e6:.1f} M parameters"
-    print(f"LLaDA, {size}, on held-out problems of {name}: {rule}, cache {cache}\n")
+    family, size = type(model).__name__.removesuffix("ModelLM"), f"{model.num_parameters() / 1e6:.1f} M parameters"
+    print(f"{family}, {size}, on held-out problems of {name}: {rule}, cache {cache}\n")
     for problem in held_out[:LIVE_PROBLEMS]:
         show(model, tokenizer, task, problem, cache)
     print(f"{problems} problems with every rule, in batches of {BATCH}", flush=True)

@@ -99,7 +99,7 @@ def check_output(option: str, path: Path) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    names = ", ".join(f"tiny:{task}" for task in tiny.TASKS)
+    names = ", ".join(f"tiny:{task}" for task in tiny.MODELS)
     text = f"folder or Hugging Face id of a LLaDA or Dream; {names}: the small ones in this package (default: tiny, "
     add("--model", type=model_name, default="tiny", metavar="PATH_OR_ID", help=text + "which is tiny:sums)")
     text = "folder or Hugging Face id of a peft adapter for it, such as a LoRA, merged into its weights (needs peft)"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
@@ -245,3 +245,12 @@ TASK = Task(
     block_length=24,
     recipe=Recipe(steps=2500, cached_steps=1000, tokens=4096, late=VERB_FORMS, recent=True),
 )
+
+BLOCK_TASK = replace(
+    TASK,
+    name="stories-block",
+    family="sdar",
+    block_length=16,
+    recipe=Recipe(steps=3500, cached_steps=0, tokens=4096, late=VERB_FORMS),
+)
+"""The same for a block-diffusion model. A prompt of 13 tokens opens its first block of 16."""

@@ -39,7 +39,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    """A task by its `name`.
+    """A task by its `name`, with the model that learns it.
 
     Attributes:
         words: every word that a prompt or response can hold, a token each.
@@ -51,8 +51,9 @@ class Task:
         completable: `completable(words, problem)`, whether some right response, filled up with `<eos>`, has all of
             `words`, as many as it has tokens; a `<mask>` is open.
         sizes: a fourth argument of `generate`, the problems of one of which have equal lengths; None: all have.
-        max_new_tokens, block_length: with which the model decodes.
+        max_new_tokens, block_length: with which the model decodes; the grid of a block-diffusion model.
         recipe: how it was trained.
+        family: of the model: "llada", or "sdar", a block-diffusion model.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Task:
     block_length: int
     recipe: Recipe
     sizes: range | None = None
+    family: str = "llada"
 
     @property
     def checkpoint(self) -> Path:

@@ -21,6 +21,8 @@ at the block's start, then the block as it is now. Each forward sees of every co
 `Recipe.recent` half of these batches begin blocks without feeding everything: the first block's start, then at each
 block's start that block and the one before it, then the block as it is now.
 
+A block-diffusion model (`Task.family` "sdar") has batches of its own, see `fdpp.tiny.block_diffusion`.
+
 Every batch is a function of the seed and the step, so a run stopped at any step and resumed from its state file ends
 with the same weights as one that was not stopped (on the same machine and number of threads).
 """
@@ -34,7 +36,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,66 +45,42 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from fdpp.decoding.settings import CACHES, DiffusionGenerationConfig
+from fdpp.models.language_model import DiffusionLM
 from fdpp.models.llada import LLaDAConfig, LLaDAModelLM
+from fdpp.models.sdar import SDARConfig, SDARModelLM
 from fdpp.rules import Quota
-from fdpp.tiny import TASKS
+from fdpp.tiny import MODELS
+from fdpp.tiny.batch import CPU, Batch, after, encode, seen, uniform, whole_number
+from fdpp.tiny.block_diffusion import make_block_batch
 from fdpp.tiny.task import Task
 from fdpp.tiny.tokenizer import build_tokenizer
 
 PARTS = 2
 SEED_STRIDE = 1_000_003
-CPU = torch.device("cpu")
-"""Where batches are made, whatever the default device."""
 
 
-def build_model(task: Task, seed: int) -> LLaDAModelLM:
+def build_model(task: Task, seed: int) -> DiffusionLM:
     """The untrained model (1.2 M parameters), with the settings that decode it."""
     tokenizer = build_tokenizer(task.words)
     torch.manual_seed(seed)
-    model = LLaDAModelLM(
-        LLaDAConfig(
-            vocab_size=len(tokenizer),
-            d_model=128,
-            n_layers=6,
-            n_heads=4,
-            mlp_hidden_size=352,
-            max_sequence_length=256,
-            rope_theta=10000.0,
-            mask_token_id=tokenizer.mask_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    ids: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "intermediate_size": 352,
+    }
+    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    model: DiffusionLM
+    if task.family == "sdar":
+        heads = {"num_key_value_heads": 4, "head_dim": 32, "block_size": task.block_length}
+        model = SDARModelLM(SDARConfig(**sizes, **ids, **heads, rope_theta=10000.0))
+    else:
+        model = LLaDAModelLM(LLaDAConfig(**sizes, **ids, rope_theta=10000.0))
     model.generation_config = DiffusionGenerationConfig(
         max_new_tokens=task.max_new_tokens, block_length=task.block_length
     )
     return model
-
-
-class Batch(NamedTuple):
-    """Attributes:
-    noisy: ids `[B, n]`.
-    target: of the same shape, -100 where no loss is taken.
-    weight: of the same shape.
-    column: of the same shape, the column of the sequence that an id stands in.
-    feed: of the same shape, which forward of a cached decode feeds it, from 0 on; 0 throughout without a cache.
-    """
-
-    noisy: Tensor
-    target: Tensor
-    weight: Tensor
-    column: Tensor
-    feed: Tensor
-
-
-def uniform(shape: int | tuple[int, ...], noise: torch.Generator) -> Tensor:
-    """Float32 numbers in [0, 1)."""
-    return torch.rand(shape, generator=noise, dtype=torch.float32, device=CPU)
-
-
-def whole_number(low: int, high: int, noise: torch.Generator, shape: tuple[int, ...] = (1,)) -> Tensor:
-    """Int64 numbers from `low` to below `high`."""
-    return torch.randint(low, high, shape, generator=noise, dtype=torch.int64, device=CPU)
 
 
 def make_batch(task: Task, tokenizer: Any, seed: int, tokens: int, cached: bool = False) -> Batch:
@@ -177,25 +155,6 @@ def make_batch(task: Task, tokenizer: Any, seed: int, tokens: int, cached: bool 
     )
 
 
-def seen(column: Tensor, feed: Tensor) -> Tensor:
-    """What each id of a cached batch sees, bool `[B, 1, n, n]`: of every column what was fed last, by then."""
-    later = (column[:, :, None] == column[:, None]) & (feed[:, :, None] < feed[:, None])
-    replaced = torch.where(later, feed[:, None], feed.shape[1]).amin(2)
-    return ((feed[:, None] <= feed[:, :, None]) & (replaced[:, None] > feed[:, :, None]))[:, None]
-
-
-def after(words: tuple[str, ...], tokenizer: Any, response: Tensor) -> Tensor:
-    """Where `response` `[B, L]` follows one of `words`: bool `[B, L]`."""
-    return torch.isin(response.roll(1, dims=1), response.new_tensor(tokenizer.convert_tokens_to_ids(list(words))))
-
-
-def encode(tokenizer: Any, texts: list[str], length: int) -> Tensor:
-    """Texts padded with EOS: ids `[B, length]`."""
-    rows = tokenizer(texts)["input_ids"]
-    padded = [row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows]
-    return torch.tensor(padded, dtype=torch.int64, device=CPU)
-
-
 class PlainAttention(TorchFunctionMode):
     """Within this context attention is two matrix products and a softmax.
 
@@ -213,7 +172,7 @@ class PlainAttention(TorchFunctionMode):
         return torch.softmax(score, dim=-1, dtype=torch.float32).to(v.dtype) @ v
 
 
-def diffusion_loss(model: LLaDAModelLM, batch: Batch) -> Tensor:
+def diffusion_loss(model: DiffusionLM, batch: Batch) -> Tensor:
     """Weighted cross-entropy of the masked tokens, a scalar; the head runs on the masked positions only."""
     noisy, target, weight, column, feed = batch
     masked = target != -100
@@ -223,10 +182,12 @@ def diffusion_loss(model: LLaDAModelLM, batch: Batch) -> Tensor:
     return (cross_entropy(logits.float(), target[masked], reduction="none") * weight[masked]).sum()
 
 
-def build_optimizers(model: LLaDAModelLM) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: DiffusionLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embedding, head and norms; the learning rate is set every step."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".blocks." in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or ".blocks." not in name]
+    parameters = dict(model.named_parameters())
+    in_blocks = {name for name in parameters if ".blocks." in name or ".layers." in name}
+    matrices = [p for name, p in parameters.items() if p.ndim == 2 and name in in_blocks]
+    others = [p for name, p in parameters.items() if p.ndim != 2 or name not in in_blocks]
     return [
         torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
@@ -247,7 +208,7 @@ def schedule(step: int, steps: int, cached_steps: int) -> float:
     return height * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def evaluate(task: Task, model: LLaDAModelLM, tokenizer: Any, problems: Sequence[Any], cache: str = "none") -> float:
+def evaluate(task: Task, model: DiffusionLM, tokenizer: Any, problems: Sequence[Any], cache: str = "none") -> float:
     """Share of right responses, decoded one token per forward, most confident first."""
     batch = tokenizer([problem.prompt for problem in problems], padding=True, return_tensors="pt").to(model.device)
     out: Any = model.generate(**batch, rule=Quota(1), cache=cache)
@@ -258,7 +219,7 @@ def evaluate(task: Task, model: LLaDAModelLM, tokenizer: Any, problems: Sequence
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fdpp.tiny.train", description="Train the embedded model.")
     option = parser.add_argument
-    option("--task", choices=TASKS, default="sums", help="what it learns (default: %(default)s)")
+    option("--task", choices=MODELS, default="sums", help="what it learns (default: %(default)s)")
     option("--out", type=Path, help="folder of the checkpoint (default: the package's own)")
     option("--state", type=Path, help="state file, resumed from if it exists (default: tiny-TASK.pt)")
     option("--steps", type=int, help="optimizer steps without a cache (default: the task's recipe)")
@@ -271,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     option("--eval-problems", type=int, default=500, help="held-out problems of the final evaluation")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args(argv)
-    task = TASKS[args.task]
+    task = MODELS[args.task]
     args.out, args.state = args.out or task.checkpoint, args.state or Path(f"tiny-{task.name}.pt")
     for name in ("steps", "cached_steps", "tokens"):
         setattr(args, name, getattr(task.recipe, name) if getattr(args, name) is None else getattr(args, name))
@@ -295,6 +256,8 @@ def main(argv: list[str] | None = None) -> None:
         model.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
 
+    # What a block-diffusion model stores never changes: every cache decodes alike.
+    caches = ("dual",) if model.block_causal else CACHES
     parameters = list(model.parameters())
 
     def gradients(part: tuple[Tensor, ...]) -> tuple[float, tuple[Tensor, ...]]:
@@ -311,7 +274,11 @@ def main(argv: list[str] | None = None) -> None:
     bar = tqdm(initial=step, total=total, unit="step", mininterval=5)
     while step < total and time.monotonic() < deadline:
         cached = step >= args.steps and step % 3 > 0
-        batch = make_batch(task, tokenizer, args.seed * SEED_STRIDE + step, args.tokens, cached)
+        seed = args.seed * SEED_STRIDE + step
+        if model.block_causal:
+            batch = make_block_batch(task, tokenizer, seed, args.tokens)
+        else:
+            batch = make_batch(task, tokenizer, seed, args.tokens, cached)
         parts = list(pool.map(gradients, zip(*(tensor.chunk(PARTS) for tensor in batch), strict=True)))
         for parameter, *shares in zip(parameters, *(part[1] for part in parts), strict=True):
             parameter.grad = torch.stack(shares).sum(0)
@@ -328,14 +295,14 @@ def main(argv: list[str] | None = None) -> None:
         bar.update()
         if step % args.save_every == 0:
             save()
-            exact = ", ".join(f"{cache} {evaluate(task, model, tokenizer, sample, cache):.0%}" for cache in CACHES)
+            exact = ", ".join(f"{cache} {evaluate(task, model, tokenizer, sample, cache):.0%}" for cache in caches)
             bar.write(f"step {step}: loss {average:.4f}, right of 40: {exact}")
     bar.close()
     pool.shutdown()
     save()
     if step == total and args.eval_problems:
         problems = task.generate("held-out", args.eval_problems)
-        for cache in CACHES:
+        for cache in caches:
             share = evaluate(task, model, tokenizer, problems, cache)
             print(f"{share:.1%} of {len(problems)} held-out problems right, one token per forward, cache {cache}")
 

@@ -164,7 +164,10 @@ def test_the_name_is_registered_and_takes_flat_arguments():
     for arguments, message in (
         ("rule=best", "rule: expected one of "),
         ("margin=0.2,tau=0.8", r"unknown \['tau'\]"),
-        ("pretrained=tiny:chess", "expected one of tiny:sums, tiny:sudoku, tiny:stories, got 'tiny:chess'"),
+        (
+            "pretrained=tiny:chess",
+            "expected one of tiny:sums, tiny:sudoku, tiny:stories, tiny:stories-block, got 'tiny:chess'",
+        ),
         ("batch_size=auto", "batch_size: expected an int"),
         ("dtype=float99", "dtype: expected"),
     ):
