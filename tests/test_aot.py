@@ -30,6 +30,7 @@ SPILLS_ALLOWED = {
     # ptxas spills to get to 168 registers (three of its programs share one) and to 80 (six do).
     "project_kernel-sm_100-EntropyBound-1x32-bfloat16": 16,
     "attend_kernel-sm_90-1x32-1056x32x64-float16": 8,
+    "attend_kernel-sm_100-1x8-1056x8x128-bfloat16-stops": 8,  # to get to 168, as above
     # Rows of two tiles of 32 in one of 64: all 255 registers are taken in the loop.
     "product_kernel-sm_80-33x3584x18944-int8-added": 8,
 }

@@ -44,7 +44,8 @@ def same(a: Any, b: Any, *fields: str) -> bool:
 def plain(model: Any, prompt: list[int], tau: float) -> tuple[list[int], int]:
     """One row, written out: the response, and how many forwards it took. A full forward each, over what is known.
 
-    Above `tau`, and the most confident one, commit; in an anchored model a block's first position does so alone.
+    Above `tau`, and the most confident one, commit; in an anchored model a block's first position does so alone. What
+    stands wholly behind the response is not decoded.
     """
     grid, part = model.default_block_length, model.default_sub_block_length or model.default_block_length
     tokens, taken = list(prompt), 0
@@ -63,9 +64,12 @@ def plain(model: Any, prompt: list[int], tau: float) -> tuple[list[int], int]:
             taken += 1
         tokens += [MASK] * (-len(tokens) % grid or grid)
         first = len(tokens) - grid
-        parts = [[first], *(range(max(s, first + 1), s + part) for s in range(first, first + grid, part))]
-        for span in parts if model.anchored else parts[1:]:
-            span = [first, *span] if not model.anchored and span[0] == first + 1 else list(span)
+        parts = [list(range(s, s + part)) for s in range(first, first + grid, part)]
+        if model.anchored:
+            parts = [[first], parts[0][1:], *parts[1:]]
+        for span in parts:
+            if span[0] >= len(prompt) + NEW:
+                break
             while masked := [c for c in span if tokens[c] == MASK]:
                 p = read(masked)
                 p[:, MASK] = -1.0

@@ -100,8 +100,8 @@ class DiffusionGenerationMixin:
                 as any has come, and what all have come to is finished.
             stopping_criteria: called after every block as `criterion(sequences so far, None, new_token_length=T)`, with
                 all B sequences, ended ones too, and T the block's length, as in transformers' text diffusion; True ends
-                a sequence. `StopStringCriteria`, which look at the last token, are asked for each token of the block. Where
-                responses begin amid blocks, once for each length that they have come to, and a sequence by its own.
+                a sequence. `StopStringCriteria`, which look at the last token, are asked for each token of the block.
+                Where responses begin amid blocks, once for each length that they have come to, a sequence by its own.
             logits_processor: changes the logits of every forward's block. A `LogitsProcessor` with a third parameter,
                 `cur_step`, as in transformers' text diffusion, is called with `input_ids` `[N, S]`, the columns before
                 the block, `scores` `[N, T, V]`, the block's logits, and the masks left `[N, 1, 1]`; N counts the
