@@ -69,7 +69,8 @@ def test_help_of_generate_explains_every_option(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for option, default in (
         ("--model", "tiny"), ("--rule", "frechet"), ("--margin", "0.25"), ("--calibration", "0"), ("--tau", "0.9"),
-        ("--factor", "0.75"), ("--gamma", "0.1"), ("--k", "1"), ("--gen-length", "128"), ("--block-length", "32"),
+        ("--factor", "0.75"), ("--gamma", "0.1"), ("--k", "1"), ("--gen-length", "128"),
+        ("--block-length", "the model's own"), ("--sub-block-length", "the model's own"),
         ("--cache", "dual"), ("--refresh", "all"), ("--drafts", "1"), ("--branches", "batch"), ("--temperature", "0"),
         ("--seed", "0"), ("--dtype", "auto"), ("--device", "auto"), ("--remasking", "low_confidence"),
         ("--cfg-scale", "0"),
@@ -220,7 +221,7 @@ def test_every_embedded_model_has_a_name_and_decodes_with_its_own_settings(name,
         ("tiny:sudoku", (42, 14)),
         ("tiny:stories", (48, 24)),
         ("tiny:stories-block", (48, 16)),
-        ("other/model", (128, 32)),
+        ("other/model", (128, None)),
     ],
 )
 def test_default_lengths_are_those_of_the_embedded_model(command, model, lengths):

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 LOADING = (OSError, ValueError, RuntimeError, SafetensorError)
 """What loading a checkpoint raises where its files are not what they should be."""
 
-LENGTH, BLOCK = 128, 32
-"""Default lengths of a response and its blocks, where the model is no embedded one."""
+LENGTH = 128
+"""Default length of a response, where the model is no embedded one."""
 
 
 class CommandError(Exception):
@@ -100,7 +100,8 @@ def check_output(option: str, path: Path) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     names = ", ".join(f"tiny:{task}" for task in tiny.MODELS)
-    text = f"folder or Hugging Face id of a LLaDA or Dream; {names}: the small ones in this package (default: tiny, "
+    kinds = "LLaDA, Dream, SDAR, LLaDA2 or Fast-dLLM v2"
+    text = f"folder or Hugging Face id of a {kinds}; {names}: the small ones in this package (default: tiny, "
     add("--model", type=model_name, default="tiny", metavar="PATH_OR_ID", help=text + "which is tiny:sums)")
     text = "folder or Hugging Face id of a peft adapter for it, such as a LoRA, merged into its weights (needs peft)"
     add("--adapter", metavar="PATH_OR_ID", help=text)
@@ -161,17 +162,23 @@ def add_decoding_options(parser: argparse.ArgumentParser, length: str = f"{LENGT
     """`length`: what --help says of the default length."""
     add = parser.add_argument_group("decoding").add_argument
     add("--gen-length", type=whole(1), metavar="N", help=f"longest answer in tokens (default: {length})")
-    text = f"tokens per block, 1 to 1024; blocks are decoded in turn (default: {BLOCK}, or the embedded model's)"
+    text = (
+        "tokens per block, 1 to 1024; blocks are decoded in turn (default: the model's own: 32 of LLaDA and Dream, of "
+        "a block-diffusion model those that it was trained with)"
+    )
     add("--block-length", type=whole(1), metavar="N", help=text)
+    text = "block-diffusion models: tokens of a block that are decided together (default: the model's own)"
+    add("--sub-block-length", type=whole(1), metavar="N", help=text)
     text = (
         "what a block's forwards reuse: none: nothing; prefix: what is before the block; dual: also what is after it, "
-        "the fastest (default: %(default)s)"
+        "the fastest; of a block-diffusion model prefix feeds the block, dual the sub-block (default: %(default)s)"
     )
     add("--cache", choices=CACHES, default="dual", help=text)
     text = (
         "what a block's first forward feeds under a cache: all: everything; recent: the block before and the block; "
         "recent:N: so, and everything every N blocks; block: the block alone, which loses answers; "
-        "window:BEFORE:AFTER: so many tokens beside the block, or start and end (default: all)"
+        "window:BEFORE:AFTER: so many tokens beside the block, or start and end; not of block-diffusion models "
+        "(default: all)"
     )
     add("--refresh", type=refresh, default=ALL, metavar="WHAT", help=text)
     text = "states a forward evaluates: 1: no drafts; more, or auto: same answer in fewer forwards (default: 1)"
@@ -235,13 +242,14 @@ def rule_of(args: argparse.Namespace) -> fdpp.Rule:
 
 
 def config_of(args: argparse.Namespace) -> DiffusionGenerationConfig:
-    """The settings that the options give; lengths that none gives are the embedded model's own, else 128 and 32."""
+    """The settings that the options give; lengths that none gives are the embedded model's own, else 128 and None."""
     rule, task = rule_of(args), tiny.task_of(args.model)
-    length, block = (LENGTH, BLOCK) if task is None else (task.max_new_tokens, task.block_length)
+    length, block = (LENGTH, None) if task is None else (task.max_new_tokens, task.block_length)
     with reported(ValueError):
         return DiffusionGenerationConfig(
             max_new_tokens=args.gen_length or length,
             block_length=args.block_length or block,
+            sub_block_length=args.sub_block_length,
             rule=rule,
             steps=args.steps,
             cache=args.cache,
@@ -319,7 +327,8 @@ def load_base(args: argparse.Namespace, dtype: torch.dtype) -> tuple[DiffusionLM
 def ended_by_turn(config: DiffusionGenerationConfig, model: DiffusionLM, tokenizer: Any) -> DiffusionGenerationConfig:
     """`config` for a turn of a chat: what the template writes behind an answer ends one, as EOS does.
 
-    That is `<|eot_id|>` of LLaDA and `<|im_end|>` of Dream, which an EOS follows, but perhaps blocks later.
+    That is `<|eot_id|>` of LLaDA, `<|im_end|>` of Dream, SDAR and Fast-dLLM v2, `<|role_end|>` of LLaDA2. An EOS
+    follows, but perhaps blocks later.
     """
     if not (tokenizer.chat_template and config.stop_at_eos) or config.logits_eos_inf:
         return config
