@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 import fdpp
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.models.language_model import DiffusionLM
+from fdpp.trace.record import record
 
 EACH = pytest.mark.parametrize("family", BLOCK_CAUSAL)
 NEW = 21
@@ -131,3 +134,60 @@ def test_what_stands_alone_behind_a_response_is_not_decoded() -> None:
         model.generate(prompt, stop_at_eos=False, **{**SETTINGS, "max_new_tokens": n}) for n in (NEW - 1, NEW)
     )
     assert one_more.sequences[0, :-1].equal(at_end.sequences[0]) and one_more.nfe == at_end.nfe + 1
+
+
+TRACED: dict[str, dict[str, Any]] = {
+    "prefix": {"cache": "prefix"},
+    "drafts": {"drafts": 3, "rule": fdpp.Quota(), "steps": 9},
+    "whole length": {"stop_at_eos": False, "cache": "none"},
+    "editing": {"rule": fdpp.Editing(tau=0.5, edit=0.5, post=2), "stop_at_eos": False},
+}
+
+
+@EACH
+@pytest.mark.parametrize("settings", TRACED.values(), ids=TRACED)
+def test_a_trace_is_the_decode(family: str, settings: dict[str, Any]) -> None:
+    """Prompts that end amid a block, and blocks that end behind the response."""
+    model = exactly(family)
+    for row in ROWS[::2]:
+        config = DiffusionGenerationConfig(**{**SETTINGS, **settings})
+        trace, out = record(model, row[None], config), model.generate(row[None], generation_config=config)
+        assert trace.response == out.sequences[0, len(row) :].tolist()
+        assert trace.commit_step == out.commit_step[0].tolist() and trace.output.nfe.equal(out.nfe)
+        tokens, steps = [MASK] * (NEW + len(trace.behind)), [-1] * (NEW + len(trace.behind))
+        ends = [stop for _, stop in trace.blocks]
+        assert [start for start, _ in trace.blocks] == [0, *ends[:-1]] and ends[-1] == len(tokens) >= NEW
+        assert all(start < NEW for start, _ in trace.blocks)
+        for number, step in enumerate(trace.steps):
+            [block] = {next(b for b in trace.blocks if b[0] <= p < b[1]) for p in step.positions}
+            masks = {p for p in range(*block) if tokens[p] == MASK}
+            changed = {p for p, taken in zip(step.positions, step.committed, strict=True) if taken}
+            assert set(step.positions) == (set(range(*block)) if step.settled else masks | changed)
+            assert not (step.settled and (masks or changed)) and step.missing == sorted(step.missing)
+            for p, token in zip(step.positions, step.proposals, strict=True):
+                if p in changed:
+                    assert tokens[p] != token
+                    tokens[p], steps[p] = token, number
+        decided = [*zip(trace.response, trace.commit_step, strict=True), *trace.behind]
+        over = next((p + 1 for p, token in enumerate(trace.response) if token in trace.config.eos_ids), len(decided))
+        over = over if config.stop_at_eos else len(decided)
+        assert list(zip(tokens, steps, strict=True))[:over] == decided[:over]
+
+
+def test_edits_show_in_a_trace() -> None:
+    config = DiffusionGenerationConfig(
+        **SETTINGS | {"rule": fdpp.Editing(tau=0.5, edit=0.5, post=2), "stop_at_eos": False}
+    )
+    trace = record(exactly("LLaDA2"), ROWS[0][None], config)
+    changes = Counter(
+        position
+        for step in trace.steps
+        for position, taken in zip(step.positions, step.committed, strict=True)
+        if taken
+    )
+    assert any(step.settled for step in trace.steps) and max(changes.values()) > 1
+
+
+def test_masks_of_a_prompt_that_would_be_decided_are_not_traced() -> None:
+    with pytest.raises(ValueError, match="expected no mask in the block in which the response begins"):
+        record(BLOCK_CAUSAL["SDAR"](), torch.tensor([[1, 2, 3, 4, MASK]]), DiffusionGenerationConfig(**SETTINGS))

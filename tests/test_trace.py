@@ -363,7 +363,7 @@ def test_the_browser_replays_every_step(browser, embedded, tmp_path):
         assert browser.evaluate(COUNT.format("done")) == sum(0 <= s <= number for s in trace.commit_step)
         sentence = browser.evaluate("sentence.textContent")
         would = [criteria.would_commit(rule, step.missing) for rule in criteria.COMPARED[:2]]
-        assert f"commits {sum(step.committed)} of {len(step.positions)} masked position" in sentence
+        assert f"commits {sum(step.committed)} of {len(step.positions)} position" in sentence
         assert f"threshold 0.9 would commit {would[0]}, factor 0.75 would commit {would[1]}." in sentence
         assert browser.evaluate("document.querySelectorAll('#profile .bar').length") == len(step.positions)
         assert browser.evaluate("document.querySelectorAll('#profile .taken').length") == sum(step.committed)

@@ -75,6 +75,11 @@ class Layout(NamedTuple):
         return cls(tokens, padding, prompt, at, real, source, torch.maximum(last - left, first) + padding)
 
 
+def loop_of(model: DiffusionModel) -> type[BlockLoop]:
+    """The loop that decodes `model`."""
+    return BlockCausalLoop if model.block_causal else BlockLoop
+
+
 class BlockCausalLoop(BlockLoop):
     """`BlockLoop` of a block-causal model.
 

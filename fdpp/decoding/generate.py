@@ -25,7 +25,7 @@ from fdpp.decoding.arguments import (
     settings_of,
     warn_once,
 )
-from fdpp.decoding.block_causal import BlockCausalLoop
+from fdpp.decoding.block_causal import loop_of
 from fdpp.decoding.embedded import check_embeds, check_settings, copied
 from fdpp.decoding.filters import check_filtered_ids
 from fdpp.decoding.head import slice_held
@@ -101,7 +101,7 @@ class DiffusionGenerationMixin:
             stopping_criteria: called after every block as `criterion(sequences so far, None, new_token_length=T)`, with
                 all B sequences, ended ones too, and T the block's length, as in transformers' text diffusion; True ends
                 a sequence. `StopStringCriteria`, which look at the last token, are asked for each token of the block.
-                Where responses begin amid blocks, once for each length that they have come to, a sequence by its own.
+                Where responses begin amid blocks: once for each length that they have come to, each about those of it.
             logits_processor: changes the logits of every forward's block. A `LogitsProcessor` with a third parameter,
                 `cur_step`, as in transformers' text diffusion, is called with `input_ids` `[N, S]`, the columns before
                 the block, `scores` `[N, T, V]`, the block's logits, and the masks left `[N, 1, 1]`; N counts the
@@ -386,11 +386,6 @@ def decode(
             break
     if streamer is not None:
         streamer.end()
-
-
-def loop_of(model: DiffusionModel) -> type[BlockLoop]:
-    """The loop that decodes `model`."""
-    return BlockCausalLoop if model.block_causal else BlockLoop
 
 
 def stay(model: DiffusionModel) -> str:

@@ -7,7 +7,7 @@ const PAUSE = 900;
 
 /* Per position the steps that saw it: [step, rank in that step's profile], oldest first. */
 const past = trace.response.map(() => []);
-steps.forEach((s, number) => s.positions.forEach((p, rank) => past[p].push([number, rank])));
+steps.forEach((s, number) => s.settled || s.positions.forEach((p, rank) => past[p].push([number, rank])));
 
 const shown = (() => {
   const [, stop] = trace.blocks.find(([start, end]) => !past.slice(end).some((h) => h.length)) || [0, 0];
@@ -60,17 +60,17 @@ for (let p = 0; p < shown; p++) {
 function dress(p) {
   const now = past[p].findLast(([number]) => number <= step);
   const current = now && now[0] === step;
-  const done = commit[p] >= 0 && commit[p] <= step;
-  const over = step === steps.length - 1 && trace.end !== null && p > trace.end;
+  const done = now && steps[now[0]].committed[now[1]];
+  const over = p >= trace.length || (step === steps.length - 1 && trace.end !== null && p > trace.end);
   const classes = ["tok"], chip = chips[p];
   let piece = null;
   if (done) {
-    piece = last(p);
-    const [back, text] = shade(commit[p]);
+    piece = steps[now[0]].proposals[now[1]];
+    const [back, text] = shade(now[0]);
     chip.style.setProperty("--shade", back);
     chip.style.setProperty("--on-shade", text);
     classes.push("done");
-    if (commit[p] === step) classes.push("new");
+    if (current) classes.push("new");
   } else if (current) {
     piece = steps[step].proposals[now[1]];
     chip.style.setProperty("--c", `${(100 * (1 - steps[step].missing[now[1]])).toFixed(1)}%`);
@@ -101,9 +101,9 @@ function blockOf(p) {
 function describe(p) {
   const now = past[p].findLast(([number]) => number <= step);
   if (!now) return commit[p] < 0 ? "never decoded, the text has ended" : "masked, its block has not begun";
-  const [number, rank] = now, s = steps[number];
-  const what = `“${word(s.proposals[rank])}”, confidence ${percent(s.missing[rank])}`;
-  if (commit[p] >= 0 && commit[p] <= step) return `${what}, committed at step ${commit[p] + 1}`;
+  const [number, rank] = now, s = steps[number], cut = p < trace.length ? "" : ", behind the response's end";
+  const what = `“${word(s.proposals[rank])}”, confidence ${percent(s.missing[rank])}${cut}`;
+  if (s.committed[rank]) return `${what}, committed at step ${number + 1}`;
   return `masked, proposes ${what}`;
 }
 
@@ -292,8 +292,11 @@ function render() {
   const taken = s.committed.reduce((sum, one) => sum + one, 0);
   for (let p = 0; p < shown; p++) dress(p);
   const instead = trace.others.map((name, i) => `${name} would commit ${s.would[i]}`).join(", ");
-  $("sentence").textContent = `Step ${step + 1} (forward ${s.forward + 1}, block ${blockOf(s.positions[0]) + 1}): ${trace.rule} commits ` +
-    `${taken} of ${plural(count, "masked position")}. On the same profile ${instead}.`;
+  const does = s.settled
+    ? `looks at ${plural(count, "decided position")} again and changes none.`
+    : `commits ${taken} of ${plural(count, "position")}. On the same profile ${instead}.`;
+  $("sentence").textContent = `Step ${step + 1} (forward ${s.forward + 1}, block ${blockOf(s.positions[0]) + 1}): ` +
+    `${trace.rule} ${does}`;
   $("counter").textContent = `${step + 1} / ${steps.length}`;
   $("slider").value = step + 1;
   $("slider").setAttribute("aria-valuetext", `Step ${step + 1} of ${steps.length}`);

@@ -54,6 +54,8 @@ def step_data(step: Step, rule: Rule, pieces: Pieces) -> dict[str, Any]:
     }
     if step.entropies:
         data["entropies"] = [float(f"{h:.4g}") for h in step.entropies]
+    if step.settled:
+        data["settled"] = True
     if step.shown:
         data["shown"] = step.shown
     return data
@@ -81,10 +83,11 @@ def data_of(trace: Trace, tokenizer: Any, model: str) -> dict[str, Any]:
         "prompt": tokenizer.decode(trace.prompt[0].tolist(), clean_up_tokenization_spaces=False),
         "nfe": nfe,
         "tokens": round(float(output.tokens_per_forward) * nfe),
-        "response": [pieces(token) for token in response],
-        "commit": trace.commit_step,
+        "response": [pieces(token) for token in (*response, *(token for token, _ in trace.behind))],
+        "commit": [*trace.commit_step, *(step for _, step in trace.behind)],
+        "length": len(response),
         "end": ends[0] if ends and config.stop_at_eos else None,
-        "blocks": config.blocks(),
+        "blocks": trace.blocks,
         "rule": rule.label(config.steps),
         "others": [other.label() for other in criteria.others(rule)],
         "curves": [{"name": curve.name, "limit": curve.limit} for curve in criteria.curves(rule, [])],
@@ -102,7 +105,8 @@ def embed(data: dict[str, Any]) -> str:
 
 def render(data: dict[str, Any]) -> str:
     """The page that replays `data`, HTML text to be written as UTF-8."""
-    text = "".join(data["pieces"][piece][1] for piece in data["response"][: data["end"]])
+    stop = data["length"] if data["end"] is None else data["end"]
+    text = "".join(data["pieces"][piece][1] for piece in data["response"][:stop])
     page = (FOLDER / "page.html").read_text(encoding="utf-8")
     for mark, content in (
         ("/*style*/", (FOLDER / "page.css").read_text(encoding="utf-8")),

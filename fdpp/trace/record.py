@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fdpp.decoding.adapters import model_within
 from fdpp.decoding.advance import Advance
+from fdpp.decoding.block_causal import loop_of
 from fdpp.decoding.evidence import Evidence
 from fdpp.decoding.loop import BlockLoop
 from fdpp.decoding.model import DiffusionModel
@@ -21,7 +22,8 @@ from fdpp.selection import Selection
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a sequence. The lists run over the block's masked positions, sorted by confidence, descending.
+    """One step of a sequence. The lists run over positions of the block, sorted by confidence, descending: the masked
+    ones, and decided ones whose tokens the step changed.
 
     Attributes:
         forward: number of the forward that evaluated it, from 0; with drafts a forward evaluates several steps.
@@ -32,6 +34,7 @@ class Step:
         entropies: nats, empty unless the rule sorts by them.
         shown: what the rule shows of its memory, by name; for `fdpp.Klass` "held still", the number of steps over
             which the prediction did.
+        settled: whether there are none such. The lists then run over the decided positions that it looked at again.
     """
 
     forward: int
@@ -41,16 +44,26 @@ class Step:
     committed: list[bool]
     entropies: list[float]
     shown: dict[str, list[float]]
+    settled: bool = False
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A decode of one sequence: its settings with all token ids filled in, `[1, P]` prompt, output and steps."""
+    """A decode of one sequence: its settings with all token ids filled in, `[1, P]` prompt, output and steps.
+
+    Attributes:
+        blocks: start and end of what is decided together. The last one of a block-causal model may end behind the
+            response: blocks are counted from the prompt's first token.
+        behind: of positions behind the response that were decided with its last ones, the token and its step, -1 where
+            none committed it.
+    """
 
     config: DiffusionGenerationConfig
     prompt: Tensor
     output: DiffusionGenerationOutput
     steps: list[Step]
+    blocks: list[tuple[int, int]]
+    behind: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def response(self) -> list[int]:
@@ -71,11 +84,10 @@ class RecordingAdvance(Advance):
     A step on a draft is kept under the number it would have; if the draft is rejected, the real step overwrites it.
     """
 
-    def __init__(
-        self, model: DiffusionModel, config: DiffusionGenerationConfig, eos: Tensor | None, prompt_length: int
-    ) -> None:
-        super().__init__(model, config, eos)
-        self.prompt_length = prompt_length
+    def __init__(self, model: DiffusionModel, loop: BlockLoop, start: int) -> None:
+        """`start`: the column of the response's first token."""
+        super().__init__(model, loop.config, loop.advance.eos, grid=loop.grid)
+        self.start = start
         self.seen: dict[int, Step] = {}
 
     def choose(
@@ -83,34 +95,50 @@ class RecordingAdvance(Advance):
     ) -> Selection:
         chosen = super().choose(state, evidence, states, index, schedule, window)
         for depth, number in enumerate(index[0].tolist()):
+            free = (state.commit_step[0, window.block] >= 0) | (states[0, 0] == self.mask_id)
             self.seen[number] = self.look(
-                int(state.nfe), evidence, states, chosen, depth, window.block_start - self.prompt_length
+                int(state.nfe), evidence, states, chosen, depth, window.block_start - self.start, free
             )
         return chosen
 
-    def look(self, forward: int, evidence: Evidence, states: Tensor, chosen: Selection, depth: int, start: int) -> Step:
-        """What the step from the state at `depth` of `states` `[1, D, T]` saw; the block starts at position `start`."""
-        masked = states[0, depth].eq(self.mask_id).nonzero().flatten()
-        proposals = chosen.proposal[0, depth, masked]
+    def look(
+        self,
+        forward: int,
+        evidence: Evidence,
+        states: Tensor,
+        chosen: Selection,
+        depth: int,
+        start: int,
+        free: Tensor,
+    ) -> Step:
+        """What the step from the state at `depth` of `states` `[1, D, T]` saw.
+
+        The block starts at position `start`; of its positions those that are `free` `[T]` were not given.
+        """
+        open_now = states[0, depth].eq(self.mask_id) | (chosen.tokens[0, depth] != states[0, depth])
+        settled = not bool(open_now.any())
+        looked = (free if settled else open_now).nonzero().flatten()
+        proposals = chosen.proposal[0, depth, looked]
         # Without drafts the forward on a CPU leaves out the rows that are not masked.
-        logits = evidence.logits if evidence.logits.dim() == 2 else evidence.logits[0, depth, masked]
+        logits = evidence.logits if evidence.logits.dim() == 2 else evidence.logits[0, depth, looked]
         log_p = logits.double().log_softmax(-1)
         missing = -torch.expm1(log_p.gather(1, proposals[:, None])[:, 0])
         if self.config.last_ids:
             # `last_ids` change the confidence (`ranked_last`), not the logits.
-            missing = 1.0 - chosen.confidence[0, depth, masked].double()
+            missing = 1.0 - chosen.confidence[0, depth, looked].double()
         shown = {} if evidence.memory is None else self.rule.shown(evidence.memory)
         order = missing.argsort(stable=True)
-        masked, log_p = masked[order], log_p[order]
+        looked, log_p = looked[order], log_p[order]
         by_entropy = self.config.rule.order == "entropy"
         return Step(
             forward=forward,
-            positions=(start + masked).tolist(),
+            positions=(start + looked).tolist(),
             proposals=proposals[order].tolist(),
             missing=missing[order].tolist(),
-            committed=chosen.committed[0, depth, masked].tolist(),
+            committed=chosen.committed[0, depth, looked].tolist(),
             entropies=(-(log_p.exp() * log_p).nan_to_num(nan=0.0).sum(1)).tolist() if by_entropy else [],
-            shown={name: value[0, depth, masked].tolist() for name, value in shown.items()},
+            shown={name: value[0, depth, looked].tolist() for name, value in shown.items()},
+            settled=settled,
         )
 
 
@@ -123,7 +151,7 @@ def record(model: DiffusionLM, input_ids: Tensor, config: DiffusionGenerationCon
         config: settings of any rule, cache and drafts.
 
     Raises:
-        ValueError: more than one sequence, or what `generate` raises it for.
+        ValueError: more than one sequence, a prompt with masks that would be decided, or what `generate` raises it for.
         FloatingPointError: as `generate`.
     """
     model = model_within(model)
@@ -133,12 +161,19 @@ def record(model: DiffusionLM, input_ids: Tensor, config: DiffusionGenerationCon
     model.check_window(input_ids, None, config.max_new_tokens)
     # A captured step does not show what it computes, and a fused head keeps no logits.
     config = replace(config, engine="eager", head="library")
-    loop = BlockLoop(model, input_ids, None, config)
-    loop.advance = advance = RecordingAdvance(model, config, loop.advance.eos, input_ids.shape[1])
-    for block in range(len(config.blocks())):
+    loop = loop_of(model)(model, input_ids, None, config)
+    start, stop = int(loop.end) - config.max_new_tokens, int(loop.end)
+    if bool((loop.whole.sequences[0, loop.prompt_length : start] == loop.mask_id).any()):
+        raise ValueError("input_ids: expected no mask in the block in which the response begins, got one")
+    loop.advance = advance = RecordingAdvance(model, loop, start)
+    for block in range(len(loop.blocks)):
         for _outcome in loop.steps(block):
             pass
         if loop.finished():
             break
     steps = [advance.seen[number] for number in range(int(loop.whole.steps))]
-    return Trace(config, input_ids, loop.output(), steps)
+    columns = [loop.block_columns(block) for block in range(len(loop.blocks))]
+    blocks = [(max(c.start, start) - start, c.stop - start) for c in columns if c.start < stop and c.stop > start]
+    last = slice(stop, start + blocks[-1][1])
+    behind = zip(loop.whole.sequences[0, last].tolist(), loop.whole.commit_step[0, last].tolist(), strict=True)
+    return Trace(config, input_ids, loop.output(), steps, blocks, list(behind))

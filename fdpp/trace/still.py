@@ -15,7 +15,7 @@ OWN, OTHERS = "#1f5fbf", ("#b4500c", "#0b7a56", "#5c636e")
 
 def words(data: dict[str, Any]) -> list[tuple[str, int]]:
     """The response up to its end, one printable word and commit step per position."""
-    stop = len(data["response"]) if data["end"] is None else data["end"]
+    stop = data["length"] if data["end"] is None else data["end"]
     found = []
     for piece, step in zip(data["response"][:stop], data["commit"], strict=False):
         text = data["pieces"][piece][1].strip() or "␣"
