@@ -28,7 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 REPEATED = (
-    *("test_captures", "test_contract", "test_dream_decode", "test_families"),
+    *("test_block_decode", "test_captures", "test_contract", "test_dream_decode", "test_families"),
     *("test_golden_dawn", "test_golden_decode", "test_refresh"),
 )
 """Modules of many decodes, whose lines other tests run as well: coverage is not counted in them."""
