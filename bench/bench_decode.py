@@ -4,12 +4,15 @@
 
 - On a GPU: LLaDA-8B's shape with random weights (or `--checkpoint PATH`), prompt 800, 256 new tokens, blocks of 32.
 - On a CPU: the embedded model with real rules, and a random model of 96 M parameters with LLaDA's vocabulary.
-- Named by `--shapes`: the shape of Dream-7B, on a GPU, and a random Dream of 96 M parameters with its vocabulary.
+- Named by `--shapes`: the shapes of Dream-7B and SDAR-4B, on a GPU, and random ones of 96 M parameters with their
+  vocabularies, SDAR with blocks of 4 and of 32.
 
 Random weights give no real confidence profile, so their tokens per forward are set. Both ways follow LLaDA's schedule,
 with the steps that the published 4.24 (Fast-dLLM++) and 2.88 (threshold 0.9) tokens per forward take, rounded up.
 The published way decides one token of Dream's in the forward that begins a block with a cache, and as many in all of
 its steps; the tokens are then others than ours.
+Steps of SDAR commit a whole number of tokens each, and the published ones are forwards besides those that commit a
+block, and the prefill.
 
 `--headline` takes the figures of a first run on a GPU, the most telling first: batch 1, 4.24 tokens per forward, dual
 and prefix cache, prompts of 800 tokens and of 801 (which is padded up to a bucket).
@@ -34,7 +37,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +51,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 import fdpp
-from fdpp import DreamConfig, LLaDAConfig, LLaDAModelLM, tiny
+from fdpp import DreamConfig, FastDLLMConfig, LLaDA2Config, LLaDAConfig, LLaDAModelLM, SDARConfig, tiny
 from fdpp.decoding.advance import Advance, stop_ids
 from fdpp.decoding.generate import with_token_ids
 from fdpp.decoding.settings import DiffusionGenerationConfig
@@ -63,7 +66,13 @@ TINY_RULES = (fdpp.Frechet(0.25), fdpp.Threshold(0.9), fdpp.Quota(1))
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and what is decoded with it; `config` None is the embedded model."""
+    """A model and what is decoded with it.
+
+    Attributes:
+        config: None is the embedded model.
+        prompt, new, block: tokens of each.
+        rates: tokens per forward of random weights, rounded to a number of steps.
+    """
 
     config: PretrainedConfig | None
     prompt: int
@@ -71,6 +80,8 @@ class Shape:
     batches: tuple[int, ...]
     block: int = 32
     engine: str = "auto"
+    rates: tuple[float, ...] = SET_TOKENS_PER_FORWARD
+    caches: tuple[str, ...] = ("dual", "prefix", "none")
 
 
 SPECIAL = ("mask_token_id", "eos_token_id", "pad_token_id", "eot_token_id")
@@ -96,11 +107,50 @@ def dream(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
     )
 
 
+def sdar(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, head_dim: int) -> SDARConfig:
+    """SDAR with the vocabulary and the ids of SDAR-4B."""
+    return SDARConfig(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=4096,
+        rope_theta=1e6,
+        eos_token_id=151643,
+    )
+
+
+def fast_dllm_v2() -> FastDLLMConfig:
+    """Fast-dLLM v2 of 7 B parameters."""
+    return FastDLLMConfig(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        rope_theta=1e6,
+    )
+
+
+def small_sdar(block: int) -> Shape:
+    """96 M parameters. Nothing of it depends on the cache."""
+    return Shape(sdar(256, 1152, 15, 8, 2, 64), 96, 64, (1,), block, rates=(4.0, 2.0, 1.0), caches=("dual",))
+
+
 SHAPES: dict[str, Callable[[], Shape]] = {
     "8b": lambda: Shape(LLaDAConfig(mlp_hidden_size=12288), 800, 256, (1, 8, 32)),
     "100m": lambda: Shape(LLaDAConfig(d_model=320, n_layers=12, n_heads=5, mlp_hidden_size=864), 96, 64, (1,)),
     "dream-7b": lambda: Shape(dream(3584, 18944, 28, 28, 4), 800, 256, (1, 8, 32)),
     "dream-100m": lambda: Shape(dream(256, 1376, 15, 8, 2), 96, 64, (1,)),
+    "sdar-4b": lambda: Shape(sdar(2560, 9728, 36, 32, 8, 128), 800, 256, (1,), 4, rates=(2.0, 1.0), caches=("dual",)),
+    "sdar-100m": lambda: small_sdar(4),
+    "sdar-100m-32": lambda: small_sdar(32),
+    "fast-dllm-v2-7b": lambda: Shape(fast_dllm_v2(), 800, 256, (1,)),
+    "llada2-mini": lambda: Shape(LLaDA2Config(), 800, 256, (1,)),
     "tiny": lambda: Shape(None, 0, 128, (1, 8)),
     "smoke": lambda: Shape(
         LLaDAConfig(d_model=32, n_layers=2, n_heads=2, init_std=0.3, **ids(300)), 8, 16, (1, 3), 8, "static"
@@ -148,6 +198,15 @@ class Run:
         self.settings = with_token_ids(settings, model.config)
 
     def published(self, forward: published_decode.Forward, settings: DiffusionGenerationConfig) -> tuple[Tensor, int]:
+        if self.model.block_causal:
+            return published_decode.decode_blocks(
+                forward,
+                self.prompt,
+                new=settings.max_new_tokens,
+                block=settings.per_block,
+                rules=settings.rule.successive(0, settings.per_block, settings.max_new_tokens, settings.steps),
+                mask_id=self.model.config.mask_token_id,
+            )
         return published_decode.decode(
             forward,
             self.prompt,
@@ -157,6 +216,11 @@ class Run:
             mask_id=self.model.config.mask_token_id,
             shift=self.model.shift,
         )
+
+    def published_model(self) -> published_decode.PublishedModel:
+        if self.model.block_causal:
+            return published_decode.PublishedBlockModel(self.model, self.settings.per_block)
+        return published_decode.PublishedModel(self.model)
 
     def published_rules(self, settings: DiffusionGenerationConfig) -> list[list[fdpp.Rule]]:
         """The rules of each block's steps; where the first one decides one token, the others share the rest."""
@@ -185,7 +249,7 @@ class Run:
         logits = self.ready_logits(self.prompt.shape[1] + settings.max_new_tokens)
 
         def forward(tokens: Tensor, past: Any, replace: Any) -> tuple[Tensor, published_decode.Past]:
-            return logits[:, : tokens.shape[1]], []
+            return logits[:, : tokens.shape[1]], past or []
 
         return lambda: self.published(forward, settings)
 
@@ -194,8 +258,9 @@ class Run:
         sizes = {"hidden_size": 2, "intermediate_size": 2}
         sizes |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
         sizes |= {name: getattr(config, name) for name in ("vocab_size", "max_position_embeddings")}
+        sizes |= {"head_dim": 2} if hasattr(config, "head_dim") else {}
         hollow = random_model(type(config)(**sizes, **special(config)))
-        logits = self.ready_logits(settings.block_length).view(-1, config.vocab_size)
+        logits = self.ready_logits(settings.per_block).view(-1, config.vocab_size)
 
         def forward(input_ids: Tensor, *_: Any, wanted: Any = None, **__: Any) -> Tensor:
             hidden = logits.new_empty(*input_ids.shape, 1)
@@ -268,7 +333,8 @@ def means(steps: list[tuple[bool, float]]) -> dict[str, float]:
 @torch.no_grad()
 def captured_steps(model: Any, settings: DiffusionGenerationConfig) -> dict[str, float]:
     """Mean milliseconds of the steps that the decodes of `model` have captured (or, on a CPU, made)."""
-    found, advance = [], Advance(model, settings, stop_ids(settings, DEVICE))
+    grid = settings.per_block if model.block_causal else None
+    found, advance = [], Advance(model, settings, stop_ids(settings, DEVICE), grid=grid)
     for arena in arenas_of(model):
         for step in arena.steps.values():
             replay = partial(step.replay, arena, advance) if step.graph is None else step.graph.replay
@@ -303,7 +369,7 @@ class Setting:
     def in_turn(self) -> None:
         """Time both ways again, pair by pair: the row gets the pairs' ratios, each way the median of its times."""
         model, prompt, settings = self.model, self.run.prompt, self.run.settings
-        published = partial(self.run.published, published_decode.PublishedModel(model), settings)
+        published = partial(self.run.published, self.run.published_model(), settings)
         ways = {"published": published, "fdpp": lambda: model.generate(prompt, generation_config=settings)}
         seconds = measure.in_turn(ways, self.pairs, 0.0)
         self.row["ratios"] = [theirs / ours for theirs, ours in zip(*seconds.values(), strict=True)]
@@ -312,7 +378,7 @@ class Setting:
             self.row[way] |= {"seconds": median, "tokens_per_second": self.row[way]["tokens"] / median}
 
     def published(self, way: str) -> dict[str, Any]:
-        forward, settings = published_decode.PublishedModel(self.model), self.run.settings
+        forward, settings = self.run.published_model(), self.run.settings
 
         def steps() -> dict[str, float]:
             watched = Watched(forward)
@@ -350,7 +416,9 @@ class Setting:
         release(self.model)
 
         def outside() -> dict[str, float]:
-            settings = replace(self.run.settings, rule=fdpp.Quota(), steps=nfe, stop_at_eos=False)
+            settings = replace(self.run.settings, stop_at_eos=False)
+            if settings.steps is None:
+                settings = replace(settings, rule=fdpp.Quota(), steps=nfe)
             ms = 1e3 * timed(without_model(settings), self.repeats)[1] / nfe
             return {"ms_per_forward": 1e3 * seconds / nfe - ms, "ms_outside_model": ms}
 
@@ -388,11 +456,11 @@ def settings_of(name: str, shape: Shape, cache: str) -> list[tuple[str, Diffusio
     if name == "tiny":
         rules = {f"{type(rule).__name__}({rule.params()[0]:g})": rule for rule in TINY_RULES}
         return [(label, replace(base, rule=rule, stop_at_eos=True)) for label, rule in rules.items()]
-    steps = [math.ceil(shape.new / wanted) for wanted in SET_TOKENS_PER_FORWARD]
+    steps = [math.ceil(shape.new / wanted) for wanted in shape.rates]
     return [(f"{shape.new / n:.2f}, set", replace(base, rule=fdpp.Quota(), steps=n)) for n in steps]
 
 
-def order(shape: Shape, prompts: list[int], caches: list[str]) -> list[tuple[int, int, str]]:
+def order(shape: Shape, prompts: list[int], caches: Sequence[str]) -> list[tuple[int, int, str]]:
     """Batch sizes, prompts and caches; the slowest, big batches without a cache, come last."""
     found = [(B, P, cache) for B in shape.batches for P in prompts for cache in caches]
     return sorted(found, key=lambda setting: setting[2] == "none" and setting[0] > 1)
@@ -455,7 +523,8 @@ class Benchmark:
             return
         weights = weight_bytes(model)
         done: list[Setting] = []
-        for B, P, cache in order(shape, prompts, options.caches):
+        caches = options.caches or shape.caches[: 2 if options.headline else None]
+        for B, P, cache in order(shape, prompts, caches):
             rows: list[dict[str, Any]] = []
             for label, settings in settings_of(name, shape, cache)[: 1 if options.headline else None]:
                 facts = {"shape": name, "cache": cache, "batch": B, "prompt": P, "tokens_per_forward": label}
@@ -507,7 +576,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.headline:
         options.batches = options.batches or [1]
-    options.caches = options.caches or ["dual", "prefix", "none"][: 2 if options.headline else 3]
     benchmark = Benchmark(options)
     for name in ["smoke"] if options.smoke else options.shapes:
         benchmark.shape(name)

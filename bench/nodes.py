@@ -30,9 +30,10 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import fdpp
+from fdpp.attention import BlockCache
+from fdpp.decoding.block_causal import Layout
 from fdpp.decoding.choice import Choice
-from fdpp.decoding.generate import with_token_ids
-from fdpp.decoding.loop import BlockLoop
+from fdpp.decoding.generate import loop_of, with_blocks, with_token_ids
 from fdpp.decoding.runners import StaticRunner
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.static import StaticSteps
@@ -56,6 +57,7 @@ class Launch:
         flops: floating point operations of products and attention, 0 for others.
         rows, columns: of a product's result; of attention, queries and keys of one key head; of a step's logits. 0 for
             others.
+        groups: of a grouped product, how many experts have rows; 0 for others.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Launch:
     flops: int = 0
     rows: int = 0
     columns: int = 0
+    groups: float = 0.0
 
 
 FREE = {
@@ -81,6 +84,7 @@ SEVERAL = {
     "isin": 4,  # a fill, all pairs compared, any of each row, a copy
     "sort": 4,  # a range, copied as positions, the keys copied, both sorted in place: up to some thousand keys a row
     "topk": 2,  # the largest are gathered, then sorted
+    "_grouped_mm": 2,  # addresses of all groups, their products
 }
 """Operators of more than one launch, as PyTorch's sources (`ATen/native`) have them."""
 
@@ -133,6 +137,11 @@ def product(func: Any, args: Any, out: Any) -> tuple[int, int, int]:
     return 2 * out.numel() * left.shape[-1], out.shape[-2], out.shape[-1]
 
 
+def named(rows: int, experts: int, k: int) -> float:
+    """How many of `experts` have a row, where each of `rows` names `k`: expected, of independent and uniform names."""
+    return experts * (1.0 - (1.0 - k / experts) ** rows)
+
+
 def attended(q: Tensor, k: Tensor, **_: Any) -> tuple[int, int, int]:
     """FLOPs, queries of a key head and keys of attention by `q` `[rows, H, n, d]` over `k` `[B, kv_heads, S, d]`."""
     return 4 * q.numel() * k.shape[2], q.shape[1] // k.shape[1] * q.shape[2], k.shape[2]
@@ -172,11 +181,19 @@ class Record:
     def __init__(self) -> None:
         self.launches: list[Launch] = []
         self.where = "rest"
+        self.experts_per_row = 1
 
-    def add(self, name: str, bytes: int, flops: int = 0, rows: int = 0, columns: int = 0) -> None:
+    def add(self, name: str, bytes: int, flops: int = 0, rows: int = 0, columns: int = 0, groups: float = 0.0) -> None:
         """Note an operator; what it computes and moves stands at the first of its launches."""
-        self.launches.append(Launch(name, self.where, bytes, flops, rows, columns))
+        self.launches.append(Launch(name, self.where, bytes, flops, rows, columns, groups))
         self.launches += [Launch(name, self.where)] * (SEVERAL.get(name, 1) - 1)
+
+    def grouped(self, x: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Note a product of rows `x` `[M, K]`, sorted by their experts, with `weights` `[E, K, N]`."""
+        E, k = len(weights), self.experts_per_row
+        groups = named(len(x) // k, E, k)
+        bytes = total((x, out)) + round(size(weights) * groups / E)
+        self.add("_grouped_mm", bytes, 2 * out.numel() * x.shape[1], *out.shape, groups)
 
     @contextmanager
     def at(self, where: str) -> Iterator[None]:
@@ -207,7 +224,9 @@ class Operators(TorchDispatchMode):
         out = func(*args, **kwargs)
         name, returns = func._schema.name.split("::")[1], func._schema.returns
         view = any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
-        if not view and name not in FREE and any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+        if name == "_grouped_mm":
+            self.record.grouped(*args[:2], out)
+        elif not view and name not in FREE and any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             self.record.add(name, traffic(func, args, kwargs, out), *product(func, args, out))
         return out
 
@@ -288,6 +307,7 @@ def recorded() -> Iterator[Record]:
         (Block, "forward", lambda block: f"layer {block.layer}"),
         (DiffusionLM, "project_slice", lambda _: "head"),
         (Choice, "__call__", lambda _: "selection"),
+        (BlockCache, "stops", lambda _: "rest"),  # made in the first layer, for all
     ]
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -348,19 +368,36 @@ def launches(
         torch.set_default_dtype(before)
     if weights is not None:
         quantize_blocks(model, weights)
-    with recorded() as record:
+    with recorded() as record, patch.object(Layout, "of", equally_long(prompt)):
+        record.experts_per_row = getattr(config, "num_experts_per_tok", 1)
         asked = DiffusionGenerationConfig(new, block, cache=cache, drafts=drafts, **settings)
         ids = torch.empty(batch, prompt, dtype=torch.int64, device=GPU)
-        loop = BlockLoop(model, ids, None, with_token_ids(asked, config), static=StaticSteps())
+        asked = with_token_ids(with_blocks(asked, model), config)
+        loop = loop_of(model)(model, ids, None, asked, static=StaticSteps())
         runner = loop.runner(loop.whole, at)
         assert isinstance(runner, StaticRunner)
         # The decode's first forward allocates, and leaves what drafts are drawn from, before anything is captured.
-        (very_first, _), (first, others) = (loop.windows(number, number - 1) for number in (0, at))
+        (very_first, _), (first, others) = (loop.windows(number, loop.usual(number)) for number in (0, at))
         for window, states, fresh in ((very_first, 1, True), (first, 1, True) if full else (others, drafts, False)):
             step, _ = runner.arena.step(window, states, fresh)
             record.launches.clear()
             step.run(runner.arena, loop.advance)
         return list(record.launches)
+
+
+def equally_long(prompt: int) -> Callable[..., Layout]:
+    """`Layout.of` for rows that all have `prompt` tokens: what it reads of them, tensors without memory do not say."""
+    of = Layout.of
+
+    def laid(text: Tensor, real: Tensor, first: Tensor, grid: int, mask_id: int, pad_id: int) -> Layout:
+        tokens = torch.full(text.shape, mask_id)
+        tokens[:, :prompt] = pad_id
+        real, start = torch.ones_like(tokens, dtype=torch.bool), tokens.new_full(first.shape, prompt)
+        found = of(tokens, real, start, grid, mask_id, pad_id)
+        # The loop reads the padding, too.
+        return Layout(*(x.to(GPU) if isinstance(x, Tensor) else x for x in found))._replace(padding=found.padding)
+
+    return laid
 
 
 def quantize_blocks(model: DiffusionLM, kind: str) -> None:

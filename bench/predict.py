@@ -1,14 +1,20 @@
 """What decodes would take on a GPU, predicted from the code's own counts. No figure here is a measurement.
 
 `python bench/predict.py --device h100` counts the launches of captured steps of LLaDA-8B's shape, or with
-`--model dream-7b` of Dream-7B's (`nodes.py`), gives each a time by the device's figures (`roofline.py`) and prints
+`--model dream-7b` of another one's (`nodes.py`), gives each a time by the device's figures (`roofline.py`) and prints
 
-- the parts of a block step and of a refresh (the full forward that begins a block), by batch size;
+- the parts of a block step and of a refresh (the full forward that begins a block), by batch size; of a block-causal
+  model those of each kind of forward;
 - tokens per second. Sequences need different numbers of forwards for a block, drawn as `draw` says. A sequence leaves
   the batch when its block is complete, and the rest runs at the next `graph_size`, as in the decoding loop.
 
 `--before` prints the same for the counts in `predicted-before.json` beside it. `--against decode-<device>.json` prints
 what `bench_decode.py` measured beside what is predicted for the same settings.
+
+No source gives the tokens per forward of block-causal models as they are counted here, without commits: 1, 2 and 4 are
+assumed. Beside those of SDAR and LLaDA2 stand the tokens per second if every block were committed by a forward of its
+own, as published, on the same kernels. Counts are those of a GPU of compute capability 9: on others the experts of
+LLaDA2 run in another way.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ import statistics
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -31,16 +37,24 @@ import bench_decode
 import nodes
 import torch
 from nodes import Launch
-from report import markdown, number
+from report import SHAPES, markdown, number
 from roofline import Device, by_part, device
 from transformers import PretrainedConfig
 
 from fdpp.decoding.arena import graph_size
+from fdpp.decoding.block_causal import PIECE
+from fdpp.models.families import families
 
 BEFORE = Path(__file__).parent / "predicted-before.json"
 SEED = 0
-MODELS = {"llada-8b": ("8b", "LLaDA-8B"), "dream-7b": ("dream-7b", "Dream-7B")}
-"""The shape in `bench_decode.SHAPES` and the name of each `--model`."""
+TITLES = {"8b": "LLaDA-8B"} | SHAPES
+"""Names of shapes."""
+
+MODELS = {"llada-8b": "8b"} | {name: name for name in ("dream-7b", "sdar-4b", "fast-dllm-v2-7b", "llada2-mini")}
+"""The shape in `bench_decode.SHAPES` of each `--model`."""
+
+ASSUMED = (1.0, 2.0, 4.0)
+"""Tokens per forward of a block-causal model."""
 
 Counts = list[tuple[int, Launch]]
 """How many equal launches there are of each kind."""
@@ -64,17 +78,30 @@ def counts(config: PretrainedConfig, **settings: Any) -> Counts:
     return [(count, launch) for launch, count in found.items()]
 
 
+def parts_of(config: PretrainedConfig, block: int, sub_block_length: int | None = None) -> list[int]:
+    """How many tokens each part of a block has that is decided by itself, as `BlockCausalLoop.spans` has them."""
+    kind = families()[config.model_type]
+    part = sub_block_length or kind.default_sub_block_length or block
+    found = [min(part, block - start) for start in range(0, block, part)]
+    return [n for n in (1, found[0] - 1, *found[1:]) if n] if kind.anchored else found
+
+
 def counter(config: PretrainedConfig, **settings: Any) -> Counted:
     """The counts of today's code, each taken once.
 
-    All blocks but the first begin as the second does, and steps depend on the block with a prefix cache alone.
+    All blocks but the first begin as the second does, and steps depend on the block with a prefix cache alone. In a
+    block-causal model that is so with all caches, of what a block of the grid is divided into.
     """
+    block_causal = families()[config.model_type].block_causal
+    parts = len(parts_of(config, settings.get("block", 32), settings.get("sub_block_length")))
 
     @cache
     def taken(batch: int, full: bool, at: int) -> Counts:
         return counts(config, batch=batch, full=full, at=at, **settings)
 
     def counted(batch: int, full: bool, at: int) -> Counts:
+        if block_causal:
+            return taken(batch, full, at % parts + (parts if full and at >= parts else 0))
         return taken(batch, full, min(at, 1) if full else at if settings["cache"] == "prefix" else 0)
 
     return counted
@@ -107,7 +134,7 @@ def store(path: Path, counted: Counted, batches: Sequence[int], facts: dict[str,
         for full in (False, True):
             if counted(batch, full, 0) != counted(batch, full, 1):
                 raise ValueError("store: expected steps that are the same in every block, as with a dual cache")
-            listed = [[n, x.name, x.where, x.bytes, x.flops, x.rows, x.columns] for n, x in counted(batch, full, 0)]
+            listed = [[n, *astuple(launch)] for n, launch in counted(batch, full, 0)]
             lines.append(json.dumps({"batch": batch, "full": full, "launches": listed}))
     log = ["git", "log", "-1", "--format=%h", "--", "fdpp", "kernels"]
     commit = subprocess.run(log, capture_output=True, text=True, check=True, cwd=BEFORE.parents[1]).stdout.strip()
@@ -155,21 +182,29 @@ def draw(B: int, blocks: int, mean: float, most: int, generator: torch.Generator
     return (1 + torch.bernoulli(p, generator=generator).sum(2).long()).tolist()
 
 
-def tokens_per_second(B: int, shape: argparse.Namespace, taken: Taken, ends: bool = False) -> float:
+def drawn(B: int, widths: Sequence[int], rate: float, generator: torch.Generator) -> list[list[int]]:
+    """Forwards of what each of B sequences decides together, so many tokens each, at `rate` tokens per forward."""
+    of = {T: zip(*draw(B, widths.count(T), max(T / rate, 1.0), T, generator), strict=True) for T in sorted({*widths})}
+    return [list(sequence) for sequence in zip(*(next(of[T]) for T in widths), strict=True)]
+
+
+def tokens_per_second(B: int, widths: Sequence[int], new: int, rate: float, taken: Taken, ends: bool = False) -> float:
     """Predicted tokens per second of B sequences, from as many drawn decodes as give 128 sequences, or one.
 
-    With `ends` responses end after any number of blocks, all equally likely, and their sequences leave the batch.
+    Args:
+        widths: how many tokens are decided together, one after the other; `new` of them are wanted.
+        rate: tokens per forward, of those that decide.
+        taken: seconds of a step.
+        ends: responses end after any number of `widths`, all equally likely, and their sequences leave the batch.
     """
     generator = torch.Generator().manual_seed(SEED)
-    blocks, T = math.ceil(shape.new / shape.block), shape.block
-    mean = max(T / shape.tokens_per_forward, 1.0)
     tokens, total = 0, 0.0
     for _ in range(max(128 // B, 1)):
-        forwards = draw(B, blocks, mean, T, generator)
+        forwards = drawn(B, widths, rate, generator)
         if ends:
-            kept = torch.randint(1, blocks + 1, (B,), generator=generator).tolist()
+            kept = torch.randint(1, len(widths) + 1, (B,), generator=generator).tolist()
             forwards = [sequence[:n] for sequence, n in zip(forwards, kept, strict=True)]
-        tokens += sum(min(T * len(sequence), shape.new) for sequence in forwards)
+        tokens += sum(min(sum(widths[: len(sequence)]), new) for sequence in forwards)
         total += decode_seconds(forwards, taken)
     return tokens / total
 
@@ -179,19 +214,68 @@ def share(counted: Counts, blocks: int) -> list[tuple[float, Launch]]:
     return [(count / blocks, launch) for count, launch in counted]
 
 
-def table(counted: Counted, on: Device, shape: argparse.Namespace) -> str:
-    """Parts of both steps and tokens per second, a column for each batch size. Steps are means over the blocks."""
-    batches, blocks = shape.batch, math.ceil(shape.new / shape.block)
+@dataclass(frozen=True)
+class Plan:
+    """A decode's forwards.
+
+    Attributes:
+        widths: how many tokens are decided together, one after the other.
+        new: tokens that are wanted.
+        kinds: kinds of steps by their names, each by `full` and `at` of those it is the mean of.
+        merged: whether a block's first forward also feeds the block before it.
+    """
+
+    widths: list[int]
+    new: int
+    kinds: dict[str, list[tuple[bool, int]]]
+    merged: bool = False
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, prompt: int, new: int, block: int, cache: str, **settings: Any) -> Plan:
+        """`ValueError`: a decode of a block-causal model whose forwards are not the same in all blocks."""
+        kind, blocks = families()[config.model_type], math.ceil(new / block)
+        parts = parts_of(config, block, settings.get("sub_block_length"))
+        if not kind.block_causal:
+            titles = {"block step": False, "refresh": True}
+            kinds = {title: [(full, at) for at in range(blocks)] for title, full in titles.items()}
+            return cls([block] * blocks, new, kinds)
+        if prompt % block or prompt > PIECE or cache == "none":
+            raise ValueError(
+                f"block-causal: expected a cache and a prompt of whole blocks, up to {PIECE} tokens, "
+                f"got cache={cache}, prompt={prompt}, block={block}"
+            )
+        several = [at for at, n in enumerate(parts) if n > 1] or [0]
+        kinds = {"block step": [(False, at) for at in several]}
+        if cache == "dual" and len(parts) > 1:
+            kinds["whole block"] = [(True, len(parts) + at) for at in several]
+        kinds["the block before" if kind.anchored else "block and the one before"] = [(True, len(parts))]
+        kinds["prefill" if kind.anchored else "prefill and a block"] = [(True, 0)]
+        return cls(parts * blocks, new, kinds, not kind.anchored)
+
+
+def separate(taken: Taken) -> Taken:
+    """`taken` where every block is committed by a forward of its own, and a prefill decides nothing."""
+    return lambda batch, full, at: taken(batch, False, at) + (taken(batch, full and at == 0, at) if full else 0.0)
+
+
+def table(counted: Counted, on: Device, plan: Plan, batches: Sequence[int], rates: Sequence[float]) -> str:
+    """Parts of all kinds of steps and tokens per second, a column for each batch size."""
     rows = []
-    for full, title in ((False, "block step"), (True, "refresh")):
-        steps = [[share(counted(graph_size(b), full, at), blocks) for at in range(blocks)] for b in batches]
+    for title, kind in plan.kinds.items():
+        steps = [[share(counted(graph_size(b), *step), len(kind)) for step in kind] for b in batches]
         parts = [by_part(chain(*step), on) for step in steps]
         rows.append([f"{title}: graph nodes", *(number(round(sum(n for n, _ in chain(*step)))) for step in steps)])
         rows += [[f"{title}: {name}, ms", *(number(1e3 * each[name]) for each in parts)] for name in parts[0]]
         rows.append([f"{title}: all, ms", *(number(1e3 * sum(each.values())) for each in parts)])
     taken = step_seconds(counted, on)
-    rows.append(["tok/s", *(number(tokens_per_second(b, shape, taken)) for b in batches)])
-    rows.append(["tok/s, responses that end", *(number(tokens_per_second(b, shape, taken, True)) for b in batches)])
+    for rate in rates:
+        at = "" if len(rates) == 1 else f", {rate:g} tokens per forward"
+        ways = {"tok/s": (taken, False), "tok/s, responses that end": (taken, True)}
+        if plan.merged:
+            ways["tok/s, commits by themselves"] = (separate(taken), False)
+        for title, (way, ends) in ways.items():
+            found = (tokens_per_second(b, plan.widths, plan.new, rate, way, ends) for b in batches)
+            rows.append([title + at, *map(number, found)])
     return markdown([f"predicted, {on.name}", *(f"batch {b}" for b in batches)], rows)
 
 
@@ -208,8 +292,8 @@ def predicted(row: dict[str, Any], on: Device) -> dict[str, float] | None:
     config, nfe = bench_decode.SHAPES[row["shape"]]().config, row.get("fdpp", {}).get("nfe")
     if config is None or nfe is None:
         return None
-    blocks = range(math.ceil(row["new"] / row["block"]))
-    counted = counter(config, **{key: row[key] for key in ("prompt", "new", "block", "cache")})
+    facts = {key: row[key] for key in ("prompt", "new", "block", "cache")}
+    blocks, counted = range(len(Plan.of(config, **facts).widths)), counter(config, **facts)
     refresh, step = (
         1e3 * statistics.mean(sum(by_part(counted(graph_size(row["batch"]), full, at), on).values()) for at in blocks)
         for full in (True, row["cache"] == "none")
@@ -250,10 +334,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", choices=MODELS, default="llada-8b", help="default: %(default)s")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128])
-    parser.add_argument("--tokens-per-forward", type=float, default=4.24, help="default: %(default)s, of Fast-dLLM++")
+    text = "default: 4.24, of Fast-dLLM++; of a block-causal model 1, 2 and 4, assumed"
+    parser.add_argument("--tokens-per-forward", nargs="+", type=float, help=text)
     parser.add_argument("--prompt", type=int, default=800)
     parser.add_argument("--new", type=int, default=256)
-    parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--block", type=int, help="default: the model's")
     parser.add_argument("--cache", choices=("dual", "prefix", "none"), default="dual")
     parser.add_argument("--weights", choices=("int8", "float8"), help="of the blocks' projections (default: bf16)")
     text = 'more settings of the decode, as JSON: \'{"head": "fused"}\''
@@ -267,18 +352,24 @@ def main(arguments: list[str] | None = None) -> None:
         print(against(options.against, on))
         return
     names = ("prompt", "new", "block", "cache")
-    shape, title = MODELS[options.model]
-    facts: dict[str, Any] = {"shape": shape} | {name: getattr(options, name) for name in names}
-    config = bench_decode.SHAPES[shape]().config
+    shape = MODELS[options.model]
+    found, title = bench_decode.SHAPES[shape](), TITLES[shape]
+    config = found.config
     assert config is not None
-    now = counter(config, **{name: facts[name] for name in names}, weights=options.weights, **options.settings)
+    options.block = options.block or found.block
+    rates = options.tokens_per_forward or (ASSUMED if families()[config.model_type].block_causal else [4.24])
+    facts: dict[str, Any] = {"shape": shape} | {name: getattr(options, name) for name in names}
+    decode = {name: facts[name] for name in names}
+    now = counter(config, **decode, weights=options.weights, **options.settings)
     if options.store is not None:
         store(options.store, now, options.batch, facts)
         print(f"written to {options.store}")
         return
+    plan, told = Plan.of(config, **decode, **options.settings), ", ".join(f"{rate:g}" for rate in rates)
     print(
         f"Predicted from counts, not measured. {title}'s shape in bf16, {options.cache} cache, {options.prompt} + "
-        f"{options.new} tokens, blocks of {options.block}, {options.tokens_per_forward:g} tokens per forward"
+        f"{options.new} tokens, blocks of {options.block}, {told} tokens per forward"
+        f"{' (assumed)' if rates is ASSUMED else ''}"
         + "".join(f", {name}={value}" for name, value in options.settings.items())
         + (f", weights in {options.weights}" if options.weights else "")
         + "."
@@ -288,12 +379,12 @@ def main(arguments: list[str] | None = None) -> None:
         kept = {name: about[name] for name in facts}
         if kept != facts:
             raise SystemExit(f"{BEFORE}: expected the counts of {facts}, got those of {kept}")
-        print(f"\nBefore, at {about['commit']}:\n\n{table(before, on, options)}\n\nNow:")
-    print(f"\n{table(now, on, options)}")
+        print(f"\nBefore, at {about['commit']}:\n\n{table(before, on, plan, options.batch, rates)}\n\nNow:")
+    print(f"\n{table(now, on, plan, options.batch, rates)}")
     if options.before:
         ways = [step_seconds(counted, on) for counted in (before, now)]
         for b in options.batch:
-            was, is_now = (tokens_per_second(b, options, taken) for taken in ways)
+            was, is_now = (tokens_per_second(b, plan.widths, plan.new, rates[0], taken) for taken in ways)
             print(f"predicted, batch {b}: {is_now / was:.2f} times as many tokens per second")
 
 

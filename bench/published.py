@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdpp import Frechet, Quota, Rule, Threshold
+from fdpp import Frechet, Quota, Rule, Threshold, ThresholdQuota
 
 
 def plain(logits: Tensor, tokens: Tensor, mask_id: int, tau: float) -> Tensor:
@@ -29,10 +29,15 @@ def plain(logits: Tensor, tokens: Tensor, mask_id: int, tau: float) -> Tensor:
     return torch.where(committed, tokens.masked_scatter(masked, proposal), tokens)
 
 
-def select(logits: Tensor, tokens: Tensor, masked: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """New tokens and commit mask `[B, T]`; `masked` `[B, T]` says which positions may commit."""
+def select(
+    logits: Tensor, tokens: Tensor, masked: Tensor, rule: Rule, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """New tokens and commit mask `[B, T]`; `masked` `[B, T]` says which positions may commit, `dtype` is the softmax's.
+
+    SDAR's `generate.py` takes the logits' own, and decides by these rules where it takes the most probable tokens.
+    """
     proposal = logits.argmax(dim=-1)
-    probability = logits.to(torch.float64).softmax(dim=-1)
+    probability = logits.to(dtype).softmax(dim=-1)
     confidence = probability.gather(-1, proposal.unsqueeze(-1)).squeeze(-1)
     committed = first(torch.where(masked, confidence, -torch.inf), rule) & masked
     return torch.where(committed, proposal, tokens), committed
@@ -60,9 +65,11 @@ def first(confidence: Tensor, rule: Rule) -> Tensor:
             accepted = n <= k
         case Threshold(tau):
             accepted = profile >= tau
+        case ThresholdQuota(tau, int(k)):
+            accepted = (n <= k) | (profile > tau)
         case Frechet(margin):
             accepted = profile.cumsum(1) - (n - 1) - (1.0 - profile) > margin
         case _:
-            raise ValueError(f"expected a Quota, Threshold or Frechet, got {rule!r}")
+            raise ValueError(f"expected a Quota, Threshold, ThresholdQuota or Frechet, got {rule!r}")
     longest = accepted.expand_as(profile).sum(1, keepdim=True).clamp(min=1)
     return torch.zeros_like(confidence, dtype=torch.bool).scatter(1, order, n <= longest)

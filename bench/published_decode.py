@@ -17,6 +17,11 @@ For Dream, whose rows predict the next token (`shift`), their programs differ:
 - Later ones take it over the masked rows, in the logits' dtype. The rotation is in the weights' dtype, too.
 - Without a cache the block's first token is one of all, as in DAWN's program (arXiv 2602.06953).
 - Their dual cache takes one sequence. Here it takes several, row by row as in LLaDA's.
+
+SDAR's `generate.py` (arXiv 2510.06303) for block-causal models: one forward over the prompt's whole blocks, with the
+head on all of its rows, which it throws away; forwards over each block until it holds no mask, its keys concatenated
+to the rotated ones that are stored; one more to store the block's own, after the last block, too. Every forward has
+the head on all rows, and every step takes a softmax of the whole block in the logits' dtype and waits for the host.
 """
 
 from __future__ import annotations
@@ -31,6 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdpp import Rule
+from fdpp.attention.cache import block_causal_mask
+from fdpp.models.block import Layers, RMSNorm, head_size_of
 
 Past = list[tuple[Tensor, Tensor]]
 """Keys, not rotated, and values of every layer, `[B, kv_heads, S, head_size]`."""
@@ -67,7 +74,7 @@ class PublishedModel:
 
     @property
     def head_size(self) -> int:
-        return self.config.hidden_size // self.config.num_attention_heads
+        return head_size_of(self.config)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, past: Past | None = None, replace: Tensor | None = None) -> tuple[Tensor, Past]:
@@ -76,7 +83,7 @@ class PublishedModel:
         for layer, w in enumerate(self.layers):
             h = rms_norm(x, w.norm.weight, eps)
             q, k, v = (F.linear(h, each.weight, each.bias) for each in (w.q, w.k, w.v))
-            h, kept = self.attention(q, k, v, None if past is None else past[layer], replace)
+            h, kept = self.attention(w, q, k, v, None if past is None else past[layer], replace)
             present.append(kept)
             x = x + F.linear(h, w.out.weight)
             h = rms_norm(x, w.ff_norm.weight, eps)
@@ -84,7 +91,7 @@ class PublishedModel:
         return F.linear(rms_norm(x, self.norm, eps), self.head[: self.config.vocab_size]), present
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None
+        self, w: Layers, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         B, n, _ = q.shape
         q, k, v = (x.view(B, n, -1, self.head_size).transpose(1, 2) for x in (q, k, v))
@@ -105,6 +112,35 @@ class PublishedModel:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         h = F.scaled_dot_product_attention(q, k, v)
         return h.transpose(1, 2).reshape(B, n, -1), present
+
+
+class PublishedBlockModel(PublishedModel):
+    """SDAR's forward: norms of queries and keys, and keys that are stored rotated.
+
+    A prompt sees no later one of its blocks of `block` tokens; what follows it is a block at a time, and sees all.
+    """
+
+    def __init__(self, model: Any, block: int) -> None:
+        super().__init__(model)
+        self.block = block
+
+    def attention(
+        self, w: Layers, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        assert isinstance(w.q_norm, RMSNorm) and isinstance(w.k_norm, RMSNorm)
+        B, n, _ = q.shape
+        q, k, v = (x.view(B, n, -1, self.head_size) for x in (q, k, v))
+        q, k = (rms_norm(x, norm.weight, norm.eps) for x, norm in ((q, w.q_norm), (k, w.k_norm)))
+        start = 0 if past is None else past[0].shape[2]
+        at = torch.arange(start, start + n, device=q.device)
+        sin, cos = self.sin.index_select(2, at), self.cos.index_select(2, at)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k = rotated(q, sin, cos), rotated(k, sin, cos)
+        mask = block_causal_mask(n, self.block, q.device) if past is None else None
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return h.transpose(1, 2).reshape(B, n, -1), (k, v)
 
 
 @torch.no_grad()
@@ -164,3 +200,38 @@ def decode(
                     new, _ = published.select_dream(logits, x[:, fed], masked, rule, e - s)
             x = torch.cat((x[:, : fed.start], new, x[:, fed.stop :]), dim=1)
     return x, nfe
+
+
+@torch.no_grad()
+def decode_blocks(
+    forward: Forward, prompt: Tensor, *, new: int, block: int, rules: list[Rule], mask_id: int
+) -> tuple[Tensor, int]:
+    """As `decode`, of a block-causal model: sequences `[B, P + new]` and the number of forwards.
+
+    `rules` are those of the successive steps of every block; the first block may begin with tokens of the prompt.
+    """
+    B, P = prompt.shape
+    first = P // block * block
+    length = first + -(-(P + new - first) // block) * block
+    x = torch.cat((prompt, prompt.new_full((B, length - P), mask_id)), dim=1)
+    past: Past | None = None
+    nfe = 0
+    if first:
+        _, past = forward(x[:, :first], None, None)
+        nfe += 1
+    for s in range(first, length, block):
+        columns = slice(s, s + block)
+        for step in itertools.count():
+            tokens = x[:, columns]
+            masked = tokens == mask_id
+            finished = not bool(masked.any())
+            if step > block and not finished:
+                raise RuntimeError(f"no end to the block at {s}: a mask's proposal is the mask itself")
+            logits, present = forward(tokens, past, None)
+            nfe += 1
+            if finished:
+                past = present
+                break
+            rule = rules[min(step, len(rules) - 1)]
+            x[:, columns], _ = published.select(logits, tokens, masked, rule, logits.dtype)
+    return x[:, : P + new], nfe

@@ -11,7 +11,17 @@ import measure
 
 Result = dict[str, Any]
 
-SHAPES = {"tiny": "embedded", "100m": "96 M", "dream-7b": "Dream-7B", "dream-100m": "Dream, 96 M"}
+SHAPES = {
+    "tiny": "embedded",
+    "100m": "96 M",
+    "dream-7b": "Dream-7B",
+    "dream-100m": "Dream, 96 M",
+    "sdar-4b": "SDAR-4B",
+    "sdar-100m": "SDAR, 96 M, blocks of 4",
+    "sdar-100m-32": "SDAR, 96 M, blocks of 32",
+    "fast-dllm-v2-7b": "Fast-dLLM v2-7B",
+    "llada2-mini": "LLaDA2.0-mini",
+}
 """The models' names in tables and pictures."""
 
 

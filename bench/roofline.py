@@ -96,12 +96,14 @@ def product_flops(launch: Launch, multiprocessors: float) -> float:
     """FLOPs that a device is busy for: of whole tiles, in whole waves over the multiprocessors.
 
     A product with fewer tiles than multiprocessors is taken to be cut along the summed dimension until it fills them.
+    Of a grouped one every expert has as many rows as the mean.
     """
     if launch.name in OWN_PRODUCTS:
         tile = min(max(1 << (launch.rows - 1).bit_length(), 16), 64)
         return launch.flops / launch.rows * math.ceil(launch.rows / tile) * tile / OWN_RATE
     depth = launch.flops / (2 * launch.rows * launch.columns)
-    strips = math.ceil(launch.rows / TILE_ROWS)
+    groups = launch.groups or 1
+    strips = groups * math.ceil(launch.rows / groups / TILE_ROWS)
 
     def columns(width: int) -> float:
         tiles = strips * math.ceil(launch.columns / width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import replace
@@ -17,11 +16,14 @@ import torch
 from bench_decode import SHAPES
 from nodes import GPU, Launch
 from roofline import Device
+from small import BLOCK_CAUSAL
 from transformers import PretrainedConfig
 
 import fdpp
 from fdpp import DreamConfig, LLaDAConfig
 from fdpp.attention import block_attention, split_keys
+from fdpp.decoding.generate import loop_of, with_blocks, with_token_ids
+from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.models.block import Block
 from fdpp.step import gpu
 
@@ -225,6 +227,63 @@ def test_what_a_step_of_dream_feeds(settings: dict[str, Any], rows: int) -> None
     assert attention.rows == 7 * (rows if many else 33)
 
 
+@pytest.mark.parametrize(
+    ("family", "fed"),
+    [("SDAR", (48, 16, 8)), ("Fast-dLLM v2", (40, 8, 5)), ("LLaDA2", (48, 16, 8))],
+)
+def test_what_forwards_of_a_block_causal_model_feed(family: str, fed: tuple[int, ...]) -> None:
+    """Where a block begins, also the one before it, or the prompt; a layer without experts has 9 launches in all.
+
+    Fast-dLLM v2 decides the first token of a block by the block before alone, then sub-blocks of 4 tokens, which are
+    fed with the column before them.
+    """
+    config, anchored = BLOCK_CAUSAL[family](num_hidden_layers=3).config, family == "Fast-dLLM v2"
+    settings: dict[str, Any] = {"block": 8, "sub_block_length": 4} if anchored else {"block": 8}
+    parts = predict.parts_of(config, **settings)
+    assert parts == ([1, 3, 4] if anchored else [8])
+    last = len(parts) - 1
+    for (full, at), rows in zip([(True, 0), (True, len(parts)), (False, last)], fed, strict=True):
+        launches = nodes.launches(config, prompt=40, new=32, full=full, at=at, **settings)
+        first = [launch for launch in launches if launch.where == "layer 0"]
+        assert len(first) == 9 and [x.rows for x in first if x.name in ("mm", "addmm")] == [rows, rows]
+        assert family == "LLaDA2" or nodes.per_layer(launches) == 9
+        [selection] = [launch for launch in launches if launch.name == "select_kernel"]
+        assert selection.rows == (1 if anchored and full else parts[last])
+
+
+def test_a_layer_with_experts_launches_55_kernels() -> None:
+    """The weights of those experts alone are read that rows name: expected 163 of 256, of 32 rows with 8 each."""
+    config = SHAPES["llada2-mini"]().config
+    assert config is not None
+    step = predict.counts(config, prompt=800)
+    assert sum(n for n, _ in step) == 9 + 19 * 55 + 60
+    grouped = [(n, x) for n, x in step if x.groups]
+    named = 256 * (1 - (31 / 32) ** 32)
+    assert [(n, x.rows, x.columns) for n, x in grouped] == [(19, 256, 1024), (19, 256, 2048)]
+    for (_, launch), depth in zip(grouped, (2048, 512), strict=True):
+        assert launch.groups == pytest.approx(named, rel=1e-12) and 163 < named < 164
+        weights = named * launch.columns * depth * 2
+        assert launch.bytes == pytest.approx(weights + 2 * 256 * (launch.columns + depth), abs=1)
+        assert launch.flops == 2 * 256 * launch.columns * depth
+
+
+def test_what_a_block_step_of_sdar_launches() -> None:
+    config = SHAPES["sdar-4b"]().config
+    assert config is not None
+    step = predict.counts(config, prompt=800, block=4)
+    assert sum(n for n, _ in step) == 36 * 9 + 60
+    products = [(n, x) for n, x in step if x.name in ("mm", "addmm_") and x.where == "layers"]
+    assert {x.rows for _, x in products} == {4} and 7.2e9 < sum(n * x.bytes for n, x in products) < 7.4e9
+
+
+@pytest.mark.parametrize(("family", "sub_block"), [("SDAR", None), ("Fast-dLLM v2", 3), ("Fast-dLLM v2", 1)])
+def test_parts_of_a_block_are_the_loops(family: str, sub_block: int | None) -> None:
+    model = BLOCK_CAUSAL[family]()
+    settings = with_blocks(DiffusionGenerationConfig(16, 8, sub_block_length=sub_block), model)
+    loop = loop_of(model)(model, torch.zeros(1, 8, dtype=torch.int64), None, with_token_ids(settings, model.config))
+    assert [stop - start for start, stop in loop.blocks] == 2 * predict.parts_of(model.config, 8, sub_block)
+
+
 def test_layers_that_differ_are_named() -> None:
     launches = [Launch("mm", f"layer {layer}") for layer in (0, 0, 1, 2)]
     with pytest.raises(ValueError, match=r"in every layer but the last, got \[2, 1, 1\]"):
@@ -256,6 +315,13 @@ def test_a_product_takes_whole_waves_of_the_best_width() -> None:
     assert roofline.product_flops(product(128, 320, 64), 4) == 2 * 128 * 64 * 4 * min(2 * 64, 128 * 3 / 4)
     # 9 tiles of 64 in 3 waves, 5 of 128 in 2, 3 of 192 in three quarters of one.
     assert roofline.product_flops(product(128, 576, 64), 4) == 2 * 128 * 64 * 4 * (192 * 3 / 4)
+
+
+def test_experts_have_tiles_of_their_own() -> None:
+    # 256 rows on 163 experts: a strip each, of four tiles of 256 columns. On 1: two.
+    grouped = replace(product(256, 1024, 64), groups=163.0)
+    assert roofline.product_flops(grouped, 4) == pytest.approx(2 * 163 * 128 * 1024 * 64, rel=1e-12)
+    assert roofline.product_flops(replace(grouped, groups=1.0), 4) == roofline.product_flops(product(256, 1024, 64), 4)
 
 
 def test_a_launch_takes_its_latency_and_the_longer_of_bytes_and_operations() -> None:
@@ -389,12 +455,10 @@ def test_what_is_drawn_has_the_mean_and_the_range_that_it_says() -> None:
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_one_sequence_at_a_time_gives_the_mean_of_the_closed_form(ends: bool) -> None:
-    shape = argparse.Namespace(new=256, block=32, tokens_per_forward=32.0)
     # One forward a block, whatever is drawn.
-    assert predict.tokens_per_second(1, shape, took, ends) == pytest.approx(32 / 1000)
-    shape.tokens_per_forward = 4.0
-    rate = predict.tokens_per_second(1, shape, took, ends)
-    assert rate == predict.tokens_per_second(1, shape, took, ends)
+    assert predict.tokens_per_second(1, [32] * 8, 256, 32.0, took, ends) == pytest.approx(32 / 1000)
+    rate = predict.tokens_per_second(1, [32] * 8, 256, 4.0, took, ends)
+    assert rate == predict.tokens_per_second(1, [32] * 8, 256, 4.0, took, ends)
     assert rate == pytest.approx(32 / (1000 + 7), rel=1e-3)
 
 
@@ -462,6 +526,27 @@ def test_the_command_predicts_dream(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Dream-7B's shape in bf16" in out and "| block step: graph nodes | 306 |" in out
     with pytest.raises(SystemExit, match=r"expected the counts of .*'dream-7b'"):
         predict.main(["--model", "dream-7b", "--batch", "1", "--before"])
+
+
+@pytest.mark.parametrize("model", ["sdar-4b", "fast-dllm-v2-7b"])
+def test_the_command_predicts_block_causal_models(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    predict.main(["--model", model, "--batch", "1", "--new", "64"])
+    out = capsys.readouterr().out
+    sdar = model == "sdar-4b"
+    name, block = ("SDAR-4B", 4) if sdar else ("Fast-dLLM v2-7B", 32)
+    assert f"{name}'s shape in bf16, dual cache, 800 + 64 tokens, blocks of {block}, 1, 2, 4 tokens" in out
+    assert "(assumed)" in out and out.count("tok/s, commits by themselves") == 3 * sdar
+    titles = ("block and the one before", "prefill and a block") if sdar else ("the block before", "whole block")
+    assert all(f"| {title}: all, ms |" in out for title in ("block step", *titles))
+    for wrong in (["--prompt", "801"], ["--prompt", "1056"], ["--cache", "none"]):
+        with pytest.raises(ValueError, match="expected a cache and a prompt of whole blocks, up to 1024 tokens"):
+            predict.main(["--model", model, *wrong])
+
+
+def test_commits_by_themselves_are_forwards_of_a_block() -> None:
+    # A prefill and a block, then a block; a block for the commit before the next one.
+    taken = predict.separate(took)
+    assert predict.decode_seconds([[2, 2, 1]], taken) == (1000 + 1) + 1 + (1 + 1) + 1 + (1 + 1)
 
 
 def test_measured_beside_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
