@@ -31,9 +31,9 @@ from triton.runtime.jit import JITFunction
 
 import fdpp
 from fdpp.attention import BlockCache
-from fdpp.decoding.block_causal import Layout
 from fdpp.decoding.choice import Choice
 from fdpp.decoding.generate import loop_of, with_blocks, with_token_ids
+from fdpp.decoding.layout import Layout
 from fdpp.decoding.runners import StaticRunner
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.static import StaticSteps
@@ -377,7 +377,7 @@ def launches(
         runner = loop.runner(loop.whole, at)
         assert isinstance(runner, StaticRunner)
         # The decode's first forward allocates, and leaves what drafts are drawn from, before anything is captured.
-        (very_first, _), (first, others) = (loop.windows(number, loop.usual(number)) for number in (0, at))
+        (very_first, _), (first, others) = (loop.windows(number, loop.usual(number)[0]) for number in (0, at))
         for window, states, fresh in ((very_first, 1, True), (first, 1, True) if full else (others, drafts, False)):
             step, _ = runner.arena.step(window, states, fresh)
             record.launches.clear()
@@ -389,11 +389,11 @@ def equally_long(prompt: int) -> Callable[..., Layout]:
     """`Layout.of` for rows that all have `prompt` tokens: what it reads of them, tensors without memory do not say."""
     of = Layout.of
 
-    def laid(text: Tensor, real: Tensor, first: Tensor, grid: int, mask_id: int, pad_id: int) -> Layout:
+    def laid(text: Tensor, response: int, real: Tensor, first: Tensor, grid: int, mask_id: int, pad_id: int) -> Layout:
         tokens = torch.full(text.shape, mask_id)
         tokens[:, :prompt] = pad_id
         real, start = torch.ones_like(tokens, dtype=torch.bool), tokens.new_full(first.shape, prompt)
-        found = of(tokens, real, start, grid, mask_id, pad_id)
+        found = of(tokens, response, real, start, grid, mask_id, pad_id)
         # The loop reads the padding, too.
         return Layout(*(x.to(GPU) if isinstance(x, Tensor) else x for x in found))._replace(padding=found.padding)
 

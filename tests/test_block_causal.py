@@ -15,7 +15,8 @@ from transformers import StoppingCriteriaList
 import fdpp
 from fdpp.attention.cache import BlockCache, block_causal_mask, seen, tree_mask
 from fdpp.decoding import block_causal
-from fdpp.decoding.block_causal import BlockCausalLoop, Layout
+from fdpp.decoding.block_causal import BlockCausalLoop
+from fdpp.decoding.layout import Layout
 
 FAMILIES = ("SDAR", "Fast-dLLM v2")
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -365,7 +366,7 @@ def test_a_prefill_and_a_decode_of_layouts() -> None:
     """Rows keep their tokens, in order, on one grid; masks up to the end of their last block, then padding."""
     text = torch.tensor([[61, 61, 61, 1, 2, 62, 62], [1, 2, 3, 4, 5, 62, 62]])
     real = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7]).bool()
-    laid = Layout.of(text, real, torch.tensor([2, 5]), 4, 62, 61)
+    laid = Layout.of(text, 5, real, torch.tensor([2, 5]), 4, 62, 61)
     assert laid.tokens.tolist() == [[61] * 4 + [1, 2, 62, 62], [1, 2, 3, 4, 5, 62, 62, 62]]
     assert (laid.prompt, laid.padding.tolist(), laid.first.tolist()) == (4, [4, 0], [6, 5])
     assert text.equal(torch.where(real, laid.tokens.gather(1, laid.at), text))

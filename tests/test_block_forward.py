@@ -13,7 +13,7 @@ import torch
 from plain import naive_logits
 from plain_block import PlainQwen, block_causal
 from safetensors.torch import load_file, save_file
-from small import small_fast_dllm, small_sdar
+from small import BLOCK_CAUSAL, small_fast_dllm, small_sdar
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -285,20 +285,20 @@ def test_options_that_are_not_implemented_are_named(family: str, option: str, va
 
 
 @pytest.mark.parametrize(
-    ("made", "sizes", "message"),
+    ("family", "sizes", "message"),
     [
-        (small_sdar, {"head_dim": 7}, "SDAR config: rotary embedding needs an even head size, got 7"),
-        (small_sdar, {"head_dim": 0}, "SDAR config: expected sizes of at least 1, got .*head_dim=0"),
-        (small_sdar, {"num_key_value_heads": 3}, "SDAR config: expected num_key_value_heads to divide num_att"),
-        (small_sdar, {"block_size": 0}, "SDAR config: expected a block_size of at least 1, got 0"),
-        (small_fast_dllm, {"bd_size": 0}, r"Fast-dLLM v2 config: expected a bd_size of at least 1, got 0"),
-        (small_fast_dllm, {"hidden_size": 30}, r"Fast-dLLM v2 config: .*hidden_size=30, num_attention_heads=4"),
+        ("SDAR", {"head_dim": 7}, "SDAR config: rotary embedding needs an even head size, got 7"),
+        ("SDAR", {"head_dim": 0}, "SDAR config: expected sizes of at least 1, got .*head_dim=0"),
+        ("SDAR", {"num_key_value_heads": 3}, "SDAR config: expected num_key_value_heads to divide num_att"),
+        ("SDAR", {"block_size": 0}, "SDAR config: expected a block_size of at least 1, got 0"),
+        ("Fast-dLLM v2", {"bd_size": 0}, r"Fast-dLLM v2 config: expected a bd_size of at least 1, got 0"),
+        ("Fast-dLLM v2", {"hidden_size": 30}, r"Fast-dLLM v2 config: .*hidden_size=30, num_attention_heads=4"),
     ],
     ids=str,
 )
-def test_sizes_that_do_not_fit(made: Any, sizes: dict[str, int], message: str) -> None:
+def test_sizes_that_do_not_fit(family: str, sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        made(**sizes)
+        BLOCK_CAUSAL[family](**sizes)
 
 
 def test_ids_outside_of_the_vocabulary_are_none() -> None:

@@ -59,6 +59,7 @@ def test_every_setting_survives_the_file(tmp_path: Path) -> None:
     config = DiffusionGenerationConfig(
         max_new_tokens=7,
         block_length=3,
+        sub_block_length=4,
         rule=Quota(),
         steps=5,
         cache="prefix",

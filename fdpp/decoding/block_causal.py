@@ -1,7 +1,7 @@
 """The block loop of models whose blocks see no later one (block diffusion, arXiv 2503.09573).
 
 Blocks are counted from a sequence's first token, so the first block to decode may begin with tokens of the prompt.
-Rows are padded on the left by whole blocks: all begin to decode in the same columns, and all blocks lie on one grid.
+These count as given (`Layout`).
 
 The keys and values of a finished block are exact once it was fed as it is, and nothing before it ever changes. That
 forward is the next block's first, which feeds both: one forward fewer for every block than where it stands alone.
@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from fdpp.decoding.layout import Layout
 from fdpp.decoding.loop import BlockLoop
 from fdpp.decoding.model import DiffusionModel
 from fdpp.decoding.runners import EagerRunner, StaticRunner
@@ -28,56 +28,9 @@ from fdpp.decoding.stops import asked
 from fdpp.rules import Rule
 
 PIECE = 1024
-"""Columns of a prompt that a forward feeds at most, beside those of a block. The largest products of LLaDA-8B take no
-longer a token beyond a few hundred rows, and masks and scratch of attention stay small. Derived, not measured."""
-
-
-class Layout(NamedTuple):
-    """Where the tokens of a text `[B, S]` stand while they are decoded, L columns a row.
-
-    Attributes:
-        tokens: `[B, L]` int64: padding, tokens, masks up to the end of the row's last block, padding.
-        padding: `[B]` int64, columns on the left that hold no token, whole blocks.
-        prompt: columns before the first block that is decoded.
-        at: `[B, S]` int64, the column of each token of the text, not below 0.
-        real: `[B, S]` bool, which columns of the text hold a token or a mask.
-        source: `[B, L]` int64, the column of the text from which a column is taken.
-        first: `[B]` int64, the column behind the last given token.
-    """
-
-    tokens: Tensor
-    padding: Tensor
-    prompt: int
-    at: Tensor
-    real: Tensor
-    source: Tensor
-    first: Tensor
-
-    @classmethod
-    def of(cls, text: Tensor, real: Tensor, first: Tensor, grid: int, mask_id: int, pad_id: int) -> Layout:
-        """Of `text` `[B, S]`, left-padded where it is not `real`, whose first position to decode is `first` `[B]`."""
-        S, device = text.shape[1], text.device
-        length = real.sum(1)
-        left = S - length
-        before = first // grid * grid
-        behind = (length + grid - 1) // grid * grid
-        prompt, canvas = torch.stack((before.amax(), (behind - before).amax())).tolist()
-        padding = prompt - before
-        position = torch.arange(prompt + canvas, device=device) - padding[:, None]
-        source = (position + left[:, None]).clamp(0, max(S - 1, 0))
-        inside = (position >= 0) & (position < length[:, None])
-        tokens = torch.where(inside, text.gather(1, source), pad_id)
-        unfinished = (position >= length[:, None]) & (position < behind[:, None])
-        tokens = tokens.masked_fill(unfinished, mask_id)
-        at = (torch.arange(S, device=device) - left[:, None] + padding[:, None]).clamp(min=0)
-        given = real & (text != mask_id)
-        last = (torch.arange(1, S + 1, device=device) * given).amax(1) if S else left
-        return cls(tokens, padding, prompt, at, real, source, torch.maximum(last - left, first) + padding)
-
-
-def loop_of(model: DiffusionModel) -> type[BlockLoop]:
-    """The loop that decodes `model`."""
-    return BlockCausalLoop if model.block_causal else BlockLoop
+"""Columns of a prompt that a forward feeds at most, beside those of a block. Products of so many rows are bound by
+arithmetic on every GPU that we have figures of, so that more at once gain nothing, and masks stay small. Derived, not
+measured."""
 
 
 class BlockCausalLoop(BlockLoop):
@@ -92,7 +45,9 @@ class BlockCausalLoop(BlockLoop):
         given: as in `BlockLoop`; rows may have their first mask in different columns.
 
     Attributes:
+        asked: the settings; `config` has the columns of whole blocks as its `max_new_tokens`.
         stored: `[B]` int64, the column up to which the cache holds each sequence's final keys and values.
+        end: `[B]` int64, the column behind each response.
     """
 
     def __init__(
@@ -107,40 +62,19 @@ class BlockCausalLoop(BlockLoop):
         numbers: Tensor | None = None,
         embeds: Tensor | None = None,
     ) -> None:
-        assert config.mask_token_id is not None and config.pad_token_id is not None
-        grid = self.grid = config.per_block
-        self.bucket_length = math.lcm(LENGTH_BUCKET, grid)
+        self.grid = config.per_block
+        self.bucket_length = math.lcm(LENGTH_BUCKET, self.grid)
         self.anchored, self.asked = model.anchored, config
-        B, P = input_ids.shape
-        rest = input_ids.new_full((B, config.max_new_tokens), config.mask_token_id) if given is None else given
-        self.text, self.response = torch.cat((input_ids, rest), dim=1), P
-        real = torch.ones_like(self.text, dtype=torch.bool)
-        if attention_mask is not None:
-            real[:, : attention_mask.shape[1]] = attention_mask
-        before = torch.arange(self.text.shape[1], device=input_ids.device) < P
-        if given is not None:
-            masks = (self.text == config.mask_token_id) & real & ~before
-            before = before | (masks.cumsum(1) == 0)
-        start = (real & before).sum(1)
-        if embeds is not None:  # prompts without ids
-            self.text[:, :P].masked_fill_(self.text[:, :P] == config.mask_token_id, config.pad_token_id)
-        laid = self.laid = Layout.of(self.text, real, start, grid, config.mask_token_id, config.pad_token_id)
-        columns = torch.arange(laid.prompt, device=input_ids.device)
-        padded = bool(laid.padding.any())
-        super().__init__(
-            model,
-            laid.tokens[:, : laid.prompt],
-            columns >= laid.padding[:, None] if padded else None,
-            replace(config, max_new_tokens=laid.tokens.shape[1] - laid.prompt),
-            processor,
-            static,
-            laid.tokens[:, laid.prompt :],
-            numbers,
-        )
+        if embeds is not None and config.mask_token_id is not None:
+            # Prompts without ids are masks, and are not to be decoded.
+            input_ids = input_ids.masked_fill(input_ids == config.mask_token_id, config.pad_token_id or 0)
+        laid = self.laid = Layout.of_prompts(input_ids, attention_mask, given, config)
+        prompts, mask = laid.prompts()
+        canvas = laid.tokens[:, laid.prompt :]
+        config = replace(config, max_new_tokens=canvas.shape[1])
+        super().__init__(model, prompts, mask, config, processor, static, canvas, numbers)
         if embeds is not None:
-            source = torch.nn.functional.pad(laid.source, (self.extra, 0)).clamp(max=max(P - 1, 0))
-            held = embeds.gather(1, source[:, :, None].expand(-1, -1, embeds.shape[2]))
-            self.whole = self.whole._replace(embeds=held, embedded=self.first)
+            self.whole = self.whole._replace(embeds=laid.embedded(embeds, self.extra), embedded=self.first)
         self.blocks = self.spans(self.config.max_new_tokens)
         self.stored = torch.full_like(self.live, self.everything)
         self.end = laid.at[:, -1] + self.extra + 1
@@ -257,14 +191,14 @@ class BlockCausalLoop(BlockLoop):
     @property
     def sequences(self) -> Tensor:
         found = self.whole.sequences.gather(1, self.laid.at + self.extra)
-        return torch.where(self.laid.real, found, self.text)
+        return torch.where(self.laid.real, found, self.laid.text)
 
     def of_response(self, held: Tensor) -> Tensor:
-        return held.gather(1, self.laid.at[:, self.response :] + self.extra)
+        return held.gather(1, self.laid.at[:, self.laid.response :] + self.extra)
 
     def reached(self, column: int) -> Tensor:
         """How many tokens of each response stand before `column`, `[B]` int64."""
-        length = self.text.shape[1] - self.response
+        length = self.laid.text.shape[1] - self.laid.response
         return (column - (self.end - length)).clamp(0, length)
 
     def block_tokens(self, block: int, draft: bool = False) -> Tensor:
@@ -277,7 +211,7 @@ class BlockCausalLoop(BlockLoop):
         reached = self.reached(columns.stop)
         stop = int(reached.amax() if draft or self.finished() else reached.amin())
         start = int(self.reached(columns.start).amin()) if block else 0
-        return self.sequences[:, self.response + start : self.response + stop]
+        return self.sequences[:, self.laid.response + start : self.laid.response + stop]
 
     def ended_by(self, criteria: StoppingCriteriaList, block: int) -> Tensor:
         """They see the sequences as they are returned, each with as much of its response as it has."""
@@ -286,6 +220,11 @@ class BlockCausalLoop(BlockLoop):
         lengths = torch.stack((reached, reached - self.reached(columns.start)), dim=1)
         for length, new in lengths.unique(dim=0).tolist():
             if new:
-                said = asked(criteria, self.sequences[:, : self.response + length], new)
+                said = asked(criteria, self.sequences[:, : self.laid.response + length], new)
                 done |= said & (lengths == lengths.new_tensor((length, new))).all(1)
         return done
+
+
+def loop_of(model: DiffusionModel) -> type[BlockLoop]:
+    """The loop that decodes `model`."""
+    return BlockCausalLoop if model.block_causal else BlockLoop
