@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import block_files
 import pytest
 import torch
 from small import BLOCK_CAUSAL, MASK, PAD, left_pad, make_exact, prompts
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import AutoTokenizer, StoppingCriteria
 
 import fdpp
+from fdpp import cli, tiny
+from fdpp.cli.live import LiveView
 from fdpp.decoding.settings import DiffusionGenerationConfig
+from fdpp.integrations.evaluation.evaluator import Evaluator, Request
+from fdpp.integrations.evaluation.likelihood import Pair, draw_masks, generator_for, log_likelihoods
+from fdpp.models import families
 from fdpp.models.language_model import DiffusionLM
 from fdpp.trace.record import record
 
@@ -191,3 +201,111 @@ def test_edits_show_in_a_trace() -> None:
 def test_masks_of_a_prompt_that_would_be_decided_are_not_traced() -> None:
     with pytest.raises(ValueError, match="expected no mask in the block in which the response begins"):
         record(BLOCK_CAUSAL["SDAR"](), torch.tensor([[1, 2, 3, 4, MASK]]), DiffusionGenerationConfig(**SETTINGS))
+
+
+SAY = ("--gen-length", "18", "--device", "cpu")
+
+
+@EACH
+def test_commands_take_a_published_folder(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but `--model` says what it is; blocks are the model's own, and the template's turn ends an answer."""
+    model = block_files.written(family, tmp_path)
+    tokenizer, model_option = AutoTokenizer.from_pretrained(tmp_path), ("--model", str(tmp_path))
+
+    def printed(*argv: str) -> str:
+        capsys.readouterr()
+        assert cli.main([*argv, *model_option, *SAY]) == 0
+        return capsys.readouterr().out
+
+    def answer(turns: list[dict[str, str]], **settings: Any) -> str:
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ends = [block_files.dream_files.EOS, block_files.TURN[family]]
+        out = model.generate(ids, max_new_tokens=18, eos_token_id=ends, **settings).sequences[0, ids.shape[1] :]
+        return str(tokenizer.decode(out, skip_special_tokens=True)).strip()
+
+    ask = [{"role": "user", "content": "hello hello"}]
+    expected = answer(ask) + "\n"
+    assert printed("generate", "--prompt", "hello hello") == expected
+    assert printed("generate", "--prompt", "hello hello", "--stream").strip() == expected.strip()
+    sub = printed("generate", "--prompt", "hello hello", "--sub-block-length", "2", "--cache", "prefix")
+    assert sub == answer(ask, sub_block_length=2, cache="prefix") + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello hello\nhello\n"))
+    turns = [*ask, {"role": "assistant", "content": expected.strip()}, {"role": "user", "content": "hello"}]
+    assert printed("chat").split() == [*expected.split(), *answer(turns).split()]
+    printed("trace", "--prompt", "hello hello", "-o", str(tmp_path / "page.html"))
+    assert f'"block length":{model.default_block_length},' in (tmp_path / "page.html").read_text()
+    assert cli.main(["generate", "--prompt", "hello", "--refresh", "recent", *model_option, *SAY]) == 2
+    assert (
+        capsys.readouterr().err
+        == "fdpp: error: refresh='recent': nothing of a block-causal model has to be fed again\n"
+    )
+
+
+def test_a_sub_block_of_a_model_without_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = tiny.generate("held-out", 1)[0].prompt
+    assert cli.main(["generate", "--prompt", prompt, "--sub-block-length", "8", *SAY]) == 2
+    assert "sub_block_length=8: expected a block-causal model" in capsys.readouterr().err
+
+
+@EACH
+def test_the_live_view_ends_with_the_response(family: str) -> None:
+    """It redraws a block from its masks, whether or not the response begins or ends amid one."""
+    model, tokenizer = BLOCK_CAUSAL[family](), tiny.load()[1]
+    for row in ROWS[:2]:
+        out = io.StringIO()
+        with LiveView(tokenizer, MASK, out) as view:
+            decoded = model.generate(row[None], streamer=view, stop_at_eos=False, **SETTINGS)
+        assert view.done == decoded.sequences[0, len(row) :].tolist() and view.forwards == decoded.nfe
+
+
+@EACH
+def test_a_likelihood_adds_up_over_blocks(family: str) -> None:
+    """The first block of the target begins amid the context's last one; in blocks of one token nothing is estimated."""
+    model, (context, target) = exactly(family), (ROWS[0].tolist(), prompts(1, 11, seed=5)[0].tolist())
+    whole, grid = [*context, *target], model.default_block_length
+
+    def log_p(ids: list[int], masked: list[int], block_length: int) -> float:
+        tokens = torch.tensor([ids])
+        seen = tokens.clone()
+        seen[0, masked] = MASK
+        mask = model.no_later_block(tokens.shape, None, tokens.device, block_length)
+        with torch.no_grad():
+            logits = model.aligned(model(seen, mask).logits)[0, masked].double()
+        return float(logits.log_softmax(-1).gather(1, tokens[0, masked][:, None]).sum())
+
+    ends = [n for n in range(10, 21) if n % grid == 0 or n == 20]
+    pair, expected = Pair(context, target), 0.0
+    for start, stop in zip([9, *ends[:-1]], ends, strict=True):
+        generator = generator_for(Pair(whole[:start], whole[start:stop]), 0)
+        masks = draw_masks(stop - start, 4, generator)
+        values = [
+            (stop - start) / int(mask.sum()) * log_p(whole[:stop], (start + mask.nonzero()[:, 0]).tolist(), grid)
+            for mask in masks
+        ]
+        expected += sum(values) / len(values)
+    neighbours = [Pair([], target[:5]), pair, Pair(context[:2], target[:1])]
+    got = list(log_likelihoods(model, neighbours, samples=4, batch_size=3))
+    assert got[1] == pytest.approx(expected, abs=1e-4)
+    chain = sum(log_p(whole[: n + 1], [n], 1) for n in range(9, 20))
+    assert next(log_likelihoods(model, [pair], samples=4, block_length=1)) == pytest.approx(chain, abs=1e-4)
+
+
+@EACH
+def test_an_evaluation_answers_in_batches_as_alone(family: str, tmp_path: Path) -> None:
+    block_files.written(family, tmp_path)
+    loaded, tokenizer = families.load(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    make_exact(loaded)
+    requests = [Request("task", text, {"max_gen_toks": 14, "until": ["l"]}) for text in ("hello", "a", "hello " * 9)]
+    answers = [Evaluator(loaded, tokenizer, batch_size=n) for n in (3, 1)]
+    together, alone = (evaluator.responses(requests) for evaluator in answers)
+    assert together == alone and answers[0].tallies == answers[1].tallies | {
+        name: replace(tally, seconds=answers[0].tallies[name].seconds) for name, tally in answers[1].tallies.items()
+    }
+    prompt, step = tokenizer("a", return_tensors="pt")["input_ids"], {"rule": fdpp.Quota(1), "cache": "none"}
+    out = loaded.generate(prompt, max_new_tokens=9, stop_at_eos=False, **step)
+    evaluator = Evaluator(loaded, tokenizer, mc_num=1, check_greedy=True)
+    greedy = Pair([out.sequences[0, 0].item()], out.sequences[0, 1:].tolist())
+    assert evaluator.is_greedy(greedy) and not evaluator.is_greedy(greedy._replace(target=greedy.target[::-1]))

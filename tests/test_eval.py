@@ -533,7 +533,7 @@ class TestLikelihood:
 
     def test_a_target_of_one_token_takes_one_forward(self, model, monkeypatch):
         rows = []
-        monkeypatch.setattr(likelihood, "score", lambda model, batch: rows.extend(batch) or [0.0] * len(batch))
+        monkeypatch.setattr(likelihood, "score", lambda model, batch, _: rows.extend(batch) or [0.0] * len(batch))
         assert list(log_likelihoods(model, [Pair([1, 2], [3])], samples=128)) == [0.0] and len(rows) == 1
 
     def test_white_space_at_the_end_of_a_context_belongs_to_the_target(self, model, tokenizer, bpe):

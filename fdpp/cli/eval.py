@@ -33,6 +33,7 @@ from fdpp.cli.options import (
     rule_options,
     whole,
 )
+from fdpp.decoding.generate import with_blocks
 from fdpp.integrations.evaluation.presets import PRESETS
 from fdpp.integrations.evaluation.settings import SAMPLING, asked_by, same_names
 
@@ -356,7 +357,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if results is None:
         return 0
     # None: the length that each task asks for.
-    decoding = dataclasses.asdict(config) | {"rule": repr(config.rule), "max_new_tokens": gen_length}
+    decoding = dataclasses.asdict(with_blocks(config, model))
+    decoding |= {"rule": repr(config.rule), "max_new_tokens": gen_length}
     by_task = {
         task: {name: repr(value) if name == "rule" else value for name, value in asked.items()}
         for task, asked in model_of_harness.evaluator.asked.items()

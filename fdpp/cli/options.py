@@ -335,7 +335,8 @@ def ended_by_turn(config: DiffusionGenerationConfig, model: DiffusionLM, tokeniz
     turns = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": "answered"}]
     after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answered")[2]
     ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
-    eos = model.settled(config, {}).eos_ids
+    with reported(ValueError):
+        eos = model.settled(config, {}).eos_ids
     if not ids or ids[0] in eos or not is_special(tokenizer, ids[0]):
         return config
     return replace(config, eos_token_id=[*eos, ids[0]])

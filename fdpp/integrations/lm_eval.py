@@ -1,4 +1,4 @@
-"""lm-evaluation-harness model `fdpp`: a LLaDA or Dream decoded by rules, block by block (the extra `eval`).
+"""lm-evaluation-harness model `fdpp`: a diffusion model decoded by rules, block by block (the extra `eval`).
 
 `python -m fdpp eval` runs it. In Python, importing this module registers the name:
 

@@ -240,17 +240,22 @@ class DiffusionLM(DiffusionGenerationMixin, DiffusionPreTrainedModel):
             hidden_states=None if states is None else tuple(states),
         )
 
-    def no_later_block(self, shape: torch.Size, real: Tensor | None, device: torch.device) -> Tensor:
-        """What each position of `shape` `[B, L]` sees, bool `[B or 1, L, L]`; padding is where `real` `[B, L]` is 0."""
-        B, L = shape
+    def no_later_block(
+        self, shape: torch.Size, real: Tensor | None, device: torch.device, block_length: int | None = None
+    ) -> Tensor:
+        """What each position of `shape` `[B, L]` sees, bool `[B or 1, L, L]`; padding is where `real` `[B, L]` is 0.
+
+        `block_length`: None: `default_block_length`.
+        """
+        (B, L), grid = shape, block_length or self.default_block_length
         if real is None:
-            return block_causal_mask(L, self.default_block_length, device)[None]
+            return block_causal_mask(L, grid, device)[None]
         if tuple(real.shape) != (B, L):
             raise ValueError(
                 f"attention_mask: expected [{B}, {L}], [B, L, L] or [B, heads, L, L], got {list(real.shape)}"
             )
         real = real.bool()
-        block = (real.cumsum(1) - 1) // self.default_block_length
+        block = (real.cumsum(1) - 1) // grid
         # Padding sees itself: a position that sees nothing has no softmax.
         itself = torch.eye(L, dtype=torch.bool, device=device)
         return ((block[:, None] <= block[:, :, None]) & real[:, None]) | itself

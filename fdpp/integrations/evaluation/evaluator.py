@@ -246,7 +246,9 @@ class Evaluator:
         """The log-likelihood (`evaluation.likelihood`) of every target of `(context, target)`, and whether greedy
         decoding gives it."""
         pairs = [self.pair_of(context, target) for context, target in requests]
-        keys = [key_of(self.model_key, self.mc_num, self.config.seed, self.check_greedy, *pair) for pair in pairs]
+        grid = self.config.block_length if self.model.block_causal else None
+        asked = (self.mc_num, self.config.seed, self.check_greedy, *([] if grid is None else [grid]))
+        keys = [key_of(self.model_key, *asked, *pair) for pair in pairs]
         self.journal.add(
             {
                 key: {"value": 0.0, "greedy": True}
@@ -257,7 +259,7 @@ class Evaluator:
         todo = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self.journal}
         order = sorted(todo, key=lambda key: -sum(map(len, todo[key])))
         unique, seed = len(set(keys)), self.config.seed or 0
-        values = log_likelihoods(self.model, [todo[key] for key in order], self.mc_num, self.batch_size, seed)
+        values = log_likelihoods(self.model, [todo[key] for key in order], self.mc_num, self.batch_size, seed, grid)
         with self.progress("likelihoods", unique, unique - len(order)) as bar:
             for key, value in zip(order, values, strict=True):
                 greedy = self.check_greedy and self.is_greedy(todo[key])
@@ -271,12 +273,15 @@ class Evaluator:
         return Pair(self.fit(whole[:split], len(whole) - split), whole[split:])
 
     def is_greedy(self, pair: Pair) -> bool:
-        """Whether decoding one token per step, without a cache, gives the target."""
+        """Whether decoding one token per step, without a cache, gives the target.
+
+        It is one block, or of a block-causal model as many as it has.
+        """
         prompt = torch.tensor([pair.context], dtype=torch.int64, device=self.model.device)
         out = self.model.generate(
             prompt,
             max_new_tokens=len(pair.target),
-            block_length=min(len(pair.target), 1024),
+            block_length=self.config.block_length if self.model.block_causal else min(len(pair.target), 1024),
             rule=fdpp.Quota(1),
             cache="none",
             stop_at_eos=False,

@@ -3,13 +3,17 @@
 A sample masks l of a target's L tokens, l uniform over 1 to L and the positions uniform. Its value is L / l times the
 sum of the masked tokens' log-probabilities. The mean over samples is reported; its expectation is a lower bound on the
 log-likelihood. The l of all samples are drawn systematically, from one uniform number, which lowers the variance.
+
+A block-causal model sees earlier blocks as they are: the estimates of a target's blocks add up, each given the tokens
+before it (BD3-LM, arXiv 2503.09573, section 3.1). Published evaluations of SDAR and LLaDA2 score responses alone. That
+of Fast-dLLM v2 scores the first token of a target, with the target's other tokens in sight.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from typing import NamedTuple
 
 import torch
@@ -44,8 +48,15 @@ def generator_for(pair: Pair, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
+def by_blocks(pair: Pair, block_length: int) -> list[Pair]:
+    """The part of the target in each block, given all before it; blocks are counted from the context's first token."""
+    ids, start = [*pair.context, *pair.target], len(pair.context)
+    cuts = [start, *range((start // block_length + 1) * block_length, len(ids), block_length), len(ids)]
+    return [Pair(ids[:a], ids[a:b]) for a, b in pairwise(cuts)]
+
+
 @torch.no_grad()
-def score(model: DiffusionLM, rows: Sequence[tuple[Pair, Tensor]]) -> list[float]:
+def score(model: DiffusionLM, rows: Sequence[tuple[Pair, Tensor]], block_length: int | None = None) -> list[float]:
     """L / l times the log-probability of the masked tokens, for every pair with its mask `[L]`."""
     device, config = model.device, model.settled(None, {})
     mask_id, pad_id = config.mask_token_id, config.pad_token_id
@@ -55,7 +66,10 @@ def score(model: DiffusionLM, rows: Sequence[tuple[Pair, Tensor]]) -> list[float
     for b, (_, mask) in enumerate(rows):
         masked[b, ids.shape[1] - len(mask) :] = mask.to(device)
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    hidden = model.aligned(model.model(ids.masked_fill(masked, mask_id), attention_mask, position_ids), attention_mask)
+    sees = attention_mask
+    if model.block_causal:
+        sees = model.no_later_block(ids.shape, attention_mask, device, block_length)
+    hidden = model.aligned(model.model(ids.masked_fill(masked, mask_id), sees, position_ids), attention_mask)
     losses = F.cross_entropy(model.project(hidden[masked]).float(), ids[masked], reduction="none")
     sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
     sums.index_add_(0, masked.nonzero()[:, 0], -losses.double())
@@ -63,19 +77,35 @@ def score(model: DiffusionLM, rows: Sequence[tuple[Pair, Tensor]]) -> list[float
 
 
 def log_likelihoods(
-    model: DiffusionLM, pairs: Iterable[Pair], samples: int = 128, batch_size: int = 1, seed: int = 0
+    model: DiffusionLM,
+    pairs: Iterable[Pair],
+    samples: int = 128,
+    batch_size: int = 1,
+    seed: int = 0,
+    block_length: int | None = None,
 ) -> Iterator[float]:
-    """The estimate for every pair, in order; masked rows of neighbouring pairs share forwards of `batch_size` rows."""
+    """The estimate for every pair, in order; masked rows of neighbouring pairs share forwards of `batch_size` rows.
+
+    `block_length` is that of a block-causal model; None: its own.
+    """
+
+    def parts(pair: Pair) -> list[Pair]:
+        return by_blocks(pair, block_length or model.default_block_length) if model.block_causal else [pair]
+
     rows = (
-        (i, (pair, mask))
+        ((i, j), (part, mask))
         for i, pair in enumerate(pairs)
-        for mask in draw_masks(len(pair.target), samples, generator_for(pair, seed))
+        for j, part in enumerate(parts(pair))
+        for mask in draw_masks(len(part.target), samples, generator_for(part, seed))
     )
 
-    def scored() -> Iterator[tuple[int, float]]:
+    def scored() -> Iterator[tuple[tuple[int, int], float]]:
         while batch := list(islice(rows, batch_size)):
-            yield from zip((i for i, _ in batch), score(model, [row for _, row in batch]), strict=True)
+            yield from zip((at for at, _ in batch), score(model, [row for _, row in batch], block_length), strict=True)
 
-    for _, values in groupby(scored(), key=lambda item: item[0]):
-        estimates = [value for _, value in values]
-        yield sum(estimates) / len(estimates)
+    for _, of_pair in groupby(scored(), key=lambda item: item[0][0]):
+        total = 0.0
+        for _, values in groupby(of_pair, key=lambda item: item[0][1]):
+            estimates = [value for _, value in values]
+            total += sum(estimates) / len(estimates)
+        yield total
