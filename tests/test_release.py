@@ -19,7 +19,9 @@ HAS_SETUPTOOLS = any(int(found.version.split(".")[0]) >= 77 for found in distrib
 REQUIRED = {"cff-version", "message", "title", "authors"}
 """By the schema of CFF 1.2.0; of a reference: type, title and authors."""
 
-PAPERS = {"2606.02955", "2505.22618", "2510.00294", "2602.06953", "2502.09992", "2508.15487"}
+PAPERS = {"2606.02955", "2505.22618", "2510.00294", "2602.06953", "2502.09992", "2508.15487"} | {
+    *("2503.09573", "2510.06303", "2509.06949", "2512.15745", "2509.26328"),
+}
 
 
 def test_the_version_stands_in_one_place() -> None:
