@@ -6,11 +6,13 @@ import io
 import sys
 from collections import Counter
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import block_files
 import pytest
+import sglang_like
 import torch
 from small import BLOCK_CAUSAL, MASK, PAD, left_pad, make_exact, prompts
 from torch import Tensor
@@ -309,3 +311,74 @@ def test_an_evaluation_answers_in_batches_as_alone(family: str, tmp_path: Path) 
     evaluator = Evaluator(loaded, tokenizer, mc_num=1, check_greedy=True)
     greedy = Pair([out.sequences[0, 0].item()], out.sequences[0, 1:].tolist())
     assert evaluator.is_greedy(greedy) and not evaluator.is_greedy(greedy._replace(target=greedy.target[::-1]))
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """fdpp's plugin on the stand-in for SGLang, by name of the algorithm."""
+    for name, module in sglang_like.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "fdpp.integrations.sglang", raising=False)
+    plugin = import_module("fdpp.integrations.sglang")
+    plugin.register()
+    yield sys.modules["sglang.srt.dllm.algorithm"].algo_name_to_cls
+    sys.modules.pop("fdpp.integrations.sglang")
+
+
+SERVED = {
+    "ThresholdQuota": fdpp.ThresholdQuota(0.5, 2),
+    "Leftmost": fdpp.Leftmost(3),
+    "Editing": fdpp.Editing(tau=0.5, edit=0.5, post=2),
+    "EditingAtOnce": fdpp.Editing(tau=0.5, k=2, edit=0.3, post=0),
+}
+
+
+@pytest.mark.parametrize("fdfo", [False, True], ids=["synchronous", "first done"])
+@pytest.mark.parametrize("rule", SERVED.values(), ids=SERVED)
+def test_sglangs_loops_give_the_tokens_of_generate(rule: fdpp.Rule, fdfo: bool, served: Any) -> None:
+    """Requests of different lengths, block by block; each is one further as soon as its block is done, which a forward
+    of its last tokens must have been before."""
+    model = exactly("LLaDA2")
+    T, blocks = model.default_block_length, 2
+
+    def logits(context: list[int], block: list[int]) -> Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([context + block])).logits[0, -T:]
+
+    algorithm = served[f"{type(rule).__name__}Profile"](
+        sglang_like.DllmConfig("", {**vars(rule), "block_size": T}, T, MASK, fdfo)
+    )
+    texts, states = [row.tolist() for row in ROWS], [None] * len(ROWS)
+    lengths = [(len(row) // T + blocks) * T for row in ROWS]
+    runner = sglang_like.Runner(logits)
+    now = {b: [*text[len(text) // T * T :], *[MASK] * (T - len(text) % T)] for b, text in enumerate(texts)}
+    while now:
+        ids = list(now)
+        given = [max(len(ROWS[b]) - len(texts[b]) // T * T, 0) for b in ids]
+        runner.contexts = [texts[b][: len(texts[b]) // T * T] for b in ids]
+        batch = sglang_like.batch_of([now[b] for b in ids], given)
+        _, out, accepted, after, _ = algorithm.run(runner, batch, [states[b] for b in ids] if fdfo else None)
+        for i, b in enumerate(ids):
+            whole = out[i] if fdfo else [*now[b][: given[i]], *out[i].tolist()]
+            states[b], now[b] = (after[i] if fdfo else None), whole
+            if not fdfo or accepted[i]:
+                assert runner.seen[i] == whole
+                texts[b] = [*runner.contexts[i], *whole]
+                now[b] = [MASK] * T
+                if len(texts[b]) == lengths[b]:
+                    del now[b]
+    for row, text in zip(ROWS, texts, strict=True):
+        settings: dict[str, Any] = {"max_new_tokens": len(text) - len(row), "stop_at_eos": False}
+        assert model.generate(row[None], rule=rule, **settings).sequences[0].tolist() == text
+
+
+def test_sglang_edits_no_prompt_and_fills_no_mask_in_it(served: Any) -> None:
+    algorithm = served["EditingProfile"](sglang_like.DllmConfig("", {"tau": 0.1, "edit": 0.0}, 6, MASK))
+    batch = sglang_like.batch_of([[5, MASK, 7, MASK, MASK, MASK], [8] * 6], [3, 6])
+    table = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
+    runner = sglang_like.Runner(lambda context, block: table[context[0]])
+    runner.contexts = [[0], [1]]
+    algorithm.run(runner, batch)
+    best = table[0].index_fill(1, torch.tensor(MASK), -torch.inf).argmax(1).tolist()
+    assert batch.input_ids[:6].tolist() == [5, MASK, 7, *best[3:]]
+    assert batch.input_ids[6:].tolist() == [8] * 6

@@ -2,6 +2,7 @@
 
 SGLang finds `register` through the entry point group `sglang.srt.plugins` and calls it in every process it starts.
 Written against the `DllmAlgorithm` of SGLang 0.5.23, whose loops (synchronous and first-done-first-out) run unchanged.
+What a rule remembers of a block is in the state that they carry for every request.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fdpp.decoding.choice import everywhere
 from fdpp.integrations.extras import install
 from fdpp.rules import (
+    Editing,
     EntropyBound,
     EntropySum,
     Factor,
@@ -22,13 +25,18 @@ from fdpp.rules import (
     Leftmost,
     LeftmostRun,
     LocalLeap,
+    Proposed,
     Quota,
     Rule,
     Threshold,
     ThresholdLeftmost,
     ThresholdQuota,
 )
+from fdpp.rules.editing import Looks
+from fdpp.selection import candidates
 from fdpp.step.module import DenoisingStep
+from fdpp.step.operators import prefix_step
+from fdpp.step.terms import Terms
 
 try:
     from sglang.srt.dllm.algorithm import algo_name_to_cls
@@ -44,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 SERVED = (
     *(Frechet, Threshold, Factor, EntropyBound, LocalLeap, Quota),
-    *(ThresholdQuota, ThresholdLeftmost, EntropySum, Leftmost, LeftmostRun),
+    *(ThresholdQuota, ThresholdLeftmost, EntropySum, Leftmost, LeftmostRun, Editing),
 )
 READ_BY_SGLANG = {"block_size"}
 """Settings of `--dllm-algorithm-config` that `DllmConfig` reads for every algorithm."""
@@ -119,6 +127,57 @@ class RuleAlgorithm(DllmAlgorithm):
             self.warned = True
 
 
+class EditingAlgorithm(RuleAlgorithm):
+    """`Editing` as SGLang runs it. Of every request's block its state knows
+
+    - `given` `[block_size]` bool, the tokens that it came in with, which never change;
+    - `clean`, how many forwards found no mask in it;
+    - `over`, whether it has changed for the last time, and the next forward writes the keys and values of its tokens.
+    """
+
+    def max_steps(self, block_size: int) -> int:
+        rule: Any = self.denoise.rule
+        return block_size + rule.post + 1
+
+    def init_step_state(self, forward_batch: Any) -> list[Any]:
+        given = forward_batch.input_ids.view(forward_batch.batch_size, self.block_size) != self.mask_id
+        if forward_batch.dllm_prompt_mask is not None:
+            given = given | forward_batch.dllm_prompt_mask
+        return [{"given": row, "clean": 0, "over": False} for row in given]
+
+    def step(self, forward_batch: Any, full_logits: Tensor, states: list[Any]) -> list[bool]:
+        """As `RuleAlgorithm.step`. A block is done when the forward changed nothing in it and it has no mask left, or
+        after the forward that follows its last change.
+        """
+        B, T, device = forward_batch.batch_size, self.block_size, full_logits.device
+        if not B:
+            return []
+        self.denoise.to(device)
+        rule, before = self.denoise.rule, forward_batch.input_ids.view(B, T)
+        given = torch.stack([state["given"] for state in states])
+        counts = torch.tensor([[state["clean"], state["over"]] for state in states]).to(device, non_blocking=True)
+        clean, over = counts[:, 0], counts[:, 1:].bool()
+        # A mask id inside the prompt is a token like any other.
+        tokens = torch.where(given & (before == self.mask_id), int(self.mask_id == 0), before)
+        candidate = candidates(tokens, self.mask_id)
+        clean = torch.where(candidate.any(1), 0, clean + 1)
+        terms = Terms(self.denoise.bits.view(torch.float64), rule.key(), self.mask_id)
+        step = everywhere(prefix_step, full_logits.view(B, T, -1), tokens, terms)
+        proposed = Proposed(step, tokens, candidate, self.mask_id, Looks(clean), numbers=terms.params, given=given)
+        out = rule.decide(proposed)
+        changed = out.committed & ~given & ~over
+        forward_batch.input_ids.copy_(torch.where(changed, out.tokens, before).view(-1))
+        told = torch.stack((out.remaining.long(), changed.sum(1), clean, out.nonfinite.long()))
+        remaining, changes, looks, unusable = told.tolist()
+        if any(unusable):
+            self.report(unusable, forward_batch.rids)
+        done = []
+        for state, left, changed_now, found in zip(states, remaining, changes, looks, strict=True):
+            done.append(state["over"] or (left == 0 and changed_now == 0))
+            state["clean"], state["over"] = found, state["over"] or left == 0
+        return done
+
+
 def register(*rules: type[Rule]) -> None:
     """Add an algorithm for each rule, by default `SERVED`, to SGLang's registry, named as the rule plus "Profile".
 
@@ -133,4 +192,5 @@ def register(*rules: type[Rule]) -> None:
         present = algo_name_to_cls.get(name)
         if present is not None and getattr(present, "rule", None) is not rule:
             raise ValueError(f"{name}: SGLang already has an algorithm of this name, {present.__module__}.{name}")
-        algo_name_to_cls[name] = type(name, (RuleAlgorithm,), {"rule": rule, "__doc__": rule.__doc__})
+        base = EditingAlgorithm if issubclass(rule, Editing) else RuleAlgorithm
+        algo_name_to_cls[name] = type(name, (base,), {"rule": rule, "__doc__": rule.__doc__})

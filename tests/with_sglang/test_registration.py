@@ -26,6 +26,7 @@ NAMES = {
     "EntropySumProfile": fdpp.EntropySum,
     "LeftmostProfile": fdpp.Leftmost,
     "LeftmostRunProfile": fdpp.LeftmostRun,
+    "EditingProfile": fdpp.Editing,
 }
 SHIPPED = {"LowConfidence", "JointThreshold", "JointThresholdInDel", "Gemma4Renoise"}
 

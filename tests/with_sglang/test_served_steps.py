@@ -108,6 +108,19 @@ def test_threshold_decodes_as_the_shipped_low_confidence(algorithm: Callable[...
     assert results[0] == results[1]
 
 
+def test_editing_decodes_as_the_shipped_joint_threshold(algorithm: Callable[..., Any]) -> None:
+    def unlikely_mask(tokens: list[int], logits: Tensor) -> None:
+        logits[:, MASK] = -30.0
+
+    names = {"JointThreshold": {"threshold": 0.7, "edit_threshold": 0.5}, "EditingProfile": {"tau": 0.7, "edit": 0.5}}
+    found = []
+    for name, settings in names.items():
+        batch = batch_of(BLOCKS)
+        algorithm(name, **settings).run(MadeUpModel(unlikely_mask), batch)
+        found.append(batch.input_ids.tolist())
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("fdfo", [False, True])
 def test_a_mask_id_among_committed_tokens_stays(algorithm: Callable[..., Any], fdfo: bool) -> None:
     tokens = [5, MASK, 7, MASK, *[MASK] * 4]
