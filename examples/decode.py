@@ -1,4 +1,4 @@
-"""Answer one prompt, with the embedded model or with any LLaDA or Dream.
+"""Answer one prompt, with the embedded model or with any LLaDA, Dream, SDAR, LLaDA2 or Fast-dLLM v2.
 
 python examples/decode.py
 python examples/decode.py GSAI-ML/LLaDA-8B-Instruct "Why is the sky blue?"
@@ -19,7 +19,7 @@ from fdpp.models import families
 from fdpp.models.language_model import DiffusionLM
 
 # Any rule of fdpp, and one of your own (own_rule.py), goes in the place of this one.
-SETTINGS = {"max_new_tokens": 128, "block_length": 32, "rule": fdpp.Frechet(margin=0.25), "cache": "dual"}
+SETTINGS = {"max_new_tokens": 128, "rule": fdpp.Frechet(margin=0.25), "cache": "dual"}
 
 
 def load(path: str) -> tuple[DiffusionLM, Any]:

@@ -322,7 +322,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Any:
     plugin = import_module("fdpp.integrations.sglang")
     plugin.register()
     yield sys.modules["sglang.srt.dllm.algorithm"].algo_name_to_cls
-    sys.modules.pop("fdpp.integrations.sglang")
+    del sys.modules["fdpp.integrations.sglang"], sys.modules["fdpp.integrations"].sglang
 
 
 SERVED = {
