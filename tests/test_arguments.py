@@ -231,6 +231,8 @@ def test_a_rule_by_its_name(llada: LLaDAModelLM, rule: Any) -> None:
         ({"use_cache": False}, 'use_cache=False has another name here, cache="none"'),
         ({"dual_cache": True}, 'cache="dual"'),
         ({"mask_id": 3}, "mask_token_id=3"),
+        ({"small_block_size": 8}, "small_block_size=8 has another name here, sub_block_length=8"),
+        ({"editing_threshold": 0.5}, r"rule=Editing\(edit=0.5\)"),
         ({"guidance_scale": 2.0}, "cfg_scale, which is guidance_scale - 1"),
         ({"num_beams": 4}, "num_beams=4 is of autoregressive generation.*expected 1, which changes nothing"),
         ({"penalty_alpha": 0.6}, "penalty_alpha=0.6 is of autoregressive generation and has no meaning"),

@@ -16,7 +16,7 @@ import sglang_like
 import torch
 from small import BLOCK_CAUSAL, MASK, PAD, left_pad, make_exact, prompts
 from torch import Tensor
-from transformers import AutoTokenizer, StoppingCriteria
+from transformers import AutoTokenizer, StoppingCriteria, pipeline
 
 import fdpp
 from fdpp import cli, tiny
@@ -382,3 +382,20 @@ def test_sglang_edits_no_prompt_and_fills_no_mask_in_it(served: Any) -> None:
     best = table[0].index_fill(1, torch.tensor(MASK), -torch.inf).argmax(1).tolist()
     assert batch.input_ids[:6].tolist() == [5, MASK, 7, *best[3:]]
     assert batch.input_ids[6:].tolist() == [8] * 6
+
+
+@EACH
+def test_a_pipeline_takes_a_published_folder(family: str, tmp_path: Path) -> None:
+    model = block_files.written(family, tmp_path)
+    generator = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    tokenizer: Any = generator.tokenizer
+    texts, settings = ["hello hello a", "b"], {"max_new_tokens": 9, "rule": fdpp.ThresholdQuota(0.5), "cache": "none"}
+    tokenizer.padding_side = "left"
+    records: Any = generator(texts, batch_size=2, return_full_text=False, **settings)
+    for text, [answer] in zip(texts, records, strict=True):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        alone = model.generate(ids, **settings).sequences[0, ids.shape[1] :]
+        assert answer["generated_text"] == tokenizer.decode(alone, skip_special_tokens=True)
+        told = Kept()
+        generator.model.generate(ids, streamer=told, **settings)
+        assert torch.cat(told.finished[1:], 1)[0].equal(alone)

@@ -66,6 +66,18 @@ ELSEWHERE = {
     "stop": "stop_strings={}",
     "step_callback": "streamer=, whose put_draft gets the block after every forward",
     "prompt": "input_ids=",
+    "bd_size": "block_length={}",
+    "small_block_size": "sub_block_length={}",
+    "use_block_cache": 'cache="dual", or "prefix" without it',
+    "denoising_steps": "steps=, which counts the whole response, with a rule whose k is None",
+    "remasking_strategy": "rule=Quota(), Leftmost(None), ThresholdQuota() or EntropySum()",
+    "confidence_threshold": "rule=ThresholdQuota({})",
+    "dynamic_threshold": "rule=ThresholdLeftmost({})",
+    "eb_threshold": "rule=EntropySum({})",
+    "editing_threshold": "rule=Editing(edit={})",
+    "max_post_steps": "rule=Editing(post={})",
+    "num_to_transfer": "rule=Editing(k={})",
+    "eos_early_stop": "stop_at_eos={}",
     "cache_implementation": 'cache="dual", "prefix" or "none"',
 }
 """What has another name here: arguments of other projects' `generate` and of transformers'."""

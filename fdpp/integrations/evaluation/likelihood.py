@@ -5,7 +5,7 @@ sum of the masked tokens' log-probabilities. The mean over samples is reported; 
 log-likelihood. The l of all samples are drawn systematically, from one uniform number, which lowers the variance.
 
 A block-causal model sees earlier blocks as they are: the estimates of a target's blocks add up, each given the tokens
-before it (BD3-LM, arXiv 2503.09573, section 3.1). Published evaluations of SDAR and LLaDA2 score responses alone. That
+before it (BD3-LM, arXiv 2503.09573). Published evaluations of SDAR and LLaDA2 score responses alone. That
 of Fast-dLLM v2 scores the first token of a target, with the target's other tokens in sight.
 """
 
