@@ -136,9 +136,9 @@ def fast_dllm_v2() -> FastDLLMConfig:
     )
 
 
-def small_sdar(block: int) -> Shape:
-    """96 M parameters. Nothing of it depends on the cache."""
-    return Shape(sdar(256, 1152, 15, 8, 2, 64), 96, 64, (1,), block, rates=(4.0, 2.0, 1.0), caches=("dual",))
+def small_sdar(block: int, *rates: float) -> Shape:
+    """96 M parameters. Both caches are the same."""
+    return Shape(sdar(256, 1152, 15, 8, 2, 64), 96, 64, (1,), block, rates=rates, caches=("dual",))
 
 
 SHAPES: dict[str, Callable[[], Shape]] = {
@@ -147,8 +147,8 @@ SHAPES: dict[str, Callable[[], Shape]] = {
     "dream-7b": lambda: Shape(dream(3584, 18944, 28, 28, 4), 800, 256, (1, 8, 32)),
     "dream-100m": lambda: Shape(dream(256, 1376, 15, 8, 2), 96, 64, (1,)),
     "sdar-4b": lambda: Shape(sdar(2560, 9728, 36, 32, 8, 128), 800, 256, (1,), 4, rates=(2.0, 1.0), caches=("dual",)),
-    "sdar-100m": lambda: small_sdar(4),
-    "sdar-100m-32": lambda: small_sdar(32),
+    "sdar-100m": lambda: small_sdar(4, 4.0, 2.0, 1.0),
+    "sdar-100m-32": lambda: small_sdar(32, 4.0, 2.0),
     "fast-dllm-v2-7b": lambda: Shape(fast_dllm_v2(), 800, 256, (1,)),
     "llada2-mini": lambda: Shape(LLaDA2Config(), 800, 256, (1,)),
     "tiny": lambda: Shape(None, 0, 128, (1, 8)),
@@ -199,12 +199,13 @@ class Run:
 
     def published(self, forward: published_decode.Forward, settings: DiffusionGenerationConfig) -> tuple[Tensor, int]:
         if self.model.block_causal:
+            new, block = settings.max_new_tokens, settings.per_block
             return published_decode.decode_blocks(
                 forward,
                 self.prompt,
-                new=settings.max_new_tokens,
-                block=settings.per_block,
-                rules=settings.rule.successive(0, settings.per_block, settings.max_new_tokens, settings.steps),
+                new=new,
+                block=block,
+                rules=settings.rule.successive(0, block, max(new, block), settings.steps),
                 mask_id=self.model.config.mask_token_id,
             )
         return published_decode.decode(
@@ -544,7 +545,7 @@ class Benchmark:
                 done.append(setting)
                 for way in ("fdpp", "published"):
                     setting.measure(way)
-                    if cache != "none" and name != "tiny":
+                    if cache != "none" and name != "tiny" and not model.block_causal:
                         cached_forward(rows, 1e3 * weights / self.bandwidth)
                     self.write()
                 print(facts, f"{row.get('speedup', math.nan):.2f}x", flush=True)

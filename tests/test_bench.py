@@ -27,7 +27,7 @@ import report
 import torch
 import two_launch
 from inputs import INTERPRETED, on_gpu, random_problem
-from small import MASK, prompts, small_dream, small_model
+from small import MASK, prompts, small_dream, small_model, small_sdar
 from torch import Tensor
 
 import fdpp
@@ -50,6 +50,42 @@ def test_the_published_decode_gives_our_tokens(cache: str, settings: dict[str, A
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_the_published_decode_of_dream_without_a_cache_gives_our_tokens(settings: dict[str, Any]) -> None:
     agrees(small_dream(), "none", settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rule": fdpp.Quota(), "steps": 13}, {"rule": fdpp.ThresholdQuota(0.3)}], ids=["quota", "threshold"]
+)
+@pytest.mark.parametrize("length", [1, 8, 13])
+def test_the_published_decode_of_sdar_gives_our_tokens(length: int, settings: dict[str, Any]) -> None:
+    """As many forwards decide. Beside them one stores a prompt's whole blocks, and one every block that is finished."""
+    model, prompt = small_sdar(), prompts(1, length)
+    model.get_output_embeddings().weight.data[MASK] = 0.0  # else they never end
+    config = DiffusionGenerationConfig(20, 8, stop_at_eos=False, **settings)
+    ours, calls = model.generate(prompt, generation_config=config), []
+    run = bench_decode.Run(model, prompt, config)
+    forward = run.published_model()
+
+    def watched(tokens: Tensor, past: Any, replace: Any) -> Any:
+        calls.append((tokens.shape[1], 0 if past is None else past[0][0].shape[2], bool((tokens == MASK).any())))
+        return forward(tokens, past, replace)
+
+    sequences, nfe = run.published(watched, run.settings)
+    assert sequences.equal(ours.sequences) and nfe == len(calls)
+    whole, decided = length // 8, [call for call in calls if call[2]]
+    blocks = -(-(length + 20) // 8) - whole
+    assert nfe == len(decided) + blocks + (whole > 0) and len(decided) == int(ours.nfe)
+    assert calls[0] == (8 * whole, 0, False) if whole else calls[0] == (8, 0, True)
+    for block in range(whole, whole + blocks):
+        of_block = [masks for n, past, masks in calls if (n, past) == (8, 8 * block)]
+        assert of_block == [True] * (len(of_block) - 1) + [False] and len(of_block) > 1
+
+
+def test_the_published_forward_of_sdar_is_ours() -> None:
+    model, tokens = small_sdar(), prompts(2, 16)
+    forward = published_decode.PublishedBlockModel(model, 4)
+    logits, past = forward(tokens[:, :12])
+    last, _ = forward(tokens[:, 12:], past)
+    torch.testing.assert_close(torch.cat((logits, last), dim=1), model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def agrees(model: Any, cache: str, settings: dict[str, Any]) -> None:
@@ -102,9 +138,13 @@ def test_a_published_decode_without_end_is_given_up() -> None:
         published_decode.decode(
             forward, prompts(1, 3), blocks=[(0, 4)], rules=[[fdpp.Quota(1)]], cache="none", mask_id=MASK
         )
+    with pytest.raises(RuntimeError, match="proposal is the mask"):
+        published_decode.decode_blocks(forward, prompts(1, 3), new=4, block=4, rules=[fdpp.Quota(1)], mask_id=MASK)
 
 
-@pytest.mark.parametrize("rule", [fdpp.Quota(3), fdpp.Threshold(0.2), fdpp.Frechet(0.1)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [fdpp.Quota(3), fdpp.Threshold(0.2), fdpp.ThresholdQuota(0.2, 2), fdpp.Frechet(0.1)], ids=str
+)
 def test_the_published_selection_is_ours(rule: fdpp.Rule) -> None:
     problem = random_problem(3, 4, 9, 40, rule)
     problem.logits[..., problem.mask_id] = -100.0  # which it would propose
