@@ -689,7 +689,7 @@ class TestCommand:
         args = self.resolved("--tasks", "gsm8k")
         assert args.gen_length is None and args.num_fewshot is None and not args.chat_template
         args.gen_length = 7
-        expected = DiffusionGenerationConfig(max_new_tokens=7, seed=0)
+        expected = DiffusionGenerationConfig(max_new_tokens=7, block_length=32, seed=0)
         assert config_of(args) == expected
 
     @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def add(commands: Any) -> None:
     option = of_evaluation = parser.add_argument_group("evaluation").add_argument
     text = "prompts decoded together, of similar length (default: %(default)s)"
     option("--batch-size", type=whole(1), default=1, metavar="N", help=text)
-    text = "samples of a log-likelihood's Monte Carlo estimate (default: %(default)s)"
+    text = "samples of a log-likelihood's Monte Carlo estimate; block diffusion: for each block (default: %(default)s)"
     option("--mc-num", type=whole(1), default=128, metavar="N", help=text)
     text = "log-likelihoods: also find out whether greedy decoding gives the target (lambada), one forward per token"
     option("--check-greedy", action="store_true", help=text)
