@@ -33,6 +33,7 @@ from torch import Tensor
 import fdpp
 from fdpp import tiny
 from fdpp.decoding.settings import DiffusionGenerationConfig
+from fdpp.decoding.static import steps_of
 
 SETTINGS: list[dict[str, Any]] = [
     {"rule": fdpp.Quota(), "steps": 7},
@@ -86,6 +87,18 @@ def test_the_published_forward_of_sdar_is_ours() -> None:
     logits, past = forward(tokens[:, :12])
     last, _ = forward(tokens[:, 12:], past)
     torch.testing.assert_close(torch.cat((logits, last), dim=1), model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_and_decodes_without_a_model_are_timed_for_sdar() -> None:
+    model = small_sdar()
+    config = DiffusionGenerationConfig(8, 4, rule=fdpp.Quota(), steps=4, stop_at_eos=False, engine="static")
+    run = bench_decode.Run(model, prompts(1, 4), config)
+    out = model.generate(run.prompt, generation_config=run.settings)
+    # The first step feeds all, two others a block, with the one before it or without.
+    assert len(steps_of(model)) == 3 and int(out.nfe) == 4
+    assert bench_decode.captured_steps(model, run.settings).keys() == {"ms_refresh", "ms_step"}
+    for way in (run.without_model, run.published_without_model):
+        way(run.settings)()
 
 
 def agrees(model: Any, cache: str, settings: dict[str, Any]) -> None:

@@ -553,14 +553,16 @@ def test_measured_beside_predicted(tmp_path: Path, capsys: pytest.CaptureFixture
     row = {"shape": "100m", "batch": 1, "prompt": 96, "new": 64, "block": 32, "tokens_per_forward": "4.00, set"}
     fdpp_way = {"nfe": 16, "tokens_per_second": 1000.0, "steps": {"ms_step": 1.0, "ms_refresh": 2.0}}
     rows = [row | {"cache": cache, "fdpp": fdpp_way} for cache in ("dual", "prefix", "none")]
-    rows += [row | {"cache": "dual", "fdpp": {"error": "out of memory"}}, row | {"cache": "dual", "shape": "tiny"}]
+    sdar = {"shape": "sdar-100m", "block": 4, "cache": "dual", "fdpp": fdpp_way | {"nfe": 32}}
+    rows += [row | sdar, row | {"cache": "dual", "fdpp": {"error": "out of memory"}}]
+    rows += [row | {"cache": "dual", "shape": "tiny"}]
     path = tmp_path / "decode-h100.json"
     results = {"environment": {"device": "NVIDIA H100 80GB HBM3"}, "rows": rows}
     path.write_text(json.dumps(results))
     predict.main(["--device", "h100", "--against", str(path)])
     lines = capsys.readouterr().out.splitlines()
     assert (
-        lines[0].startswith("| measured on NVIDIA H100 80GB HBM3, predicted for NVIDIA H100 SXM |") and len(lines) == 5
+        lines[0].startswith("| measured on NVIDIA H100 80GB HBM3, predicted for NVIDIA H100 SXM |") and len(lines) == 6
     )
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     on, config = roofline.device("h100"), SHAPES["100m"]().config
@@ -575,6 +577,15 @@ def test_measured_beside_predicted(tmp_path: Path, capsys: pytest.CaptureFixture
         *(f"{64 / seconds:,.0f}", "1,000", f"{1000 * seconds / 64:.2f}"),
     ]
     assert cells[2][2:5] == ["-", "1", "-"]
+    # Of SDAR a prefill and a block, 15 times a block and the one before, 16 blocks.
+    config = SHAPES["sdar-100m"]().config
+    assert config is not None
+    counted = predict.counter(config, prompt=96, new=64, block=4, cache="dual")
+    prefill, merged, block = (
+        sum(roofline.by_part(counted(1, *step), on).values()) for step in ((True, 0), (True, 1), (False, 0))
+    )
+    seconds = prefill + 15 * merged + 16 * block + 32 * 0.09e-3
+    assert cells[3][2:8] == ["-", "1", "-", "-", "2", "-"] and cells[3][8] == f"{64 / seconds:,.0f}"
     # Of another device nothing is compared.
     path.write_text(json.dumps(results | {"environment": {"device": "CPU, AMD EPYC"}, "rows": rows[:1]}))
     predict.main(["--device", "h100", "--against", str(path)])
