@@ -11,8 +11,8 @@ Random weights give no real confidence profile, so their tokens per forward are 
 with the steps that the published 4.24 (Fast-dLLM++) and 2.88 (threshold 0.9) tokens per forward take, rounded up.
 The published way decides one token of Dream's in the forward that begins a block with a cache, and as many in all of
 its steps; the tokens are then others than ours.
-Steps of SDAR commit a whole number of tokens each, and the published ones are forwards besides those that commit a
-block, and the prefill.
+The forwards by which SDAR's published way stores the prompt and every block decide nothing, and are not among the
+tokens per forward that are set.
 
 `--headline` takes the figures of a first run on a GPU, the most telling first: batch 1, 4.24 tokens per forward, dual
 and prefix cache, prompts of 800 tokens and of 801 (which is padded up to a bucket).
