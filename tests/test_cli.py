@@ -197,10 +197,10 @@ def test_a_prompt_that_the_embedded_model_cannot_answer_gets_a_hint(prompt, hint
 
 
 def prompt_of(name):
-    return tiny.TASKS[name].generate("held-out", 1)[0].prompt
+    return tiny.MODELS[name].generate("held-out", 1)[0].prompt
 
 
-@pytest.mark.parametrize("name", tiny.TASKS)
+@pytest.mark.parametrize("name", tiny.MODELS)
 def test_every_embedded_model_has_a_name_and_decodes_with_its_own_settings(name, capsys):
     prompt = prompt_of(name)
     assert cli.main(["generate", "--model", f"tiny:{name}", "--prompt", prompt, "--device", "cpu"]) == 0

@@ -78,13 +78,14 @@ def play(tokenizer, out, drafts, **settings):
     return view, frames
 
 
-@pytest.mark.parametrize("name", tiny.TASKS)
+@pytest.mark.parametrize("name", tiny.MODELS)
 def test_plain_lines_without_a_terminal(name, capsys):
     assert cli.main(["demo", "--task", name, "--problems", "2"]) == 0
     out, err = capsys.readouterr()
     assert "\x1b" not in out + err and "problem/s" not in err
-    lines, task = out.splitlines(), tiny.TASKS[name]
-    assert f"on held-out problems of {name}: budget 0.05, cache dual" in lines[0]
+    lines, task = out.splitlines(), tiny.MODELS[name]
+    family = "SDAR" if name == "stories-block" else "LLaDA"
+    assert lines[0] == f"{family}, 1.2 M parameters, on held-out problems of {name}: budget 0.05, cache dual"
     for problem in task.generate("held-out", 2):
         response, verdict = lines[lines.index(problem.prompt) + 1 :][:2]
         wrong = f"wrong, the answer is {problem.answer}" if name == "sums" else "wrong"

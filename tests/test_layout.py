@@ -144,14 +144,14 @@ def test_wheel_holds_kernels_types_and_license(wheel, checkout):
     assert sources <= names
 
 
-@pytest.mark.parametrize("task", tiny.TASKS)
+@pytest.mark.parametrize("task", tiny.MODELS)
 def test_wheel_holds_every_model_in_a_small_file(task, wheel):
     folder = f"fdpp/tiny/checkpoints/{task}"
     with zipfile.ZipFile(wheel) as archive:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
     files = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     assert {f"{folder}/{name}" for name in files} <= sizes.keys()
-    assert {f"{folder}/{path.name}" for path in tiny.TASKS[task].checkpoint.iterdir()} <= sizes.keys()
+    assert {f"{folder}/{path.name}" for path in tiny.MODELS[task].checkpoint.iterdir()} <= sizes.keys()
     assert sizes[f"{folder}/model.safetensors"] <= 8 * 2**20
     assert task in release_check.MODELS, "a release must look for it, too"
 

@@ -19,6 +19,7 @@ ASKED = {"sums": (12, 0.8), "sudoku": (20, 0.7), "stories": (20, 0.8)}
 """By task: how many problems a model is asked, and the share that is right at least."""
 
 each_task = pytest.mark.parametrize("task", tiny.TASKS.values(), ids=tiny.TASKS)
+each_model = pytest.mark.parametrize("task", tiny.MODELS.values(), ids=tiny.MODELS)
 
 
 def problems_of(task: Task, count: int, seed: int = 0) -> list[Any]:
@@ -96,7 +97,7 @@ def weights_of(checkpoint: Path | str) -> tuple[dict[str, Any], dict[str, int]]:
     return model.state_dict(), tokenizer.get_vocab()
 
 
-@each_task
+@each_model
 def test_a_model_loads_by_name_and_by_folder(task: Task) -> None:
     weights, vocabulary = weights_of(task.name)
     assert set(vocabulary) == {*SPECIAL, *task.words}
@@ -130,7 +131,7 @@ def test_a_task_without_its_checkpoint_is_named_with_its_folder(
         tiny.load("sudoku")
 
 
-@each_task
+@each_model
 def test_a_checkpoint_is_small_and_of_its_task(task: Task) -> None:
     model, tokenizer = tiny.load(task.name)
     assert not model.training and {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -142,7 +143,7 @@ def test_a_checkpoint_is_small_and_of_its_task(task: Task) -> None:
         assert getattr(model.config, name) == getattr(tokenizer, name)
 
 
-@each_task
+@each_model
 def test_a_checkpoints_own_settings_leave_room_for_every_problem(task: Task) -> None:
     model, tokenizer = tiny.load(task.name)
     own = model.generation_config
@@ -155,7 +156,7 @@ def test_a_checkpoints_own_settings_leave_room_for_every_problem(task: Task) -> 
         max(len(tokenizer(text)["input_ids"]) for text in texts)
         for texts in zip(*((problem.prompt, problem.response) for problem in problems), strict=True)
     )
-    assert prompt + own.max_new_tokens <= model.config.max_sequence_length
+    assert prompt + own.max_new_tokens <= model.config.max_position_embeddings
     assert response < own.max_new_tokens
 
 
@@ -170,6 +171,27 @@ def test_the_sums_decode_with_the_defaults_of_the_command_line() -> None:
     typed = config_of(cli.build_parser().parse_args(["generate", "--prompt", "x"]))
     assert (own.max_new_tokens, own.block_length, own.rule, own.cache) == (128, 32, fdpp.Frechet(0.25), "dual")
     assert dataclasses.replace(typed, seed=own.seed) == own
+
+
+def test_the_block_diffusion_model_is_of_the_stories() -> None:
+    blocks, stories = tiny.MODELS["stories-block"], tiny.TASKS["stories"]
+    same = {"name": stories.name, "family": "llada", "block_length": 24, "recipe": stories.recipe}
+    assert dataclasses.replace(blocks, **same) == stories and blocks.checkpoint != stories.checkpoint
+    model, _ = tiny.load("stories-block")
+    assert isinstance(model, fdpp.SDARModelLM) and model.block_causal
+    assert model.default_block_length == blocks.block_length == 16
+
+
+def test_the_block_diffusion_model_answers_with_a_forward_per_token() -> None:
+    """Until EOS stands behind the story: 3 forwards in the block that the prompt opens, 16 in all others."""
+    task = tiny.MODELS["stories-block"]
+    model, tokenizer = tiny.load(task.name)
+    problems = task.generate("held-out", 8, seed=7)
+    ids = tokenizer([problem.prompt for problem in problems], return_tensors="pt")["input_ids"]
+    out = model.generate(ids, rule=fdpp.Quota(1), stop_at_eos=False)
+    texts = tokenizer.batch_decode(out.sequences[:, ids.shape[1] :])
+    assert sum(map(task.is_right, texts, problems)) >= 7
+    assert out.nfe.tolist() == [3 + 3 * 16] * 8 and out.sequences.shape == (8, 13 + 48)
 
 
 @pytest.mark.slow

@@ -315,7 +315,7 @@ def test_training_resumes_to_the_same_weights(task: Task, tmp_path: Path, monkey
     assert saved.mask_token == "<mask>" and saved.get_vocab() == build_tokenizer(task.words).get_vocab()
 
 
-@each_task
+@each_model
 def test_a_trained_model_has_the_settings_of_the_one_in_the_package(task: Task, tmp_path: Path) -> None:
     run_training(tmp_path, "--task", task.name, "--steps", "0", "--cached-steps", "0")
     trained, shipped = (

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BESIDE = ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "setup.py", "pyproject.toml")
 """What the source archive holds beside the package."""
 
-MODELS = ("sums", "sudoku", "stories")
+MODELS = ("sums", "sudoku", "stories", "stories-block")
 """The embedded models."""
 
 LOOK = """
