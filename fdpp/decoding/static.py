@@ -158,14 +158,16 @@ def why_not_static(
         return f"rule={type(config.rule).__name__}(...) reads attention, at columns that its kernels take as numbers"
     if slice_held(model) is not None:
         return "the steps of a sharded model are exchanges between processes, which are not captured"
-    if len({parameter.device for parameter in model.parameters()}) > 1:
+    modules = list(model.modules())
+    held = (parameter for module in modules for parameter in module._parameters.values())
+    if len({parameter.device for parameter in held if parameter is not None}) > 1:
         return "weights on several devices, or offloaded, are brought together by hooks, which are not captured"
     if torch.is_autocast_enabled(device_type):
         return "autocast keeps casts of weights that it lets go of when it ends, behind a capture's back"
     hooked = nn.modules.module
     if hooked._global_forward_hooks or hooked._global_forward_pre_hooks:
         return "a hook on all modules is code of the caller's, which a replay does not call"
-    for module in model.modules():
+    for module in modules:
         if module._forward_hooks or module._forward_pre_hooks:
             return f"the hook on a {type(module).__name__} is code of the caller's, which a replay does not call"
     return None
