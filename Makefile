@@ -22,7 +22,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      selection and decodes on this machine: tables, plot, JSON under $(OUT)"
 	@echo "make gate       fails if fdpp has become slower than this device's baseline in bench/baselines allows"
-	@echo "make quality    every rule and cache on the three tasks, and why decodes fail: tables, plots, JSON"
+	@echo "make quality    every rule and cache on the embedded models, and why decodes fail: tables, plots, JSON"
 	@echo "make picture    the README's picture, from a decode of the embedded model"
 	@echo "make eval-check, make sglang-check  the tests beside lm-evaluation-harness, and beside SGLang"
 	@echo "make history    adds this version's headline figures to bench/history.md"

@@ -1,8 +1,8 @@
-"""Every rule on held-out problems of the embedded models' three tasks: `make quality`.
+"""Every rule on held-out problems of the embedded models: `make quality`.
 
 For each task and cache: every rule with its numbers swept, and with drafts; why wrong decodes failed; the weights in
 int8; blocks that begin without feeding everything, also short ones; puzzles as holes; how well confidences are
-calibrated, and `Frechet` with that.
+calibrated, and `Frechet` with that. Of the block-diffusion model the rules and drafts, beside the same task's LLaDA.
 
 A run is known by its task's weights, its number of problems and its settings. What `--out` or a stopped run has of them
 is not measured again; runs of other weights, numbers or settings are dropped.
@@ -89,7 +89,7 @@ def written(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--problems", type=int, default=500)
-    parser.add_argument("--tasks", nargs="+", choices=tiny.TASKS, default=tuple(tiny.TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=tiny.MODELS, default=tuple(tiny.MODELS))
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--no-sweep", action="store_true", help="leave out the sweeps of the rules' numbers")
@@ -117,14 +117,15 @@ def main() -> None:
 
     few = max(count * CALIBRATED // 500, 1)
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        now = {task: digest(task) for task in tiny.TASKS if task in arguments.tasks or known(results, task)}
+        now = {task: digest(task) for task in tiny.MODELS if task in arguments.tasks or known(results, task)}
         results["calibration"] = [
             row
             for row in results["calibration"]
             if (row.get("checkpoint"), row.get("problems")) == (now.get(row.get("task")), few)
         ]
         done = [(row["task"], row["split"]) for row in results["calibration"]]
-        wanted = [(t, s) for t in arguments.tasks for s in ("train", "held-out") if "calibration" in parts]
+        scored = [task for task in arguments.tasks if task in tiny.TASKS and "calibration" in parts]
+        wanted = [(task, split) for task in scored for split in ("train", "held-out")]
         futures = [pool.submit(calibration.scored, *each, few) for each in wanted if each not in done]
         for future in tqdm(as_completed(futures), total=len(futures), unit="split", disable=not futures):
             keep("calibration", future.result())
@@ -147,7 +148,7 @@ def main() -> None:
             keep("runs", future.result())
 
     results["runs"] = compared(sorted(results["runs"], key=lambda row: order.index(key_of(row))))
-    results["calibration"].sort(key=lambda row: (list(tiny.TASKS).index(row["task"]), row["split"]))
+    results["calibration"].sort(key=lambda row: (list(tiny.MODELS).index(row["task"]), row["split"]))
     arguments.out.write_text(written(results))
     partial.unlink(missing_ok=True)
     quality_plot.draw(results, arguments.out.parent)

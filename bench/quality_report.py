@@ -12,6 +12,8 @@ from typing import Any
 Row = dict[str, Any]
 CACHES = {"none": "no cache", "prefix": "prefix", "dual": "dual"}
 ONE = "Quota(1)"
+BLOCKS = "-block"
+"""What the name of a block-diffusion model ends with, behind that of its task."""
 BEGINNINGS = (
     *("recent", "onward", "block"),
     *("short recent:4", "short recent:2", "short recent", "short onward", "short block"),
@@ -91,8 +93,8 @@ def same(fact: str) -> Callable[[Row], str]:
 
 
 def summary(rows: list[Row], cache: str) -> str:
-    """Every rule that all tasks were decoded with, a task beside the other."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    """Every rule that the LLaDAs of all tasks decoded with, a task beside the other."""
+    tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if not task.endswith(BLOCKS)]
     own = {task: [row for row in plain(rows, task) if not is_calibrated(row)] for task in tasks}
     lines = []
     for rule in rules_of(row for of_task in own.values() for row in of_task):
@@ -165,6 +167,21 @@ def drafts_table(rows: list[Row], task: str) -> str:
         lines.append([*line, "" if dual is None else f"{dual:.1f}x"])
     head = "rule | drafts" + "".join(f" | {name}: NFE | same response" for name in CACHES.values())
     return table(head + " | dual: positions fed", lines)
+
+
+def pairs_table(rows: list[Row], task: str) -> str:
+    """A block-diffusion model's runs beside those of the LLaDA of its task, with the dual cache."""
+    pair, lines = (task.removesuffix(BLOCKS), task), []
+    own = [row for row in rows if row["task"] == task and row["how"] == "plain"] if pair[0] != task else []
+    for row in own:
+        same = {"cache": "dual", "how": "plain", "numbers": row["numbers"], "drafts": row["drafts"]}
+        line = [f"`{row['rule']}`" + ("" if row["drafts"] == 1 else f", drafts {row['drafts']}"), str(row["problems"])]
+        for of in pair:
+            beside = found(rows, task=of, **same, problems=row["problems"])
+            line += cells(beside, right, nfe, per_forward, lambda of: f"{of['query_tokens']:.0f}")
+        lines.append(line)
+    head = "rule | problems" + "".join(f" | {of}: right, % | NFE | tok/fwd | positions fed" for of in pair)
+    return table(head, lines) if lines else ""
 
 
 def bfloat16_lines(rows: list[Row], task: str) -> str:
@@ -289,6 +306,7 @@ def report(results: dict[str, Any]) -> str:
             "frontier": frontiers(runs, task),
             "drafts": drafts_table(runs, task),
             "drafts in bfloat16": bfloat16_lines(runs, task),
+            "beside the same task's LLaDA": pairs_table(runs, task),
             "blocks that begin with two blocks fed": against(runs, task, "recent", "recent"),
             "partial refreshes": refreshes_table(runs, task),
             "weights in int8": against(runs, task, "int8", "int8"),

@@ -53,6 +53,8 @@ FAMILIES: dict[str, tuple[fdpp.Rule, ...]] = {
 
 ONE = fdpp.Quota(1)
 DEFAULTS = [rule for family in FAMILIES.values() for rule in family if rule in (ONE, type(rule)())]
+OF_BLOCKS = (fdpp.ThresholdQuota(0.85), fdpp.ThresholdLeftmost(), fdpp.EntropySum(), fdpp.LeftmostRun())
+"""What block-diffusion models are decoded by as published, besides."""
 FOUR = tuple((rule, 4) for rule in DEFAULTS if rule != ONE)
 DRAFTED: dict[str, tuple[tuple[fdpp.Rule, int | str], ...]] = {
     "none": ((ONE, 8), *FOUR),
@@ -73,7 +75,7 @@ REFRESHES = {
 SHORT = {"sums": 16, "sudoku": 5, "stories": 6}
 """Block lengths of eight blocks or nine, where the task's own are two to four."""
 REFRESHED = ("short", *BEGINNINGS)
-EXPLAINED = ("sudoku", "stories")
+EXPLAINED = ("sudoku", "stories", "stories-block")
 """Tasks whose wrong decodes are explained. A sum's answer can be right in a text that no right response holds."""
 MARGINS = (0.0, 0.1, 0.25, 0.5, 0.75)
 """Of `Frechet` with the task's measured calibration."""
@@ -119,7 +121,7 @@ def key_of(row: dict[str, Any]) -> str:
 @cache
 def digest(task: str) -> str:
     """Of a task's weights."""
-    return hashlib.sha256((tiny.TASKS[task].checkpoint / "model.safetensors").read_bytes()).hexdigest()[:12]
+    return hashlib.sha256((tiny.MODELS[task].checkpoint / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def named(rule: fdpp.Rule) -> str:
@@ -151,8 +153,14 @@ def tenths(task: str, rule: fdpp.Rule, cache: str, drafts: int | str, how: str) 
 def settings_of(
     task: str, parts: Sequence[str], caches: Sequence[str], count: int, sweep: bool, allowance: float | None
 ) -> list[Setting]:
-    """The runs of a task for these parts of `quality.PARTS`, each once; `allowance` is `Frechet`'s calibration."""
+    """The runs of a task for these parts of `quality.PARTS`, each once; `allowance` is `Frechet`'s calibration.
+
+    A block-diffusion model has the rules and the drafts: what it stores is exact, so that every cache decodes alike,
+    nothing is refreshed, and its blocks are those of its training.
+    """
     found: list[Setting] = []
+    if task not in tiny.TASKS:
+        parts, caches = [part for part in parts if part in ("rules", "drafts")], [at for at in caches if at == "dual"]
 
     def rules_of(swept: bool) -> list[fdpp.Rule]:
         return [rule for family in FAMILIES.values() for rule in family if swept or rule in DEFAULTS]
@@ -166,6 +174,7 @@ def settings_of(
         if "rules" in parts:
             # Without a cache sums and stories take longest, and the dual cache's sweep shows what theirs would.
             add(rules_of(sweep and (at == "dual" or (at == "none" and task == "sudoku"))), at)
+            add(() if task in tiny.TASKS else OF_BLOCKS, at)
         if "drafts" in parts and at != "prefix":
             add(DEFAULTS, at)
             for rule, drafts in DRAFTED[at]:
@@ -202,7 +211,7 @@ def batches(rows: Sequence[Sequence[int]], mask_id: int) -> list[list[int]]:
     return [group[first : first + BATCH] for group in groups.values() for first in range(0, len(group), BATCH)]
 
 
-def model_of(task: str, how: str) -> tuple[fdpp.LLaDAModelLM, Any]:
+def model_of(task: str, how: str) -> tuple[Any, Any]:
     """The model of a task with the weights that `how` asks for, and its tokenizer."""
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
@@ -226,7 +235,7 @@ def blocks_of(task: tiny.Task, how: str) -> dict[str, Any]:
 
 def run(setting: Setting) -> dict[str, Any]:
     """Decode the problems of a setting: its facts, what was measured, and the `responses` as ids up to EOS."""
-    task, how = tiny.TASKS[setting.task], setting.how
+    task, how = tiny.MODELS[setting.task], setting.how
     model, tokenizer = model_of(setting.task, how)
     mask_id, eos = model.config.mask_token_id, tokenizer.eos_token_id
     problems = task.generate("held-out", setting.problems)

@@ -86,6 +86,11 @@ def test_settings_are_distinct_and_leave_out_what_is_not_asked(monkeypatch: pyte
     assert keys == [quality_runs.key_of(json.loads(json.dumps(s.facts()))) for s in every]
     assert {s.rule.calibration for s in every} == {0.0, 0.1235}
     assert {s.task for s in every if s.how == "holes"} == {"sudoku"}
+    blocks = quality_runs.settings_of("stories-block", quality.PARTS, quality_runs.CACHES, 500, True, None)
+    assert {(s.cache, s.how) for s in blocks} == {("dual", "plain"), ("dual", "bfloat16")}
+    assert {s.rule for s in blocks if s.problems == 500} == {*quality_runs.DEFAULTS}
+    assert {s.rule for s in blocks} - {s.rule for s in every} == {*quality_runs.OF_BLOCKS}
+    assert quality_runs.settings_of("stories-block", ["refresh", "int8"], ["none", "dual"], 500, True, None) == []
     some = quality_runs.settings_of("sums", ["rules"], ["prefix"], 20, True, None)
     assert some == [Setting("sums", rule, "prefix", problems=20) for rule in quality_runs.DEFAULTS]
 
@@ -361,6 +366,18 @@ def test_tables() -> None:
     assert all(
         len({line.count("|") for line in part.split("\n") if line[:1] == "|"}) <= 1 for part in chapters.values()
     )
+
+
+def test_a_block_diffusion_model_stands_beside_the_llada_of_its_task() -> None:
+    rows = synthetic()["runs"]
+    blocks = [row | {"task": "sums-block", "nfe": row["nfe"] / 2, "query_tokens": 60.0} for row in rows]
+    assert quality_report.pairs_table(rows, "sums") == ""
+    table = quality_report.pairs_table([*rows, *(row for row in blocks if row["cache"] == "dual")], "sums-block")
+    lines = table.split("\n")
+    assert lines[0].startswith("| rule | problems | sums: right, % | NFE | tok/fwd | positions fed | sums-block: right")
+    cells = "| 80.0 (58.4 to 91.9) | {:.2f} ± 0.10 | 2.00 | {} "
+    assert f"| `Threshold(0.9)` | 20 {cells.format(20, 100)}{cells.format(10, 60)}|" in lines
+    assert f"| `Threshold(0.9)`, drafts 4 | 20 {cells.format(5, 150)}{cells.format(2.5, 60)}|" in lines
 
 
 def test_the_frontier_leaves_out_what_another_beats() -> None:
