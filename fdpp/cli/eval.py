@@ -33,7 +33,6 @@ from fdpp.cli.options import (
     rule_options,
     whole,
 )
-from fdpp.decoding.generate import with_blocks
 from fdpp.integrations.evaluation.presets import PRESETS
 from fdpp.integrations.evaluation.settings import SAMPLING, asked_by, same_names
 
@@ -314,6 +313,8 @@ def evaluate(args: argparse.Namespace) -> int:
         from fdpp.integrations.lm_eval import FdppLM, processes
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable, make_table
+
+    from fdpp.decoding.generate import with_blocks
 
     gen_length, args.gen_length = args.gen_length, args.gen_length or 256
     config = config_of(args)

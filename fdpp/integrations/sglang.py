@@ -155,7 +155,8 @@ class EditingAlgorithm(RuleAlgorithm):
         self.denoise.to(device)
         rule, before = self.denoise.rule, forward_batch.input_ids.view(B, T)
         given = torch.stack([state["given"] for state in states])
-        counts = torch.tensor([[state["clean"], state["over"]] for state in states]).to(device, non_blocking=True)
+        known = [[state["clean"], state["over"]] for state in states]
+        counts = torch.tensor(known, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
         clean, over = counts[:, 0], counts[:, 1:].bool()
         # A mask id inside the prompt is a token like any other.
         tokens = torch.where(given & (before == self.mask_id), int(self.mask_id == 0), before)

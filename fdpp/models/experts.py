@@ -60,7 +60,8 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
         # A buffer, as published: training balances it without gradients.
-        self.register_buffer("expert_bias", torch.zeros(experts))
+        dtype, device = self.weight.dtype, self.weight.device
+        self.register_buffer("expert_bias", torch.zeros(experts, dtype=dtype, device=device))
 
 
 class MoE(nn.Module):

@@ -84,7 +84,7 @@ class Editing(ThresholdQuota, Rule):
                 edited[b, t] = free and bool(step.proposal[b, t] != tokens[b, t]) and confidence > self.edit
             clean = int(memory.clean[b])
             over.append((clean > 0 and not edited[b].any()) or clean >= self.post)
-        return written(proposed, chosen, edited, torch.tensor(over, device=tokens.device))
+        return written(proposed, chosen, edited, torch.tensor(over, dtype=torch.bool, device=tokens.device))
 
 
 def written(proposed: Proposed, chosen: Tensor, edited: Tensor, over: Tensor) -> Selection:

@@ -60,7 +60,7 @@ def make_block_batch(task: Task, tokenizer: Any, seed: int, tokens: int) -> Batc
     return Batch(
         torch.cat([noisy, stored], dim=1),
         torch.cat([target, torch.full_like(stored, -100)], dim=1),
-        torch.cat([weight, torch.zeros(stored.shape, device=CPU)], dim=1),
+        torch.cat([weight, torch.zeros(stored.shape, dtype=weight.dtype, device=CPU)], dim=1),
         torch.cat([column[:, start:], column[:, :-block_length]], dim=1),
         torch.cat([column[:, start:] // block_length * 2, column[:, :-block_length] // block_length * 2 + 1], dim=1),
     )
