@@ -391,7 +391,7 @@ def test_a_pipeline_takes_a_published_folder(family: str, tmp_path: Path) -> Non
     tokenizer: Any = generator.tokenizer
     texts, settings = ["hello hello a", "b"], {"max_new_tokens": 9, "rule": fdpp.ThresholdQuota(0.5), "cache": "none"}
     tokenizer.padding_side = "left"
-    records: Any = generator(texts, batch_size=2, return_full_text=False, **settings)
+    records: Any = generator(texts, batch_size=2, return_full_text=False, return_dict_in_generate=False, **settings)
     for text, [answer] in zip(texts, records, strict=True):
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         alone = model.generate(ids, **settings).sequences[0, ids.shape[1] :]
