@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fdpp.rules.quota import OnShares, quota
+from fdpp.rules.quota import OnShares
 from fdpp.rules.rule import Proposed, Rule, number, whole
 from fdpp.selection import Selection
 
@@ -24,24 +24,16 @@ class Leftmost(OnShares, Rule):
     """
 
     k: int | None = whole(1, 1, "tokens a forward (default: 1, or as --steps asks)", optional=True)
-    predicate: ClassVar = quota
     name: ClassVar = "leftmost"
     title: ClassVar = "leftmost"
     about: ClassVar = "from left to right"
-
-    def params(self) -> tuple[float, float]:
-        return self.at_once(), 0.0
 
     def label(self, steps: int | None = None) -> str:
         return self.with_k(self.title, steps)
 
     def decide(self, proposed: Proposed) -> Selection:
         usable = usable_of(proposed)
-        window = leftmost(usable, self.at_once_of(proposed))
-        return proposed.commit(torch.where(usable.any(1, keepdim=True), window, proposed.step.committed))
-
-    def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
-        return len(residuals) <= self.at_once()
+        return committed_of(proposed, usable, leftmost(usable, self.at_once_of(proposed)))
 
     def reference(self, proposed: Proposed) -> Selection:
         committed = proposed.step.committed.clone()
@@ -64,13 +56,9 @@ class ThresholdLeftmost(OnShares, Rule):
 
     tau: float = number(0.9, "[0, 1]", "confidence, 0 to 1; less is faster", line=True)
     k: int | None = whole(1, 1, "tokens a forward (default: 1, or as --steps asks)", optional=True)
-    predicate: ClassVar = quota
     name: ClassVar = "threshold-leftmost"
     title: ClassVar = "threshold-leftmost"
     about: ClassVar = "all confident ones; without enough of them, from left to right"
-
-    def params(self) -> tuple[float, float]:
-        return self.at_once(), 0.0
 
     def label(self, steps: int | None = None) -> str:
         return self.with_k(super().label(), steps)
@@ -79,10 +67,7 @@ class ThresholdLeftmost(OnShares, Rule):
         step, usable, k = proposed.step, usable_of(proposed), self.at_once_of(proposed)
         above = usable & (step.confidence > self.tau)
         chosen = torch.where(above.sum(1, keepdim=True) >= k, above, leftmost(usable, k))
-        return proposed.commit(torch.where(usable.any(1, keepdim=True), chosen, step.committed))
-
-    def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
-        return len(residuals) <= self.at_once()
+        return committed_of(proposed, usable, chosen)
 
     def reference(self, proposed: Proposed) -> Selection:
         committed = proposed.step.committed.clone()
@@ -98,6 +83,11 @@ class ThresholdLeftmost(OnShares, Rule):
 def usable_of(proposed: Proposed) -> Tensor:
     """The candidates whose logits give a token, bool `[N, T]`."""
     return proposed.candidate & (proposed.step.confidence > 0.0)
+
+
+def committed_of(proposed: Proposed, usable: Tensor, chosen: Tensor) -> Selection:
+    """The step that commits the `chosen` of the `usable` `[N, T]`; where none is usable, the prefix test's."""
+    return proposed.commit(torch.where(usable.any(1, keepdim=True), chosen, proposed.step.committed))
 
 
 def leftmost(usable: Tensor, k: Tensor | float) -> Tensor:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from fdpp.rules.leftmost import usable_in_rows, usable_of
+from fdpp.rules.leftmost import committed_of, usable_in_rows, usable_of
 from fdpp.rules.quota import MostConfident
 from fdpp.rules.rule import Proposed, Rule, number
 from fdpp.selection import Selection
@@ -30,8 +28,7 @@ class LeftmostRun(MostConfident, Rule):
         step, usable = proposed.step, usable_of(proposed)
         ended = (usable & (step.confidence < self.tau)).cumsum(1) > 0
         first = usable & (usable.cumsum(1) == 1)
-        chosen = (usable & ~ended) | first
-        return proposed.commit(torch.where(usable.any(1, keepdim=True), chosen, step.committed))
+        return committed_of(proposed, usable, (usable & ~ended) | first)
 
     def reference(self, proposed: Proposed) -> Selection:
         committed = proposed.step.committed.clone()

@@ -35,11 +35,18 @@ class MostConfident:
 class OnShares:
     """Beside `Rule` as a base: a number k of positions, which None leaves to LLaDA's schedule.
 
-    A block's steps are proportional to its length, and its masks are shared out over them. `params` must begin with
-    `at_once`.
+    A block's steps are proportional to its length, and its masks are shared out over them. The prefix test commits k
+    positions; one of another predicate has `params` that begin with k.
     """
 
     k: int | None
+    predicate: ClassVar = quota
+
+    def params(self) -> tuple[float, float]:
+        return self.at_once(), 0.0
+
+    def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
+        return len(residuals) <= self.at_once()
 
     def at_once(self) -> float:
         """k."""
@@ -78,21 +85,14 @@ class Quota(OnShares, Rule):
     """
 
     k: int | None = whole(None, 1, "tokens a forward (default: 1, or as --steps asks)")
-    predicate: ClassVar = quota
     name: ClassVar = "quota"
     about: ClassVar = "a fixed number of tokens"
     counts: ClassVar = True
-
-    def params(self) -> tuple[float, float]:
-        return self.at_once(), 0.0
 
     def label(self, steps: int | None = None) -> str:
         if self.k is not None:
             return f"quota {self.k}"
         return "one per step" if steps is None else f"schedule of {steps} steps"
-
-    def accepts(self, residuals: list[float], entropies: list[float]) -> bool:
-        return len(residuals) <= self.params()[0]
 
 
 def shares(total: int, parts: int) -> list[int]:
