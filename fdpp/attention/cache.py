@@ -202,7 +202,7 @@ class BlockCache:
         """The column behind those that a forward over `n` columns at `start` attends over, other branches left out."""
         if self.grid is None or not isinstance(start, int):
             return self.length
-        return min(math.ceil((start + n) / self.grid) * self.grid, self.length)
+        return min(end_of_block(start + n, self.grid), self.length)
 
     def held(self, layer: int, n: int, start: int | Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values that a forward over `n` columns at `start` attends over."""
@@ -363,6 +363,11 @@ class BlockCache:
 def indices(columns: slice | Tensor, device: torch.device) -> Tensor:
     """`columns` as int64 numbers `[n]`."""
     return torch.arange(columns.start, columns.stop, device=device) if isinstance(columns, slice) else columns
+
+
+def end_of_block(stop: int, grid: int) -> int:
+    """The column behind the block of the `grid` that columns before `stop` end in."""
+    return math.ceil(stop / grid) * grid
 
 
 def one_block(columns: slice | Tensor, grid: int) -> bool:

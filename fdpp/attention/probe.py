@@ -17,7 +17,8 @@ class Probe(BlockCache):
     Attributes:
         queries, own: per probed layer the fed positions' queries `[rows, H, n, hd]` and keys `[rows, kv_heads, n, hd]`,
             a row per sequence and branch, in either layout of the branches.
-        shared: per probed layer the keys of all columns `[b, kv_heads, L, hd]`; empty after a full forward.
+        shared: per probed layer the keys of all columns that are seen, `[b, kv_heads, L, hd]`; empty after a full
+            forward.
         start: the column of the first of the queries.
     """
 
@@ -29,15 +30,11 @@ class Probe(BlockCache):
         layout: str = "batch",
         start: int = 0,
         skipped: int = 0,
-        behind: int | None = None,
     ) -> None:
-        """Of positions from column `start` on, of which the first `skipped` see less than the others and are left out.
-
-        Columns from `behind` on are seen by none; None: all are.
-        """
+        """Of positions from column `start` on, of which the first `skipped` see less than the others: left out."""
         super().__init__(layout)
         self.layers, self.cache, self.branches = layers, cache, branches
-        self.start, self.skipped, self.behind_all = start + skipped, skipped, behind
+        self.start, self.skipped = start + skipped, skipped
         self.queries: list[Tensor] = []
         self.own: list[Tensor] = []
         self.shared: list[Tensor] = []
@@ -66,7 +63,7 @@ class Probe(BlockCache):
             self.queries.append(q[:, :, self.skipped :])
             self.own.append(k[:, :, self.skipped :])
             if self.cache is not None and self.own[-1].shape[2] < self.cache.length:
-                self.shared.append(self.cache.keys[layer][:, :, : self.cache.length][:, :, : self.behind_all])
+                self.shared.append(self.cache.keys[layer][:, :, : self.cache.behind(k.shape[2], start)])
             elif self.skipped:  # in every branch alike, since they see nothing of the block
                 self.shared.append(k[:: self.branches])
         return out

@@ -50,6 +50,8 @@ class BlockCausalLoop(BlockLoop):
         end: `[B]` int64, the column behind each response.
     """
 
+    grid: int
+
     def __init__(
         self,
         model: DiffusionModel,
@@ -89,7 +91,6 @@ class BlockCausalLoop(BlockLoop):
 
     def spans(self, canvas: int) -> list[tuple[int, int]]:
         """Start and end of what is decided together, in a response of `canvas` columns."""
-        assert self.grid is not None
         part = self.config.sub_block_length or self.grid
         found = []
         for block in range(0, canvas, self.grid):
@@ -103,7 +104,6 @@ class BlockCausalLoop(BlockLoop):
         return found
 
     def is_anchor(self, columns: slice) -> bool:
-        assert self.grid is not None
         return self.anchored and columns.start % self.grid == 0
 
     def rules(self, block: int) -> list[Rule]:
@@ -126,7 +126,6 @@ class BlockCausalLoop(BlockLoop):
 
     def block_of(self, columns: slice) -> slice:
         """The block of the grid that `columns` are in."""
-        assert self.grid is not None
         start = columns.start // self.grid * self.grid
         return slice(start, start + self.grid)
 
@@ -138,7 +137,6 @@ class BlockCausalLoop(BlockLoop):
     @property
     def piece(self) -> int:
         """Columns of a piece of a prompt, whole blocks."""
-        assert self.grid is not None
         return max(PIECE // self.grid, 1) * self.grid
 
     @property
@@ -176,7 +174,7 @@ class BlockCausalLoop(BlockLoop):
         sees_block = needs.attention or needs.fed or self.config.cfg_scale > 0.0 or reading[1]
         if self.is_anchor(columns) and not sees_block:
             # The column before it sees nothing of its block.
-            others, stop = slice(max(2 * around.start - around.stop, everything), columns.start), columns.start
+            others, stop = slice(max(columns.start - self.grid, everything), columns.start), columns.start
         else:
             fed, stop = columns if self.config.cache == "dual" else around, around.stop
             others = slice(max(min(fed.start, columns.start - self.shift), everything), fed.stop)

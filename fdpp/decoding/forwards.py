@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from fdpp.attention import BlockCache, Probe, visible
-from fdpp.attention.cache import seen
+from fdpp.attention.cache import end_of_block, seen
 from fdpp.decoding.contexts import contexts_of
 from fdpp.decoding.embedded import embeddings
 from fdpp.decoding.evidence import Evidence
@@ -121,15 +120,13 @@ class Forwards:
         """The column behind the block of the grid that the window ends in; None: all columns are seen, or might be."""
         if self.grid is None or not isinstance(window.fed, slice):
             return None
-        return math.ceil(window.fed.stop / self.grid) * self.grid
+        return end_of_block(window.fed.stop, self.grid)
 
-    def probed(self, window: Window) -> tuple[int, int, int | None]:
-        """The first fed column, how many columns from there see less than the block does, and what none sees."""
+    def probed(self, window: Window) -> tuple[int, int]:
+        """The first fed column, and how many columns from there see less than the block does."""
         assert isinstance(window.fed, slice)
         start, behind = window.fed.start, self.behind(window)
-        if behind is None or self.grid is None:
-            return start, 0, None
-        return start, max(behind - self.grid - start, 0), behind
+        return start, 0 if behind is None or self.grid is None else max(behind - self.grid - start, 0)
 
     def filtered(self, logits: Tensor, state: BlockState, states: Tensor, window: Window) -> Tensor:
         """The `logits` of the masked positions alone, `[m, V]`, after the filters."""
