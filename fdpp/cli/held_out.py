@@ -140,7 +140,7 @@ def run(name: str, problems: int, cache: str) -> int:
     model, tokenizer = tiny.load(name)
     held_out = task.generate("held-out", problems)
     rule = fit(sys.stdout, SHOWN.label(), SHOWN.label().replace("é", "e"))
-    family, size = type(model).__name__.removesuffix("ModelLM"), f"{model.num_parameters() / 1e6:.1f} M parameters"
+    family, size = model.title(), f"{model.num_parameters() / 1e6:.1f} M parameters"
     print(f"{family}, {size}, on held-out problems of {name}: {rule}, cache {cache}\n")
     for problem in held_out[:LIVE_PROBLEMS]:
         show(model, tokenizer, task, problem, cache)

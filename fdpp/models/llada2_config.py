@@ -77,9 +77,7 @@ class LLaDA2Config(QwenConfig):
             "topk_group": topk_group,
             "block_size": block_size,
         }
-        if min(sizes.values()) < 1:
-            named = ", ".join(f"{name}={value}" for name, value in sizes.items())
-            raise ValueError(f"LLaDA2 config: expected sizes of at least 1, got {named}")
+        self.check_sizes(sizes)
         of_group, rest = divmod(num_experts, n_group)
         # A group scores the sum of two.
         if rest or of_group < 2 or topk_group > n_group or num_experts_per_tok > topk_group * of_group:

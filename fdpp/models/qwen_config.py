@@ -78,9 +78,7 @@ class QwenConfig(PretrainedConfig):
         }
         if head_dim is not None:
             sizes["head_dim"] = head_dim
-        if min(sizes.values()) < 1:
-            named = ", ".join(f"{name}={value}" for name, value in sizes.items())
-            raise ValueError(f"{self.family} config: expected sizes of at least 1, got {named}")
+        self.check_sizes(sizes)
         if (head_dim is None and hidden_size % heads) or heads % kv_heads:
             divides = "num_attention_heads to divide hidden_size and " if head_dim is None else ""
             raise ValueError(
@@ -103,3 +101,10 @@ class QwenConfig(PretrainedConfig):
         embedding = {"embed_tokens": "embedding_rowwise"} if tie_word_embeddings else {}
         self.base_model_tp_plan = LAYERS_TP_PLAN | embedding
         super().__init__(tie_word_embeddings=tie_word_embeddings, pad_token_id=pad, **kwargs)
+
+    @classmethod
+    def check_sizes(cls, sizes: dict[str, int]) -> None:
+        """`ValueError` that names all `sizes` unless each is at least 1."""
+        if min(sizes.values()) < 1:
+            named = ", ".join(f"{name}={value}" for name, value in sizes.items())
+            raise ValueError(f"{cls.family} config: expected sizes of at least 1, got {named}")
