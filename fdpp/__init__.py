@@ -23,11 +23,13 @@ from fdpp.rules import (
     MaskgitPlus,
     Origin,
     Quota,
+    Revocable,
     Rule,
     Threshold,
     ThresholdLeftmost,
     ThresholdQuota,
     TopkMargin,
+    Wino,
 )
 from fdpp.selection import Selection
 from fdpp.step import DenoisingStep, select
@@ -95,6 +97,7 @@ __all__ = [
     "MaskgitPlus",
     "Origin",
     "Quota",
+    "Revocable",
     "Rule",
     "SDARConfig",
     "SDARModelLM",
@@ -103,6 +106,7 @@ __all__ = [
     "ThresholdLeftmost",
     "ThresholdQuota",
     "TopkMargin",
+    "Wino",
     "__version__",
     "patch",
     "select",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from captures import captured_on_cpu
 from contract import settings_of, specified
-from rules_of_others import credit, hierarchy, wino
+from rules_of_others import credit, hierarchy
 from small import EOS, MASK, PAD, SMALL, exact, exact_model, left_pad, prompts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -26,7 +26,7 @@ from fdpp.step import operators
 from fdpp.trace.page import data_of, render
 from fdpp.trace.record import record
 
-THEIRS = (hierarchy.Hierarchy, credit.Credit, wino.Wino)
+THEIRS = (hierarchy.Hierarchy, credit.Credit)
 KINDS = list(fdpp.Rule.named().values())
 RULES = [rule for kind in KINDS for rule in settings_of(kind)]
 SIZES: dict[str, Any] = {"max_new_tokens": 20, "block_length": 8, "stop_at_eos": True}
@@ -63,13 +63,8 @@ def ragged(B: int = 3) -> tuple[Tensor, Tensor]:
     return left_pad([prompts(1, 4 + 3 * b, seed=b)[0] for b in range(B)])
 
 
-def kept(rule: fdpp.Rule, cache: str = "dual") -> str:
-    """`cache`, where the rule can be decoded with one."""
-    return "none" if rule.needs.rows else cache
-
-
 def decode(model: DiffusionLM, *prompt: Tensor, rule: fdpp.Rule, **settings: Any) -> Any:
-    return model.generate(*prompt, **{"cache": kept(rule), **SIZES, "rule": rule, "seed": 0, **settings})
+    return model.generate(*prompt, **{"cache": "dual", **SIZES, "rule": rule, "seed": 0, **settings})
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -93,8 +88,7 @@ def test_it_ends(rule: fdpp.Rule, cache: str) -> None:
     most = SIZES["max_new_tokens"] + 3 * getattr(rule, "post", 0)
     for seed in range(2):
         whole, stopped = (
-            decode(fond_of_eos(seed), prompt, mask, rule=rule, cache=kept(rule, cache), stop_at_eos=stop)
-            for stop in (False, True)
+            decode(fond_of_eos(seed), prompt, mask, rule=rule, cache=cache, stop_at_eos=stop) for stop in (False, True)
         )
         for out in (whole, stopped):
             assert not (out.sequences == MASK).any() and int(out.nfe.max()) <= most
@@ -111,8 +105,8 @@ def test_drafts_change_nothing(
     models: dict[str, DiffusionLM], family: str, rule: fdpp.Rule, drafts: tuple[int | str, str]
 ) -> None:
     settings, model = {"drafts": drafts[0], "branches": drafts[1]}, models[family]
-    if rule.needs.rows:
-        with pytest.raises(ValueError, match=r"drafts=.*not defined"):
+    if rule.needs.rows and settings["branches"] == "tree":
+        with pytest.raises(ValueError, match=r"branches='tree' has no columns for the rows"):
             decode(model, *ragged(), rule=rule, **settings)
         return
     for cache in CACHES:
@@ -125,15 +119,13 @@ def test_drafts_change_nothing(
 @pytest.mark.parametrize("drafts", [1, 3])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_static_equals_eager(llada: fdpp.LLaDAModelLM, rule: fdpp.Rule, drafts: int) -> None:
-    if rule.needs.rows and drafts > 1:
-        pytest.skip("refused, see above")
     if rule.needs.attention:
         with pytest.raises(ValueError, match=r"engine='static': .*reads attention"):
             decode(llada, *ragged(), rule=rule, drafts=drafts, engine="static")
         return
     for cache in ("none", "dual"):
         for prompt in (ragged(), (prompts(2, 11),)):
-            settings = {"rule": rule, "cache": kept(rule, cache), "drafts": drafts}
+            settings = {"rule": rule, "cache": cache, "drafts": drafts}
             eager = decode(llada, *prompt, **settings, engine="eager")
             with uncaptured():
                 assert_same(decode(llada, *prompt, **settings, engine="static"), eager)
@@ -144,10 +136,10 @@ def test_static_equals_eager(llada: fdpp.LLaDAModelLM, rule: fdpp.Rule, drafts: 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_row_in_a_batch_is_the_row_alone(llada: fdpp.LLaDAModelLM, rule: fdpp.Rule, cache: str) -> None:
     prompt, mask = ragged()
-    together = decode(llada, prompt, mask, rule=rule, cache=kept(rule, cache))
+    together = decode(llada, prompt, mask, rule=rule, cache=cache)
     for b in range(prompt.shape[0]):
         own = prompt[b : b + 1, mask[b] == 1]
-        alone = decode(llada, own, rule=rule, cache=kept(rule, cache), seed=b)
+        alone = decode(llada, own, rule=rule, cache=cache, seed=b)
         assert together.sequences[b, prompt.shape[1] :].equal(alone.sequences[0, own.shape[1] :])
         assert together.commit_step[b].equal(alone.commit_step[0]) and together.nfe[b] == alone.nfe[0]
 
@@ -182,7 +174,7 @@ def test_every_step_is_as_specified(
     if kind.decide is not fdpp.Rule.decide:
         assert kind.reference is not fdpp.Rule.reference, "a rule that decides says in `reference` what it means"
     for cache in CACHES:
-        decode(models[family], *ragged(), rule=rule, cache=kept(rule, cache))
+        decode(models[family], *ragged(), rule=rule, cache=cache)
     assert len(checked) > 3
 
 
@@ -254,7 +246,7 @@ def test_no_operator_that_a_capture_refuses(
 
     monkeypatch.setattr(Step, "run", watched)
     with captured_on_cpu():
-        for settings in ({}, {"temperature": 0.7, "seed": 1}, {"drafts": 1 if rule.needs.rows else 2}):
+        for settings in ({}, {"temperature": 0.7, "seed": 1}, {"drafts": 2}):
             decode(llada, *ragged(), rule=rule, engine="static", **settings)
     llada.forget_captures()
     assert steps
@@ -276,7 +268,7 @@ def test_a_fused_head_decodes_the_same_or_is_refused(llada: fdpp.LLaDAModelLM, r
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_it_is_saved_and_read_again(rule: fdpp.Rule) -> None:
-    config = fdpp.DiffusionGenerationConfig(rule=rule, cache=kept(rule))
+    config = fdpp.DiffusionGenerationConfig(rule=rule, cache="dual")
     assert fdpp.DiffusionGenerationConfig.from_dict(config.to_dict()).rule == rule
 
 
@@ -295,7 +287,7 @@ def test_the_command_line_takes_its_numbers(rule: fdpp.Rule) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trace_shows_it(llada: fdpp.LLaDAModelLM, kind: type[fdpp.Rule]) -> None:
     rule = kind()
-    config = fdpp.DiffusionGenerationConfig(rule=rule, cache=kept(rule), seed=0, **SIZES)
+    config = fdpp.DiffusionGenerationConfig(rule=rule, cache="dual", seed=0, **SIZES)
     trace = record(llada, prompts(1, 6), config)
     assert trace.output.sequences.equal(decode(llada, prompts(1, 6), rule=rule).sequences)
     data = data_of(trace, tiny.load()[1], "small")

@@ -9,12 +9,11 @@ import pytest
 import torch
 from decoding import CACHES, Recorder
 from plain import EOT, model_with_ends, ragged
-from rules_of_others.wino import Wino
 from small import EOS, MASK, RULES, exact_model, prompts
 from torch import Tensor
 
 import fdpp
-from fdpp import LLaDAModelLM, Quota, Threshold
+from fdpp import LLaDAModelLM, Quota, Threshold, Wino
 
 PREFIX_RULES = RULES[:6]
 SIZES: dict[str, Any] = {"max_new_tokens": 18, "block_length": 7}

@@ -8,11 +8,11 @@ import pytest
 import torch
 from decoding import Recorder
 from plain import ragged
-from rules_of_others.wino import Wino
 from small import MASK, SMALL, exact, prompts, small_model
 from torch import Tensor
 
 import fdpp
+from fdpp import Wino
 
 SIZES: dict[str, Any] = {"max_new_tokens": 20, "block_length": 8}
 SETTINGS: list[dict[str, Any]] = [

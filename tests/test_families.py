@@ -11,13 +11,13 @@ import torch
 from family_of_others import EACH_FAMILY, FAMILIES
 from partial_refresh import FIRST, decode
 from plain import Boost, naive_forward, plain_infill, plain_llada, predicting
-from rules_of_others.wino import Wino
 from small import MASK, SMALL, left_pad, make_exact, prompts
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 import fdpp
+from fdpp import Wino
 from fdpp.models.families import load
 from fdpp.models.language_model import DiffusionLM
 from fdpp.rules.dawn import reference as dawn

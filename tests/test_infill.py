@@ -9,13 +9,12 @@ import pytest
 import torch
 from decoding import CACHES, Recorder, forwards
 from plain import model_with_ends, plain_infill
-from rules_of_others.wino import Wino
 from small import EOS, MASK, PAD, RULES, exact_model, left_pad, prompts, small_model
 from torch import Tensor
 from transformers import StoppingCriteria
 
 import fdpp
-from fdpp import Frechet, LLaDAModelLM, Quota, Threshold, tiny
+from fdpp import Frechet, LLaDAModelLM, Quota, Threshold, Wino, tiny
 
 PREFIX_RULES = RULES[:7]
 

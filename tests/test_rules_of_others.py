@@ -11,9 +11,9 @@ import pytest
 import torch
 from rules_of_others.credit import Credit
 from rules_of_others.hierarchy import Hierarchy
-from rules_of_others.wino import Wino
 
 import fdpp
+from fdpp import Wino
 
 FOLDER = golden.DATA / "rules_of_others"
 RUNS = {peer: json.loads((FOLDER / f"{peer}.json").read_text())["runs"] for peer in ("hierarchy", "credit", "wino")}

@@ -126,6 +126,9 @@ class BlockCache:
 
     @property
     def length(self) -> int:
+        if not self.keys:
+            assert self.columns is not None
+            return self.columns
         return self.keys[0].shape[2] - self.spare
 
     @property

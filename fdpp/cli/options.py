@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +146,8 @@ def add_rule_options(parser: argparse.ArgumentParser) -> None:
         about = f"{names}: {number.about}{defaults_of(takers)}"
         kind = whole(int(number.interval)) if number.whole else float
         add(f"--{option.replace('_', '-')}", type=kind, metavar=number.unit, help=about)
+    text = f"the rule that {fdpp.Revocable.name} takes tokens back of (default: frechet)"
+    add("--of", choices=[*presets, *(name for name, rule in rules.items() if fdpp.Revocable.may_wrap(rule))], help=text)
     text = "rules with a --k, and origin: steps for the whole answer (default: one per token)"
     add("--steps", type=whole(1), metavar="N", help=text)
 
@@ -224,21 +226,31 @@ def add_stop_option(parser: argparse.ArgumentParser) -> None:
 
 def rule_of(args: argparse.Namespace) -> fdpp.Rule:
     """The rule that the options name."""
-    kind = fdpp.Rule.named().get(args.rule)
+    if args.rule != fdpp.Revocable.name:
+        if args.of is not None:
+            raise CommandError(f"--of does not belong to --rule {args.rule}, but to --rule {fdpp.Revocable.name}")
+        return named(args, args.rule)
+    own = {option_of(field, number): field for field, number in fdpp.Revocable.numbers.items()}
+    given = {field: getattr(args, option) for option, field in own.items() if getattr(args, option) is not None}
+    with reported(ValueError):
+        return fdpp.Revocable(named(args, args.of or "frechet", set(own)), **given)
+
+
+def named(args: argparse.Namespace, name: str, others: Set[str] = frozenset()) -> fdpp.Rule:
+    """The rule `name` with the numbers that the options give; `others` are options that are not for it."""
+    kind = fdpp.Rule.named().get(name)
     options = {} if kind is None else {option_of(field, number): field for field, number in kind.numbers.items()}
     # With --steps, what may be left to a schedule is.
     free = {} if kind is None else {field: None for field, number in kind.numbers.items() if number.optional}
     own = {*options, "steps"} if kind is not None and kind(**free).takes_steps() else {*options}
     for option in ("steps", *rule_options()):
-        if option not in own and getattr(args, option) is not None:
-            takes = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(own)) or "no number"
-            raise CommandError(
-                f"--{option.replace('_', '-')} does not belong to --rule {args.rule}, which takes {takes}"
-            )
+        if option not in own and option not in others and getattr(args, option) is not None:
+            takes = " and ".join(f"--{taken.replace('_', '-')}" for taken in sorted(own)) or "no number"
+            raise CommandError(f"--{option.replace('_', '-')} does not belong to --rule {name}, which takes {takes}")
     given: dict[str, Any] = {} if args.steps is None else free
     given |= {field: getattr(args, option) for option, field in options.items() if getattr(args, option) is not None}
     with reported(ValueError):
-        return fdpp.Rule.presets[args.rule] if kind is None else kind(**given)
+        return fdpp.Rule.presets[name] if kind is None else kind(**given)
 
 
 def config_of(args: argparse.Namespace) -> DiffusionGenerationConfig:

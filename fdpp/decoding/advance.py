@@ -131,7 +131,7 @@ class Advance:
             # Of its first step: no other block of the sequence has it, whatever the padding.
             first = state.streams + state.first_step * STEP_STRIDE
             streams = first[:, None].expand_as(index).flatten()
-        terms = Terms(params, self.rule.key(), self.mask_id, self.config.temperature, seeds)
+        terms = Terms(params, self.rule.tested(), self.mask_id, self.config.temperature, seeds)
         given = self.given(state, window.block) if self.step.decides else None
         return self.step(evidence, states, terms, window.block, streams, given)
 

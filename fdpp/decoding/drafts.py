@@ -123,7 +123,9 @@ class Room(NamedTuple):
 
 
 def spare_columns(config: DiffusionGenerationConfig, room: Room) -> int:
-    """Columns that the cache holds for drafts in tree layout."""
+    """Columns that the cache holds for drafts in tree layout, or for rows beside the sequence."""
+    if config.cache != "none" and config.rule.needs.rows:
+        return config.rule.rows(torch.arange(config.per_block, dtype=torch.int64, device="cpu")).columns.shape[0]
     if config.drafts == 1 or config.branches == "batch" or config.cache == "none":
         return 0
     widest = config.max_new_tokens if config.cache == "prefix" and room.grid is None else config.per_block

@@ -11,6 +11,7 @@ from torch import Tensor
 from fdpp.decoding.model import DiffusionModel
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.state import BlockState, Window
+from fdpp.rules import Rows
 
 
 def check_embeds(embeds: Any, model: DiffusionModel) -> Tensor:
@@ -37,8 +38,6 @@ def copied(embeds: Tensor, input_ids: Tensor, copies: int) -> Tensor:
 
 def check_settings(config: DiffusionGenerationConfig) -> None:
     """Refuse settings beside which a prompt cannot be embeddings."""
-    if config.rule.needs.rows:
-        raise ValueError(f"inputs_embeds: {config.rule} feeds rows beside the sequence, expected input_ids alone")
     if config.max_new_tokens == 0:
         raise ValueError("inputs_embeds: max_new_tokens=0 fills the masks of a prompt, expected at least 1")
 
@@ -53,10 +52,12 @@ def for_all_columns(embeds: Tensor, before: int, length: int) -> tuple[Tensor, T
     return F.pad(embeds, (0, 0, before, length - stop)), given
 
 
-def embeddings(embedding: Any, tokens: Tensor, state: BlockState, window: Window) -> Tensor:
-    """What is fed for `tokens` `[b, D, n]` of the window: `[b, D, n, d_model]`."""
+def embeddings(embedding: Any, tokens: Tensor, state: BlockState, window: Window, rows: Rows | None = None) -> Tensor:
+    """What is fed for `tokens` `[b, D, n]` of the window: `[b, D, n, d_model]`. Of `rows`, the last ones are theirs."""
     assert state.embeds is not None and state.embedded is not None
     fed, own = window.fed, embedding(tokens)
     columns = torch.arange(fed.start, fed.stop, device=tokens.device) if isinstance(fed, slice) else fed
     given = (columns < state.embedded[:, None])[:, None, :, None]
-    return torch.where(given, state.embeds[:, fed].to(own.dtype)[:, None], own)
+    n = columns.shape[0]
+    fed_own = torch.where(given, state.embeds[:, fed].to(own.dtype)[:, None], own[:, :, :n])
+    return fed_own if rows is None else torch.cat((fed_own, own[:, :, n:]), dim=2)

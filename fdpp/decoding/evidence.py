@@ -25,12 +25,24 @@ class Evidence(NamedTuple):
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Evidence:
         """With `change` applied to every tensor."""
-        memory = None if self.memory is None else self.memory._make(map(change, self.memory))
-        return Evidence(change(self.logits), memory)
+        return Evidence(change(self.logits), changed(self.memory, change))
 
     def tensors(self) -> list[Tensor]:
-        return [self.logits, *(self.memory or ())]
+        return [self.logits, *tensors_of(self.memory)]
 
     def unchanged(self, rule: Rule) -> Evidence:
         """For the state after this one, if its predictions were the same."""
         return self if self.memory is None else self._replace(memory=rule.again(self.logits, self.memory))
+
+
+def changed(memory: Memory | None, change: Callable[[Tensor], Tensor]) -> Memory | None:
+    """`memory` with `change` applied to every tensor, those of memories within it too."""
+    if memory is None or isinstance(memory, Tensor):
+        return None if memory is None else change(memory)
+    return memory._make(changed(part, change) for part in memory)
+
+
+def tensors_of(memory: Memory | None) -> list[Tensor]:
+    if memory is None or isinstance(memory, Tensor):
+        return [] if memory is None else [memory]
+    return [tensor for part in memory for tensor in tensors_of(part)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fdpp.attention import BlockCache, Probe, visible
-from fdpp.attention.cache import end_of_block, seen
+from fdpp.attention import Beside, BlockCache, Probe
+from fdpp.attention.cache import end_of_block, indices, seen
 from fdpp.decoding.contexts import contexts_of
 from fdpp.decoding.embedded import embeddings
 from fdpp.decoding.evidence import Evidence
@@ -82,7 +83,7 @@ class Forwards:
             fed, fed_tokens = with_unconditional(state, tokens, window, self.mask_id)
         mask = self.mask(fed, window, D) if cache is None else None
         if needs.rows:
-            hidden, beside = self.with_rows(state, tokens, window)
+            hidden, beside = self.with_rows(fed, fed_tokens, window, cache, mask)
         else:
             hidden, beside = self.hidden(fed, fed_tokens, window, probe or cache, mask, not self.reads_all), None
         of_block = aligned(hidden[:, :, window.read] if self.reads_all else hidden, fed, window)
@@ -101,7 +102,7 @@ class Forwards:
             length=self.behind(window) or state.sequences.shape[1],
             padding=state.padding,
             mask_id=self.mask_id,
-            rows=None if beside is None else self.project(beside),
+            rows=beside,
             probe=probe,
             fed_confidence=lambda: self.fed_confidence(hidden, fed, window),
         )
@@ -165,12 +166,15 @@ class Forwards:
     def mask(self, state: BlockState, window: Window, D: int) -> Tensor | None:
         """The attention mask of D states of every sequence without a cache, which has its own; None: no mask."""
         n, tree = window.width(), self.layout == "tree"
+        padding = self.padding(state, window, 1 if tree else D)
+        return seen(padding, n, slice(0, n), n, D if tree else 1, state.sequences.device, self.grid)
+
+    def padding(self, state: BlockState, window: Window, D: int) -> Tensor | None:
+        """How many of the columns fed without a cache hold no token, int64 `[b * D]`; None: all hold one."""
         padding = state.padding if window.padding is None else None
         if padding is not None and isinstance(window.fed, slice) and window.fed.start:
             padding = padding - window.fed.start
-        if padding is not None and not tree:
-            padding = padding.repeat_interleave(D)
-        return seen(padding, n, slice(0, n), n, D if tree else 1, state.sequences.device, self.grid)
+        return None if padding is None else padding.repeat_interleave(D)
 
     def hidden(
         self,
@@ -180,13 +184,17 @@ class Forwards:
         cache: BlockCache | None,
         mask: Tensor | None,
         of_block: bool,
+        rows: Rows | None = None,
     ) -> Tensor:
         """Hidden states `[b, D, n, d_model]` of `tokens` `[b, D, n]`, which stand in the window's fed columns.
 
-        With `of_block` only those that the window reads. `mask` as the model takes it.
+        With `of_block` only those that the window reads. `mask` as the model takes it. Of `rows`, the last tokens are
+        theirs.
         """
         b, D, n = tokens.shape
         positions = state.position_ids[:, window.fed]
+        if rows is not None:
+            positions = torch.cat((positions, state.position_ids[:, rows.columns]), dim=1)
         tree = D > 1 and self.layout == "tree"
         together = (1, 2) if tree else (0, 1)
         if D > 1:
@@ -195,7 +203,7 @@ class Forwards:
         early = cut and not tree
         embeds = {}
         if state.embeds is not None:
-            fed = embeddings(self.model.get_input_embeddings(), tokens, state, window)
+            fed = embeddings(self.model.get_input_embeddings(), tokens, state, window, rows)
             embeds["inputs_embeds"] = fed.flatten(*together)
         hidden = self.model.model(
             tokens.flatten(*together),
@@ -209,43 +217,26 @@ class Forwards:
         hidden = hidden.view(b, D, -1, hidden.shape[-1])
         return hidden[:, :, window.read] if cut and not early else hidden
 
-    def with_rows(self, state: BlockState, tokens: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        """Hidden states of `tokens` `[b, 1, n]`, a full forward's, and of the rows that the rule feeds beside them."""
-        b, _, n = tokens.shape
-        rows = self.rows(state, window)
-        E = rows.columns.shape[0]
-        beside = torch.full((b, E), self.mask_id, dtype=torch.int64, device=tokens.device)
-        hidden = self.model.model(
-            torch.cat((tokens[:, 0], beside), dim=1),
-            attention_mask=self.mask_beside(state, window, rows),
-            position_ids=torch.cat((state.position_ids[:, window.fed], state.position_ids[:, rows.columns]), dim=1),
-            cache=None,
-            start=0,
-            wanted=None,
-        )[:, None]
-        return hidden[:, :, :n], hidden[:, :, n:]
+    def with_rows(
+        self, state: BlockState, tokens: Tensor, window: Window, cache: BlockCache | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states of `tokens` `[b, D, n]`, and the logits `[b, D, E, V]` of the rows that are fed beside them."""
+        _, D, n = tokens.shape
+        rows = self.rows(window, tokens.device)
+        tokens = F.pad(tokens, (0, rows.columns.shape[0]), value=self.mask_id)
+        first = window.fed.start if isinstance(window.fed, slice) else 0
+        beside = Beside(rows.holes, cache, first, mask, self.padding(state, window, D))
+        hidden = self.hidden(state, tokens, window, beside, None, False, rows)
+        logits = self.project(hidden[:, :, n:])
+        return hidden[:, :, :n], guided(logits, self.cfg_scale) if self.cfg_scale > 0.0 else logits
 
     def queries(self, state: BlockState, window: Window, drafts: int) -> int:
         """How many positions of a sequence a forward feeds to the model, all passes of it."""
-        beside = self.rows(state, window).columns.shape[0] if self.rule.needs.rows else 0
-        return (drafts * window.width() + beside) * self.passes
+        beside = self.rows(window, state.row.device).columns.shape[0] if self.rule.needs.rows else 0
+        return drafts * (window.width() + beside) * self.passes
 
-    def rows(self, state: BlockState, window: Window) -> Rows:
-        block, length = window.block, state.sequences.shape[1]
-        if isinstance(block, slice):
-            block = torch.arange(block.start, block.stop, device=state.sequences.device)
-        return self.rule.rows(block, length)
-
-    def mask_beside(self, state: BlockState, window: Window, rows: Rows) -> Tensor:
-        """`[b, 1, n + E, n + E]` bool: columns see no row, rows see what `Rows.sees` says, and none sees padding."""
-        length, n, E = state.sequences.shape[1], window.width(), rows.columns.shape[0]
-        device = state.sequences.device
-        upper = torch.arange(n + E, device=device).lt(n).expand(n, -1)
-        sees = torch.cat((upper, torch.cat((rows.sees[:, :length][:, window.fed], rows.sees[:, length:]), dim=1)))
-        if state.padding is None or window.padding is not None:
-            return sees.expand(state.row.shape[0], 1, -1, -1)
-        real = torch.nn.functional.pad(visible(state.padding, n), (0, E), value=True)
-        return (sees & real[:, None])[:, None]
+    def rows(self, window: Window, device: torch.device) -> Rows:
+        return self.rule.rows(indices(window.block, device))
 
 
 def prepare(cache: BlockCache, state: BlockState, window: Window, branches: int = 1) -> None:

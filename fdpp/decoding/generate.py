@@ -409,8 +409,6 @@ def with_blocks(config: DiffusionGenerationConfig, model: DiffusionModel) -> Dif
         return config
     if config.refresh != ALL:
         raise ValueError(f"refresh='{config.refresh}': nothing of a block-causal model has to be fed again")
-    if config.rule.needs.rows:
-        raise ValueError(f"rule={config.rule} feeds rows beside the sequence, which no block of this model sees")
     if config.sub_block_length is None:
         return replace(config, sub_block_length=model.default_sub_block_length)
     return config

@@ -113,7 +113,7 @@ class BlockLoop:
     def memory(self) -> tuple[BlockCache | None, Tensor | None, Filters]:
         """The cache, the ids that end a sequence, and the filters: those of a bucket stand at fixed addresses."""
         B, room = self.live.shape[0], Room(self.shift)
-        if self.grid is not None:
+        if self.grid is not None or self.config.rule.needs.rows:
             room = Room(self.shift, self.grid, B, self.length)
         if self.static is None:
             cache = cache_for(self.config, room)

@@ -214,14 +214,10 @@ class DiffusionGenerationConfig(SavedSettings):
             raise ValueError(f"head='fused' keeps no logits, which {self.reads_logits} reads")
         if self.cfg_scale > 0.0 and needs.attention:
             raise ValueError(f"cfg_scale={self.cfg_scale} joins two passes; {self.rule} reads the attention of one")
-        if not needs.rows:
-            return
-        if self.cache != "none":
-            raise ValueError(f"cache={self.cache!r} has no columns for the rows that {self.rule} feeds beside a block")
-        if self.drafts != 1:
-            raise ValueError(f"drafts={self.drafts!r}: what the rows of {self.rule} are for a draft is not defined")
-        if self.cfg_scale > 0.0:
-            raise ValueError(f"cfg_scale={self.cfg_scale} joins two passes; {self.rule} adds rows to one")
+        if needs.rows and needs.attention:
+            raise ValueError(f"rule={self.rule} reads attention, which is not kept of forwards with rows beside")
+        if needs.rows and self.drafts != 1 and self.branches == "tree":
+            raise ValueError(f"branches='tree' has no columns for the rows that {self.rule} feeds: expected 'batch'")
 
     def check_refresh(self) -> None:
         """Refuse a partial refresh beside what needs a full one."""

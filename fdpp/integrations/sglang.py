@@ -162,7 +162,7 @@ class EditingAlgorithm(RuleAlgorithm):
         tokens = torch.where(given & (before == self.mask_id), int(self.mask_id == 0), before)
         candidate = candidates(tokens, self.mask_id)
         clean = torch.where(candidate.any(1), 0, clean + 1)
-        terms = Terms(self.denoise.bits.view(torch.float64), rule.key(), self.mask_id)
+        terms = Terms(self.denoise.bits.view(torch.float64), rule.tested(), self.mask_id)
         step = everywhere(prefix_step, full_logits.view(B, T, -1), tokens, terms)
         proposed = Proposed(step, tokens, candidate, self.mask_id, Looks(clean), numbers=terms.params, given=given)
         out = rule.decide(proposed)

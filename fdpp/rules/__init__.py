@@ -14,9 +14,11 @@ from fdpp.rules.leftmost_run import LeftmostRun
 from fdpp.rules.local_leap import LocalLeap
 from fdpp.rules.presets import PRESETS
 from fdpp.rules.quota import MostConfident, Quota
+from fdpp.rules.revocable import Revocable
 from fdpp.rules.rule import Needs, Proposed, Rows, Rule, Sight, number, whole
 from fdpp.rules.threshold import Threshold
 from fdpp.rules.threshold_quota import ThresholdQuota
+from fdpp.rules.wino import Wino
 
 __all__ = [
     "PRESETS",
@@ -39,6 +41,7 @@ __all__ = [
     "Origin",
     "Proposed",
     "Quota",
+    "Revocable",
     "Rows",
     "Rule",
     "Sight",
@@ -46,6 +49,7 @@ __all__ = [
     "ThresholdLeftmost",
     "ThresholdQuota",
     "TopkMargin",
+    "Wino",
     "number",
     "whole",
 ]

@@ -7,7 +7,7 @@ position while any is masked. The predicate is compiled into the fused step, and
 A rule that has to see more says what it `needs` and overrides hooks. Each forward of a decode evaluates D states of b
 sequences (D = 1 without drafts), whose block has T columns. It calls these in turn; N stands for b * D:
 
-1. `rows(block, length)` before the forward, with `Needs.rows`: the mask rows that are fed beside the sequence;
+1. `rows(block)` before the forward, with `Needs.rows`: the mask rows that are fed beside the sequence;
 2. `observe(sight, before)` after it: the memory of the D states, tensors `[b, D, ...]`;
 3. `weigh(logits, memory)`, if there is a memory: the logits `[N, T, V]` to decide by;
 4. the predicate, in the fused step;
@@ -47,8 +47,8 @@ class Needs(NamedTuple):
         attention: queries and keys of the layers `Rule.probed`. Refused: `engine="static"`, since they are read at
             columns given as numbers ("auto" runs such a decode eagerly); a sharded head, since no process has the
             queries and keys of all heads; `cfg_scale`; a partial `refresh`.
-        rows: mask rows beside the sequence (`Rule.rows`). Refused: a cache, since only full forwards feed them; drafts,
-            since a draft's rows are not defined; `cfg_scale`; `head="fused"`.
+        rows: mask rows beside the sequence (`Rule.rows`). Refused: `head="fused"`; drafts in tree layout; attention
+            as well; a model whose columns predict the next token, since a row has no column before it.
     """
 
     logits: bool = False
@@ -59,15 +59,18 @@ class Needs(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """E mask tokens that are fed beside every sequence of L columns. No column of the sequence sees them.
+    """E mask tokens that are fed beside every sequence, in each of its drafted states beside that. No column sees them.
+
+    A row sees all rows, and what the block's columns see but for one: the tokens fed and, under a cache, the keys and
+    values that it keeps of the others.
 
     Attributes:
         columns: `[E]` int64, the columns whose position ids they have.
-        sees: `[E, L + E]` bool, which columns and which of the rows each of them sees. Padding is never seen.
+        holes: `[E]` int64, the column that each of them does not see; -1: it sees all.
     """
 
     columns: Tensor
-    sees: Tensor
+    holes: Tensor
 
 
 class Sight(NamedTuple):
@@ -102,7 +105,8 @@ class Sight(NamedTuple):
 
 
 Memory = Any
-"""What a rule remembers of states, for one block: a NamedTuple of tensors `[b, D, ...]`, in a step `[b * D, ...]`."""
+"""What a rule remembers of states, for one block: a NamedTuple of tensors `[b, D, ...]`, in a step `[b * D, ...]`, and
+of other memories, or None, in the place of some."""
 
 
 class Proposed(NamedTuple):
@@ -284,6 +288,10 @@ class Rule:
         """The name under which the operators find the rule."""
         return f"{cls.__module__}.{cls.__qualname__}"
 
+    def tested(self) -> str:
+        """The key of the rule whose predicate and order the prefix test takes: its own, unless it wraps one."""
+        return self.key()
+
     @staticmethod
     def named() -> dict[str, type[Rule]]:
         """The rules that commands offer, by name; those that need least come first."""
@@ -352,10 +360,10 @@ class Rule:
         """
         return [self]
 
-    def rows(self, block: Tensor, length: int) -> Rows:
-        """The rows that a rule with `Needs.rows` feeds beside a sequence of `length` columns.
+    def rows(self, block: Tensor) -> Rows:
+        """The rows that a rule with `Needs.rows` feeds beside a sequence.
 
-        `block` `[T]` int64 are the block's columns.
+        `block` `[T]` int64 are the block's columns. There are as many rows for any block of T.
         """
         raise NotImplementedError(f"{type(self).__name__} needs rows and does not say which")
 

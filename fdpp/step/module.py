@@ -37,7 +37,7 @@ class DenoisingStep(nn.Module):
         self, logits: Tensor, tokens: Tensor, active: Tensor | None = None, seeds: Tensor | None = None
     ) -> Selection:
         """See `fdpp.select`; `seeds` `[B]` int64 are the sequences' noise streams."""
-        terms = Terms(self.bits.view(torch.float64), self.rule.key(), self.mask_id, self.temperature, seeds)
+        terms = Terms(self.bits.view(torch.float64), self.rule.tested(), self.mask_id, self.temperature, seeds)
         return decided(prefix_step(logits, tokens, active, terms), tokens, active, self.rule, self.mask_id)
 
     def extra_repr(self) -> str:

@@ -65,7 +65,7 @@ def terms_of(rule: Rule, mask_id: int, temperature: float, seed: int | Tensor | 
     seeds = None
     if temperature > 0.0:
         seeds = seed if isinstance(seed, Tensor) else streams(seed or 0, rows.shape[0], rows.device)
-    return Terms(pack(rule, rows.device), rule.key(), mask_id, temperature, seeds)
+    return Terms(pack(rule, rows.device), rule.tested(), mask_id, temperature, seeds)
 
 
 def streams(seed: int, B: int, device: torch.device) -> Tensor:
