@@ -8,6 +8,7 @@ from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.models import registration
 from fdpp.rules import (
     Budget,
+    Credit,
     Dawn,
     Drawn,
     Editing,
@@ -15,6 +16,7 @@ from fdpp.rules import (
     EntropySum,
     Factor,
     Frechet,
+    Hierarchy,
     Klass,
     LeastEntropy,
     Leftmost,
@@ -71,6 +73,7 @@ WITH_TRANSFORMERS = {
 
 __all__ = [
     "Budget",
+    "Credit",
     "Dawn",
     "DenoisingStep",
     "DiffusionGenerationConfig",
@@ -85,6 +88,7 @@ __all__ = [
     "FastDLLMConfig",
     "FastDLLMModelLM",
     "Frechet",
+    "Hierarchy",
     "Klass",
     "LLaDA2Config",
     "LLaDA2ModelLM",

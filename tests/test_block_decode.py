@@ -22,8 +22,6 @@ from golden_block import DATA, FAMILIES, BlockRun, runs
 from plain_dream import PlainDream
 from plain_fast_dllm import PlainBlocks, plain_blocks
 from published_block import PipelineEditing
-from rules_of_others.credit import Credit
-from rules_of_others.hierarchy import Hierarchy
 from torch import Tensor
 from transformers import TemperatureLogitsWarper
 
@@ -77,8 +75,9 @@ def rule_of(run: BlockRun, row: int) -> fdpp.Rule:
             named = facts["decoder_params"]
             if facts["decoder"] == "hierarchy":
                 high = 1.0 if named["threshold"] is None else named["threshold"]
-                return Hierarchy(named.get("low_threshold", 0.0), high)
-            return Credit(named["threshold"]) if facts["decoder"] == "credit" else fdpp.Threshold(named["threshold"])
+                return fdpp.Hierarchy(named.get("low_threshold", 0.0), high)
+            kind = fdpp.Credit if facts["decoder"] == "credit" else fdpp.Threshold
+            return kind(named["threshold"])
         case _:
             return fdpp.ThresholdQuota(params["threshold"], 1)
 

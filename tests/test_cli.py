@@ -117,6 +117,11 @@ def test_generate_prints_what_drafts_cost_and_bring(capsys):
         ("--rule balanced", {"rule": "balanced"}),
         ("--rule localleap --tau 0.8 --relaxed 0.5 --radius 2", {"rule": fdpp.LocalLeap(0.8, 0.5, 2)}),
         ("--rule klass --confidence 0.5 --kl 0.1 --window 1", {"rule": fdpp.Klass(0.5, 0.1, 1)}),
+        ("--rule hierarchy --low 0.3 --high 0.8", {"rule": fdpp.Hierarchy(0.3, 0.8)}),
+        (
+            "--rule credit --tau 0.8 --alpha 2 --boost 0.5 --beta 0.6",
+            {"rule": fdpp.Credit(0.8, 2.0, 0.5, 0.6)},
+        ),
         ("--rule dawn --tau-sink 0.02 --layers 2", {"rule": fdpp.Dawn(tau_sink=0.02, layers=2)}),
         ("--rule threshold-quota --tau 0.6 --k 2", {"rule": fdpp.ThresholdQuota(0.6, 2)}),
         ("--rule threshold-quota --tau 0.6 --steps 8", {"rule": fdpp.ThresholdQuota(0.6, None), "steps": 8}),

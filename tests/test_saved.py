@@ -27,6 +27,8 @@ RULES = [
     fdpp.LocalLeap(0.8, 0.6, 2),
     fdpp.Klass(0.5, 0.02, 3),
     fdpp.Budget(0.1, 0.8, 0.4, 0.2),
+    fdpp.Hierarchy(0.3, 0.8),
+    fdpp.Credit(0.8, 2.0, 0.5, 0.6),
     fdpp.Dawn(tau_low=0.7, layers=2),
 ]
 

@@ -1,6 +1,7 @@
 """Rules, one file each: which proposals of a step may be committed together. `fdpp.rules.rule` says what a rule is."""
 
 from fdpp.rules.budget import Budget
+from fdpp.rules.credit import Credit
 from fdpp.rules.dawn import Dawn
 from fdpp.rules.dream import Drawn, LeastEntropy, MaskgitPlus, Origin, TopkMargin
 from fdpp.rules.editing import Editing
@@ -8,6 +9,7 @@ from fdpp.rules.entropy_bound import EntropyBound
 from fdpp.rules.entropy_sum import EntropySum
 from fdpp.rules.factor import Factor
 from fdpp.rules.frechet import Frechet
+from fdpp.rules.hierarchy import Hierarchy
 from fdpp.rules.klass import Klass
 from fdpp.rules.leftmost import Leftmost, ThresholdLeftmost
 from fdpp.rules.leftmost_run import LeftmostRun
@@ -23,6 +25,7 @@ from fdpp.rules.wino import Wino
 __all__ = [
     "PRESETS",
     "Budget",
+    "Credit",
     "Dawn",
     "Drawn",
     "Editing",
@@ -30,6 +33,7 @@ __all__ = [
     "EntropySum",
     "Factor",
     "Frechet",
+    "Hierarchy",
     "Klass",
     "LeastEntropy",
     "Leftmost",

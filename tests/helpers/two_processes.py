@@ -155,6 +155,8 @@ DECODES: dict[str, dict[str, Any]] = {
     "relaxed": {"cache": "prefix", "rule": LocalLeap(0.8, 0.4, 2)},
     "sampled": {"cache": "dual", "rule": Threshold(0.5), "temperature": 0.6, "seed": 5},
     "stable": {"cache": "dual", "rule": Klass(0.4, 0.1, 1)},
+    "runs": {"cache": "dual", "rule": fdpp.Hierarchy(0.2, 0.8)},
+    "credit": {"cache": "prefix", "rule": fdpp.Credit(0.7), "drafts": 2},
     "drafts": {"cache": "dual", "rule": Quota(1), "drafts": 3},
     "tree": {"cache": "prefix", "rule": Frechet(0.1), "drafts": "auto", "branches": "tree"},
     "guided": {"cache": "dual", "rule": Frechet(0.1), "cfg_scale": 0.7},

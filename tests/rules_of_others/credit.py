@@ -1,4 +1,4 @@
-"""CreditDecoding (arXiv 2510.06133), as in dInfer: evidence that adds up over a block's steps."""
+"""CreditDecoding (arXiv 2510.06133) as in dInfer, with credit of the whole vocabulary: a third party's rule."""
 
 from __future__ import annotations
 
@@ -19,20 +19,17 @@ class Accumulated(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Credit(MostConfident, fdpp.Rule):
-    """`Threshold(threshold)` on logits + alpha ln(1 + W), and all positions within 1e-5 of the most confident one.
+class DenseCredit(MostConfident, fdpp.Rule):
+    """`Threshold(tau)` on logits + alpha ln(1 + W), and all positions within 1e-5 of the most confident one.
 
     Every step multiplies the credit W by beta and adds c^gamma at each masked position's most likely token.
     """
 
-    threshold: float = number(0.9, "[0, 1]", "confidence, 0 to 1; less is faster", option="tau", line=True)
+    tau: float = number(0.9, "[0, 1]", "confidence, 0 to 1; less is faster", line=True)
     alpha: float = number(0.7, "[0, inf)", "weight of the credit", unit="A")
-    gamma: float = number(0.2, "[0, inf)", "power of a confidence", unit="G", option="boost")
+    gamma: float = number(0.2, "[0, inf)", "power of a confidence", unit="G")
     beta: float = number(0.8, "[0, 1]", "decay of the credit", unit="B")
     needs: ClassVar = Needs(logits=True)
-    name: ClassVar = "credit"
-    title: ClassVar = "credit"
-    about: ClassVar = "confident ones, by evidence that adds up"
 
     def observe(self, sight: Sight, before: tuple[Tensor, Accumulated] | None) -> Accumulated:
         masked = sight.states == sight.mask_id
@@ -54,12 +51,12 @@ class Credit(MostConfident, fdpp.Rule):
         return before.scatter_add(-1, token, top.pow(self.gamma) * masked[..., None])
 
     def weigh(self, logits: Tensor, memory: Accumulated) -> Tensor:
-        return logits + self.alpha * memory.credit.log1p().to(logits.dtype)
+        return logits + self.alpha * memory.credit.log1p()
 
     def decide(self, proposed: Proposed) -> fdpp.Selection:
         step, candidate = proposed.step, proposed.candidate
         confidence = step.confidence.masked_fill(~candidate, -1.0)
-        least = (confidence.amax(1, keepdim=True) - 1e-5).clamp(max=self.threshold)
+        least = (confidence.amax(1, keepdim=True) - 1e-5).clamp(max=self.tau)
         return proposed.commit(candidate & (confidence >= least))
 
     def reference(self, proposed: Proposed) -> fdpp.Selection:
@@ -67,7 +64,7 @@ class Credit(MostConfident, fdpp.Rule):
         committed = step.committed.clone()
         for b, row in enumerate(step.confidence.tolist()):
             masked = candidate[b].nonzero().flatten().tolist()
-            least = min(self.threshold, max((row[t] for t in masked), default=0.0) - 1e-5)
+            least = min(self.tau, max((row[t] for t in masked), default=0.0) - 1e-5)
             for t in masked:
                 committed[b, t] = row[t] >= least
         return proposed.commit(committed)
