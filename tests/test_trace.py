@@ -2,16 +2,22 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from html.parser import HTMLParser
+from typing import ClassVar
 
+import golden
+import numpy as np
 import pytest
 import torch
 from browser import Browser, find
+from fdpp import Wino
 from small import EOS, MASK, SMALL, exact_model, prompts, small_model
 
 import fdpp
 from fdpp import cli, tiny
 from fdpp.decoding.settings import DiffusionGenerationConfig
+from fdpp.rules import MostConfident, Needs
 from fdpp.trace import criteria
 from fdpp.trace.page import data_of, render
 from fdpp.trace.record import record
@@ -64,6 +70,90 @@ def test_the_recorded_decode_is_the_decode(settings, family):
             if committed:
                 tokens[position] = proposal
     assert tokens[: over + 1] == trace.response[: over + 1]
+
+
+RECORDED = golden.DATA / "further"
+RUNS = [
+    run
+    for run in json.loads((RECORDED / "wino.json").read_text())["runs"]
+    if run["stable"] and run["params"]["gen_length"] <= 64
+][::7]
+
+
+def events(steps, start):
+    """What the steps did, as the recorded runs say it: call, whether it is a commit, column and token, sorted."""
+    found = []
+    for call, step in enumerate(steps):
+        filled = zip(step.positions, step.proposals, step.committed, strict=True)
+        found += [(call, 1, start + position, token) for position, token, committed in filled if committed]
+        found += [(call, 0, start + position, token) for position, token in step.taken]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run["run"])
+def test_what_was_committed_and_taken_back_is_that_of_the_recorded_run(run):
+    with np.load(RECORDED / "wino.npz") as stored:
+        prompt = torch.from_numpy(stored[f"prompt_{run['prompt']}"]).long()
+        recorded, out = (stored[f"{run['run']}_{name}"].tolist() for name in ("events", "out"))
+    params, P = run["params"], prompt.shape[1]
+    config = DiffusionGenerationConfig(
+        max_new_tokens=params["gen_length"],
+        block_length=params["block_length"],
+        rule=Wino(params["threshold"], params["threshold_back"]),
+        cache="none",
+        stop_at_eos=False,
+    )
+    trace = record(golden.model("model_tiny"), prompt, config)
+    assert events(trace.steps, P) == sorted(map(tuple, recorded))
+    assert sum(len(step.taken) for step in trace.steps) == run["revoked"]
+    tokens, mask, decided_at = [params["mask_id"]] * params["gen_length"], params["mask_id"], {}
+    for number, step in enumerate(trace.steps):
+        start, stop = next(block for block in config.blocks() if block[0] <= step.positions[0] < block[1])
+        assert sorted(step.positions) == [p for p in range(start, stop) if tokens[p] == mask]
+        assert step.decided == [p for p in range(start, stop) if tokens[p] != mask] and not step.edited
+        assert all(len(values) == len(step.decided) for values in step.verdicts.values())
+        for position, token in step.taken:
+            assert tokens[position] == token and decided_at.pop(position) < number
+            tokens[position] = mask
+        for position, token, committed in zip(step.positions, step.proposals, step.committed, strict=True):
+            if committed:
+                tokens[position], decided_at[position] = token, number
+    assert tokens == trace.response == out[0][P:]
+    assert trace.commit_step == [decided_at[position] for position in range(len(tokens))]
+
+
+def test_verdicts_say_what_is_taken_back():
+    trace = record(golden.model("model_tiny"), torch.tensor([[7, 3, 9]]), wino())
+    assert any(step.taken for step in trace.steps)
+    for step in trace.steps:
+        verdict = dict(zip(step.decided, step.verdicts.get("verdict", []), strict=True))
+        assert all(verdict[position] < 0.9 for position, _ in step.taken)
+        assert all(np.isnan(step.shown["verdict"])), "a mask has no verdict"
+
+
+@dataclass(frozen=True)
+class Doubting(MostConfident, fdpp.Rule):
+    """Commit two, and where the number of masks is divisible by five take one back that is no longer what the model would say."""
+
+    needs: ClassVar = Needs(logits=True, block=True)
+    revokes: ClassVar = True
+
+    def decide(self, proposed):
+        step, candidate = proposed.step, proposed.candidate
+        c = step.confidence.masked_fill(~candidate, -1.0)
+        committed = candidate & (c.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < 2)
+        doubted = ~candidate & ~proposed.given & (step.proposal != proposed.tokens)
+        now = candidate.sum(1, keepdim=True) % 5 == 0
+        taken = doubted & now & (doubted.cumsum(1) < committed.sum(1, keepdim=True))
+        after = torch.where(committed, step.proposal, proposed.tokens).masked_fill(taken, proposed.mask_id)
+        left = (after == proposed.mask_id).sum(1, dtype=torch.int32)
+        return step._replace(tokens=after, committed=committed, remaining=left)
+
+
+def wino(**settings):
+    return DiffusionGenerationConfig(
+        **{"max_new_tokens": 32, "block_length": 16, "rule": Wino(0.6, 0.9), "cache": "none", **settings}
+    )
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -156,6 +246,33 @@ def trace_of(embedded, **settings):
     ids = torch.tensor([tokenizer(tiny.generate("held-out", 1)[0].prompt)["input_ids"]])
     config = DiffusionGenerationConfig(**{"max_new_tokens": 128, **settings})
     return record(model, ids, config), tokenizer
+
+
+REVISING = {"doubting": Doubting(), "editing": fdpp.Editing(tau=1.0, edit=0.99, post=3)}
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+@pytest.mark.parametrize("rule", REVISING.values(), ids=REVISING)
+def test_a_forward_of_several_steps_takes_back_and_edits_what_single_steps_do(rule, cache, embedded):
+    settings = {"rule": rule, "cache": cache, "max_new_tokens": 64, "stop_at_eos": False}
+    one, many = (trace_of(embedded, drafts=drafts, **settings)[0] for drafts in (1, 4))
+    assert events(one.steps, 0) == events(many.steps, 0)
+    assert [step.edited for step in one.steps] == [step.edited for step in many.steps]
+    assert int(many.output.nfe) < int(one.output.nfe) == len(one.steps) == len(many.steps)
+    assert any(step.taken or step.edited for step in one.steps)
+    mask = one.config.mask_token_id
+    tokens = [mask] * 64
+    for step in many.steps:
+        before = list(tokens)
+        for position, token, committed in zip(step.positions, step.proposals, step.committed, strict=True):
+            tokens[position] = token if committed else tokens[position]
+        for position, lost in step.taken:
+            assert before[position] == lost != mask and position not in step.positions
+            tokens[position] = mask
+        for position, old, new in step.edited:
+            assert before[position] == old != mask and tokens[position] == new != old
+        assert step.decided == [] and step.verdicts == {}, "a rule that shows nothing"
+    assert tokens == many.response
 
 
 def test_the_page_holds_the_decode(embedded):

@@ -23,7 +23,7 @@ from fdpp.selection import Selection
 @dataclass(frozen=True)
 class Step:
     """One step of a sequence. The lists run over positions of the block, sorted by confidence, descending: the masked
-    ones, and decided ones whose tokens the step changed.
+    ones, and decided ones that got another token.
 
     Attributes:
         forward: number of the forward that evaluated it, from 0; with drafts a forward evaluates several steps.
@@ -33,8 +33,12 @@ class Step:
         committed: bools, which of the positions the step committed.
         entropies: nats, empty unless the rule sorts by them.
         shown: what the rule shows of its memory, by name; for `fdpp.Klass` "held still", the number of steps over
-            which the prediction did.
+            which the prediction did. NaN where there is nothing to show.
         settled: whether there are none such. The lists then run over the decided positions that it looked at again.
+        taken: decided positions that the step made masks again, and the tokens they lost.
+        edited: decided positions that got another token, the token they lost, and that which they got.
+        decided: positions that earlier steps committed, where the rule revokes and shows something of its memory.
+        verdicts: `shown` at the `decided` positions.
     """
 
     forward: int
@@ -45,6 +49,10 @@ class Step:
     entropies: list[float]
     shown: dict[str, list[float]]
     settled: bool = False
+    taken: list[tuple[int, int]] = field(default_factory=list)
+    edited: list[tuple[int, int, int]] = field(default_factory=list)
+    decided: list[int] = field(default_factory=list)
+    verdicts: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,9 +123,12 @@ class RecordingAdvance(Advance):
 
         The block starts at position `start`; of its positions those that are `free` `[T]` were not given.
         """
-        open_now = states[0, depth].eq(self.mask_id) | (chosen.tokens[0, depth] != states[0, depth])
-        settled = not bool(open_now.any())
-        looked = (free if settled else open_now).nonzero().flatten()
+        before, after = states[0, depth], chosen.tokens[0, depth]
+        masked = before == self.mask_id
+        edited = ~masked & (after != self.mask_id) & (after != before)
+        lost, new = (where.nonzero().flatten() for where in (~masked & (after == self.mask_id), edited))
+        settled = not bool((masked | edited).any())
+        looked = (free if settled else masked | edited).nonzero().flatten()
         proposals = chosen.proposal[0, depth, looked]
         # Without drafts the forward on a CPU leaves out the rows that are not masked.
         logits = evidence.logits if evidence.logits.dim() == 2 else evidence.logits[0, depth, looked]
@@ -127,6 +138,7 @@ class RecordingAdvance(Advance):
             # `last_ids` change the confidence (`ranked_last`), not the logits.
             missing = 1.0 - chosen.confidence[0, depth, looked].double()
         shown = {} if evidence.memory is None else self.rule.shown(evidence.memory)
+        decided = (free & ~masked & (self.rule.revokes and bool(shown))).nonzero().flatten()
         order = missing.argsort(stable=True)
         looked, log_p = looked[order], log_p[order]
         by_entropy = self.config.rule.order == "entropy"
@@ -139,6 +151,10 @@ class RecordingAdvance(Advance):
             entropies=(-(log_p.exp() * log_p).nan_to_num(nan=0.0).sum(1)).tolist() if by_entropy else [],
             shown={name: value[0, depth, looked].tolist() for name, value in shown.items()},
             settled=settled,
+            taken=list(zip((start + lost).tolist(), before[lost].tolist(), strict=True)),
+            edited=list(zip((start + new).tolist(), before[new].tolist(), after[new].tolist(), strict=True)),
+            decided=(start + decided).tolist(),
+            verdicts={name: value[0, depth, decided].tolist() for name, value in shown.items() if len(decided)},
         )
 
 
