@@ -133,7 +133,7 @@ def test_verdicts_say_what_is_taken_back():
 
 @dataclass(frozen=True)
 class Doubting(MostConfident, fdpp.Rule):
-    """Commit two, and where the number of masks is divisible by five take one back that is no longer what the model would say."""
+    """Commit two, and at some numbers of masks take one back that is no longer what the model would say."""
 
     needs: ClassVar = Needs(logits=True, block=True)
     revokes: ClassVar = True
@@ -295,7 +295,41 @@ def test_the_page_holds_the_decode(embedded):
     assert data["tokens"] == len(ids[: data["end"]]) and data["nfe"] == int(trace.output.nfe)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+TAKEN_BACK = {"rule": Wino(0.3, 0.999), "cache": "none", "block_length": 64}
+EDITED = {"rule": fdpp.Editing(tau=0.3, edit=0.3, post=3)}
+
+
+def test_the_page_holds_what_was_taken_back_and_edited(embedded):
+    for settings in (TAKEN_BACK, EDITED):
+        trace, tokenizer = trace_of(embedded, **settings)
+        data = json.loads(Page(render(data_of(trace, tokenizer, "tiny"))).scripts[0])
+        ids = [piece[0] for piece in data["pieces"]]
+        for step, kept in zip(trace.steps, data["steps"], strict=True):
+            taken = [(position, ids[piece]) for position, piece in kept.get("taken", [])]
+            edited = [(position, ids[old], ids[new]) for position, old, new in kept.get("edited", [])]
+            assert taken == step.taken and edited == step.edited
+            assert kept.get("decided", []) == step.decided and "shown" not in kept
+            for name, values in kept.get("verdicts", {}).items():
+                assert values == pytest.approx(step.verdicts[name], rel=1e-3)
+        assert any(step.taken for step in trace.steps) == (settings is TAKEN_BACK)
+        assert any(step.edited for step in trace.steps) == (settings is EDITED)
+    for settings in SETTINGS:
+        trace, tokenizer = trace_of(embedded, **settings)
+        for step in data_of(trace, tokenizer, "tiny")["steps"]:
+            assert not step.keys() & {"taken", "edited", "decided", "verdicts"}, "nothing new in other decodes"
+
+
+def test_what_a_rule_cannot_say_of_a_position_is_left_out():
+    from fdpp.trace.page import tellable
+
+    nan = float("nan")
+    assert tellable({"a": [nan, 0.5], "b": [nan, nan], "c": [], "d": [3]}) == {"a": [None, 0.5], "d": [3]}
+
+
+PAGES = (*SETTINGS, TAKEN_BACK, EDITED)
+
+
+@pytest.mark.parametrize("settings", PAGES, ids=str)
 def test_a_page_of_every_rule_is_small_and_needs_nothing_else(settings, embedded):
     trace, tokenizer = trace_of(embedded, **settings)
     text = render(data_of(trace, tokenizer, "tiny"))
@@ -452,6 +486,22 @@ def test_png(rule, tmp_path, monkeypatch, capsys):
     assert len({tuple(pixel) for pixel in (pixels[::7, ::7, :3] * 255).astype(int).reshape(-1, 3).tolist()}) > 8
 
 
+@pytest.mark.parametrize("settings", [TAKEN_BACK, EDITED], ids=["taken back", "edited"])
+def test_png_with_tokens_taken_back_and_edited(settings, embedded, tmp_path):
+    image = pytest.importorskip("matplotlib.image", reason="the still picture needs matplotlib")
+    from matplotlib.colors import to_rgb
+
+    from fdpp.trace import still
+
+    trace, tokenizer = trace_of(embedded, **settings)
+    data = data_of(trace, tokenizer, "tiny")
+    taken, edited = (sum(len(getattr(step, kind)) for step in trace.steps) for kind in ("taken", "edited"))
+    assert still.title(data).endswith(f", {taken} taken back" if taken else f", {edited} edited")
+    still.draw(data, tmp_path / "t.png", next(i for i, s in enumerate(trace.steps) if s.taken or s.edited))
+    pixels = image.imread(tmp_path / "t.png")[..., :3]
+    assert bool((abs(pixels - np.array(to_rgb(still.LOST))).max(-1) < 0.01).any()) == bool(taken)
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     if find() is None:
@@ -521,7 +571,84 @@ def test_keys_slider_and_play(browser, embedded, tmp_path):
     assert browser.messages == []
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_browser_shows_what_is_taken_back(browser, embedded, tmp_path):
+    trace, tokenizer = trace_of(embedded, **TAKEN_BACK)
+    browser.open(write(tmp_path / "t.html", data_of(trace, tokenizer, "tiny")), 1280, 900)
+    tokens, frames = ["·"] * 128, []
+    for step in trace.steps:
+        shown = browser.evaluate(SHOWN)
+        frames.append(shown)
+        for position, proposal, committed in zip(step.positions, step.proposals, step.committed, strict=True):
+            tokens[position] = tokenizer.convert_ids_to_tokens(proposal) if committed else "·"
+            assert committed == (browser.evaluate(f"chips[{position}].classList.contains('done')"))
+        for position, token in step.taken:
+            word = tokenizer.convert_ids_to_tokens(token)
+            assert shown[position] == f"·↶{word}" and tokens[position] == word
+            label = browser.evaluate(f"chips[{position}].getAttribute('aria-label')")
+            verdict = step.verdicts["verdict"][step.decided.index(position)]
+            assert label.startswith(f"Position {position + 1}: masked again, “{word}” taken back at step ")
+            assert float(label.rpartition(", verdict ")[2]) == pytest.approx(verdict, rel=1e-3)
+            tokens[position] = "·"
+        undecided = set(step.positions) | {position for position, _ in step.taken}
+        assert [s for p, s in enumerate(shown) if p not in undecided] == [
+            t for p, t in enumerate(tokens[: len(shown)]) if p not in undecided
+        ]
+        assert browser.evaluate(COUNT.format("lost")) == len(step.taken)
+        sentence = browser.evaluate("sentence.textContent")
+        assert f"commits {sum(step.committed)} of {len(step.positions)} position" in sentence
+        assert (f" Taken back: {len(step.taken)}." in sentence) == bool(step.taken)
+        assert browser.evaluate("document.querySelectorAll('#profile .bar').length") == len(step.positions)
+        browser.press("ArrowRight")
+    for shown in frames[-2::-1]:
+        browser.press("ArrowLeft")
+        assert browser.evaluate(SHOWN) == shown, "a step back is the step as it was"
+
+    lost = sum(len(step.taken) for step in trace.steps)
+    assert browser.evaluate("$('summary').textContent").endswith(f"; in all committed {128 + lost}, taken back {lost}")
+    assert browser.evaluate("document.querySelectorAll('#all .lost').length") == sum(bool(s.taken) for s in trace.steps)
+    assert "taken back, below zero" in browser.evaluate("legend.textContent")
+    number, step = next((number, step) for number, step in enumerate(trace.steps) if step.taken)
+    browser.evaluate(f"choose({step.taken[0][0]})")
+    rows = browser.evaluate("[...document.querySelectorAll('#position tbody tr')].map((row) => row.innerText)")
+    assert rows[number].endswith("taken back") and any(row.endswith("kept") for row in rows)
+    assert f"Taken back at step {number + 1}" in browser.evaluate("document.querySelector('#position').textContent")
+    assert browser.messages == []
+
+
+def test_the_browser_shows_edits(browser, embedded, tmp_path):
+    trace, tokenizer = trace_of(embedded, **EDITED)
+    browser.open(write(tmp_path / "t.html", data_of(trace, tokenizer, "tiny")), 1280, 900)
+    for number, step in enumerate(trace.steps):
+        shown, sentence = browser.evaluate(SHOWN), browser.evaluate("sentence.textContent")
+        for position, *tokens in step.edited:
+            old, new = tokenizer.convert_ids_to_tokens(tokens)
+            assert shown[position] == f"{old} → {new}"
+            label = browser.evaluate(f"chips[{position}].getAttribute('aria-label')")
+            assert label.startswith(f"Position {position + 1}: “{new}”") and f"step {number + 1} from “{old}”" in label
+        assert sum(" → " in text for text in shown) == len(step.edited)
+        assert (f" Edited: {len(step.edited)}." in sentence) == bool(step.edited)
+        filled = len(step.positions) - len(step.edited)
+        assert (
+            step.settled or not filled or f"commits {sum(step.committed) - len(step.edited)} of {filled} " in sentence
+        )
+        browser.press("ArrowRight")
+    edited = sum(len(step.edited) for step in trace.steps)
+    assert f", edited {edited}" in browser.evaluate("$('summary').textContent")
+    assert browser.evaluate("document.querySelectorAll('#all .edit').length") == sum(
+        bool(s.edited) for s in trace.steps
+    )
+    assert browser.messages == []
+
+
+def test_other_pages_say_nothing_of_it(browser, embedded, tmp_path):
+    trace, tokenizer = trace_of(embedded)
+    browser.open(write(tmp_path / "t.html", data_of(trace, tokenizer, "tiny")), 1280, 900)
+    browser.evaluate("choose(0)")
+    said = browser.evaluate("document.querySelector('main').innerText")
+    assert not any(word in said for word in ("taken back", "Taken back", "edited", "in all", "what came of it"))
+
+
+@pytest.mark.parametrize("settings", PAGES, ids=str)
 def test_on_a_phone(browser, embedded, settings, tmp_path):
     trace, tokenizer = trace_of(embedded, **settings)
     browser.open(write(tmp_path / "t.html", data_of(trace, tokenizer, "tiny")), 390, 844, dark=True, touch=True)
@@ -554,9 +681,10 @@ def test_hostile_texts_are_shown_and_not_run(browser, embedded, tmp_path):
     assert browser.evaluate("document.documentElement.scrollWidth") == 390
 
 
-def test_text_has_contrast_in_both_schemes(browser, embedded, tmp_path):
+@pytest.mark.parametrize("settings", [{"rule": fdpp.Quota(), "drafts": 4}, TAKEN_BACK, EDITED], ids=str)
+def test_text_has_contrast_in_both_schemes(browser, embedded, settings, tmp_path):
     """At least 4.5 to 1 (WCAG 2 AA), on every shade."""
-    trace, tokenizer = trace_of(embedded, rule=fdpp.Quota(), drafts=4)
+    trace, tokenizer = trace_of(embedded, **settings)
     url = write(tmp_path / "t.html", data_of(trace, tokenizer, "tiny"))
     ratio = """(() => {
       const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
@@ -568,7 +696,7 @@ def test_text_has_contrast_in_both_schemes(browser, embedded, tmp_path):
       };
       const below = (e) => { for (; e; e = e.parentElement) {
         const color = getComputedStyle(e).backgroundColor; if (!/, 0\\)$/.test(color)) return color; } };
-      return Math.min(...[...document.querySelectorAll("h1, h2, p, dt, dd, #response .tok, svg text, output, kbd, li")]
+      return Math.min(...[...document.querySelectorAll("h1, h2, p, dt, dd, .tok, svg text, output, kbd, li")]
         .filter((e) => e.getBoundingClientRect().width)
         .map((e) => { const style = getComputedStyle(e);
           const pair = [light(e.matches("text") ? style.fill : style.color), light(below(e))].sort((a, b) => b - a);
@@ -576,6 +704,7 @@ def test_text_has_contrast_in_both_schemes(browser, embedded, tmp_path):
     })()"""
     for dark in (False, True):
         browser.open(url, 1280, 900, dark=dark)
-        for number in (0, 20, len(trace.steps) - 1):
+        changes = [number for number, step in enumerate(trace.steps) if step.taken or step.edited]
+        for number in (0, *changes[:2], min(20, len(trace.steps) - 1), len(trace.steps) - 1):
             browser.evaluate(f"go({number})")
             assert browser.evaluate(ratio) >= 4.5

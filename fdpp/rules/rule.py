@@ -399,7 +399,8 @@ class Rule:
         return proposed.step
 
     def shown(self, memory: Memory) -> dict[str, Tensor]:
-        """What a trace shows of the memory, `[b, D, T]` by name."""
+        """What a trace shows of the memory, `[b, D, T]` by name; NaN: nothing. Of a rule that revokes it shows decided
+        positions, too."""
         return {}
 
     def curve(self, missing: list[float]) -> Curve | None:

@@ -5,9 +5,24 @@ const { steps, pieces, commit } = trace;
 const $ = (id) => document.getElementById(id);
 const PAUSE = 900;
 
-/* Per position the steps that saw it: [step, rank in that step's profile], oldest first. */
+/* Per position the steps that saw it, oldest first: [step, rank in that step's profile], or where the step took its
+   token back [step, -1, token]. */
 const past = trace.response.map(() => []);
-steps.forEach((s, number) => s.settled || s.positions.forEach((p, rank) => past[p].push([number, rank])));
+steps.forEach((s, number) => {
+  if (!s.settled) s.positions.forEach((p, rank) => past[p].push([number, rank]));
+  for (const [p, piece] of s.taken || []) past[p].push([number, -1, piece]);
+});
+
+/* Per step the edited positions and their old tokens, and how many positions it changed in which way. */
+const edits = steps.map((s) => new Map((s.edited || []).map(([p, old]) => [p, old])));
+const counts = steps.map((s, number) => ({
+  committed: s.positions.filter((p, rank) => s.committed[rank] && !edits[number].has(p)).length,
+  taken: (s.taken || []).length,
+  edited: edits[number].size,
+}));
+const total = (kind) => counts.reduce((sum, count) => sum + count[kind], 0);
+const revised = steps.some((s) => s.taken || s.edited || s.decided);
+const told = [...new Set(steps.flatMap((s) => Object.keys({ ...s.shown, ...s.verdicts })))];
 
 const shown = (() => {
   const [, stop] = trace.blocks.find(([start, end]) => !past.slice(end).some((h) => h.length)) || [0, 0];
@@ -26,6 +41,8 @@ function percent(missing) {
   if (missing >= 0.001) return (1 - missing).toFixed(3);
   return missing === 0 ? "1" : `1 − ${missing.toExponential(0)}`;
 }
+
+const figure = (value) => (value === null || value === undefined ? "–" : String(value));
 
 /* From dark violet to light yellow. The lightness skips the shades on which neither white nor black text has enough
    contrast. */
@@ -60,17 +77,22 @@ for (let p = 0; p < shown; p++) {
 function dress(p) {
   const now = past[p].findLast(([number]) => number <= step);
   const current = now && now[0] === step;
-  const done = now && steps[now[0]].committed[now[1]];
+  const lost = current && now[1] < 0;
+  const done = now && now[1] >= 0 && steps[now[0]].committed[now[1]];
   const over = p >= trace.length || (step === steps.length - 1 && trace.end !== null && p > trace.end);
   const classes = ["tok"], chip = chips[p];
-  let piece = null;
+  let piece = null, text = null;
   if (done) {
     piece = steps[now[0]].proposals[now[1]];
-    const [back, text] = shade(now[0]);
+    const [back, front] = shade(now[0]);
     chip.style.setProperty("--shade", back);
-    chip.style.setProperty("--on-shade", text);
+    chip.style.setProperty("--on-shade", front);
     classes.push("done");
     if (current) classes.push("new");
+    if (current && edits[step].has(p)) text = `${word(edits[step].get(p))} → ${word(piece)}`;
+  } else if (lost) {
+    text = `·↶${word(now[2])}`;
+    classes.push("mask", "lost");
   } else if (current) {
     piece = steps[step].proposals[now[1]];
     chip.style.setProperty("--c", `${(100 * (1 - steps[step].missing[now[1]])).toFixed(1)}%`);
@@ -82,7 +104,7 @@ function dress(p) {
   if (piece !== null && pieces[piece][2]) classes.push("special");
   if (p === chosen) classes.push("chosen");
   chip.className = classes.join(" ");
-  chip.textContent = piece === null ? "·" : word(piece);
+  chip.textContent = text ?? (piece === null ? "·" : word(piece));
   chip.setAttribute("aria-label", `Position ${p + 1}: ${describe(p)}`);
   gaps[p].data = p && (piece === null || /^ /.test(pieces[piece][1])) ? " " : "";
   breaks[p].data = piece !== null && done && pieces[piece][1].includes("\n") ? "\n" : "";
@@ -90,8 +112,15 @@ function dress(p) {
 
 /* The position's last proposal: what was committed there, if anything was. */
 function last(p) {
-  const [number, rank] = past[p].at(-1);
+  const [number, rank] = past[p].findLast((seen) => seen[1] >= 0);
   return steps[number].proposals[rank];
+}
+
+/* What the rule shows of a decided position at a step. */
+function verdicts(number, p) {
+  const { decided = [], verdicts: values = {} } = steps[number];
+  const at = decided.indexOf(p);
+  return at < 0 ? {} : Object.fromEntries(Object.entries(values).map(([name, all]) => [name, all[at]]));
 }
 
 function blockOf(p) {
@@ -101,13 +130,25 @@ function blockOf(p) {
 function describe(p) {
   const now = past[p].findLast(([number]) => number <= step);
   if (!now) return commit[p] < 0 ? "never decoded, the text has ended" : "masked, its block has not begun";
-  const [number, rank] = now, s = steps[number], cut = p < trace.length ? "" : ", behind the response's end";
+  const said = Object.entries(verdicts(step, p)).map(([name, value]) => `, ${name} ${figure(value)}`).join("");
+  const [number, rank, gone] = now, s = steps[number];
+  if (rank < 0) return `masked again, “${word(gone)}” taken back at step ${number + 1}${said}`;
+  const cut = p < trace.length ? "" : ", behind the response's end";
   const what = `“${word(s.proposals[rank])}”, confidence ${percent(s.missing[rank])}${cut}`;
-  if (s.committed[rank]) return `${what}, committed at step ${number + 1}`;
+  if (edits[number].has(p)) {
+    return `${what}, edited at step ${number + 1} from “${word(edits[number].get(p))}”${said}`;
+  }
+  if (s.committed[rank]) return `${what}, committed at step ${number + 1}${said}`;
   return `masked, proposes ${what}`;
 }
 
 /* ---- charts: one coordinate system, x is the length n of the prefix of the sorted profile ---- */
+
+/* "3 committed, 2 taken back": the second and third only where there are any. */
+function changes(number) {
+  const { committed, taken, edited } = counts[number];
+  return `${committed} committed${taken ? `, ${taken} taken back` : ""}${edited ? `, ${edited} edited` : ""}`;
+}
 
 function line(x1, y1, x2, y2, kind) {
   return element("line", { x1, y1, x2, y2, class: kind });
@@ -138,7 +179,7 @@ function drawProfile() {
 
   rules.forEach(([name, n], i) => {
     const y = i * 30 + 20;
-    svg.append(label(left, y - 7, `${name}: ${n}${i ? "" : " committed"}`, `t${i}`),
+    svg.append(label(left, y - 7, `${name}: ${i ? n : changes(step)}`, `t${i}`),
       line(left + 3, y, x(count) - 3, y, "base"), line(left + 3, y, Math.max(x(n) - 3, left + 3), y, `reach c${i}`));
   });
 
@@ -224,17 +265,27 @@ function drawEntropy() {
 
 function drawAll() {
   const box = $("all"), width = box.clientWidth, left = 34, slot = Math.min((width - left - 8) / steps.length, 64);
-  const counts = steps.map((s) => s.committed.reduce((sum, one) => sum + one, 0));
-  const most = Math.max(...counts, ...steps.flatMap((s) => s.would)), tall = 110, top = 12;
-  const y = (n) => top + tall * (1 - n / most), x = (number) => left + number * slot;
-  const svg = element("svg", { height: top + tall + 24, role: "img", "aria-label": "Positions committed by each step" });
+  const most = Math.max(...counts.map((n) => n.committed + n.edited), ...steps.flatMap((s) => s.would));
+  /* Below zero is what was taken back. */
+  const least = Math.max(...counts.map((n) => n.taken)), unit = 110 / Math.max(most, least), top = 12;
+  const tall = unit * (most + least);
+  const y = (n) => top + unit * (most - n), x = (number) => left + number * slot;
+  const svg = element("svg", { height: top + tall + 24, role: "img",
+    "aria-label": `Positions committed by each step${least ? ", and below zero those taken back" : ""}` });
   svg.append(element("rect", { x: x(step), y: top - 6, width: slot, height: tall + 12, class: "now" }));
-  for (const n of new Set([0, Math.round(most / 2), most])) {
-    svg.append(line(left, y(n), x(steps.length), y(n), "axis"), label(left - 6, y(n) + 4, n, "", "end"));
+  for (const n of new Set([0, Math.round(most / 2), most, ...(unit * least > 14 ? [-least] : [])])) {
+    svg.append(line(left, y(n), x(steps.length), y(n), "axis"),
+      label(left - 6, y(n) + 4, String(n).replace("-", "−"), "", "end"));
   }
   steps.forEach((s, number) => {
-    svg.append(element("rect", { x: x(number) + slot * 0.2, y: y(counts[number]), width: slot * 0.6,
-      height: y(0) - y(counts[number]), class: "bar taken" }));
+    const { committed, taken, edited } = counts[number];
+    const all = committed + edited;
+    for (const [from, n, kind] of [[committed, committed, "taken"], [all, edited, "edit"], [0, taken, "lost"]]) {
+      if (n || kind === "taken") {
+        svg.append(element("rect", { x: x(number) + slot * 0.2, y: y(from), width: slot * 0.6, height: unit * n,
+          class: `bar ${kind}` }));
+      }
+    }
     /* Side by side, for they often agree. */
     const share = (slot * 0.84) / s.would.length;
     s.would.forEach((n, i) => {
@@ -258,22 +309,43 @@ function drawPosition() {
     return;
   }
   const head = element("p", {}, `Position ${chosen + 1}, block ${blockOf(chosen) + 1}: ${describe(chosen)}. `);
-  if (commit[chosen] > step) head.append(`Step ${commit[chosen] + 1} commits “${word(last(chosen))}”. `);
+  const back = past[chosen].filter(([, rank]) => rank < 0).map(([number]) => number + 1);
+  if (back.length) head.append(`Taken back at step ${back.join(", ")}. `);
+  if (commit[chosen] > step) {
+    head.append(`Step ${commit[chosen] + 1} commits “${word(last(chosen))}”${back.length ? " for good" : ""}. `);
+  }
   if (commit[chosen] >= 0) head.append(`Token id ${pieces[last(chosen)][0]}.`);
-  const rows = past[chosen].map(([number, rank]) => {
-    const s = steps[number];
-    const cells = [number + 1, s.forward + 1, word(s.proposals[rank]), percent(s.missing[rank]), rank + 1];
-    for (const name of Object.keys(s.shown || {})) cells.push(s.shown[name][rank]);
-    return element("tr", number === step ? { class: "current" } : {},
-      ...cells.map((cell, i) => element("td", i === 2 ? {} : { class: "number" }, String(cell))));
-  });
-  const names = ["step", "forward", "proposal", "confidence", "rank"];
-  names.push(...Object.keys(steps[0].shown || {}));
+  const names = ["step", "forward", "proposal", "confidence", "rank", ...told, ...(revised ? ["what came of it"] : [])];
+  const kind = (i) => (i === 2 || (revised && i === names.length - 1) ? {} : { class: "number" });
+  const rows = story(chosen).map(([number, cells]) => element("tr", number === step ? { class: "current" } : {},
+    ...cells.slice(0, names.length).map((cell, i) => element("td", kind(i), String(cell)))));
   const table = element("table", {}, element("thead", {}, element("tr", {},
-    ...names.map((name, i) => element("th", { scope: "col", ...(i === 2 ? {} : { class: "number" }) }, name)))),
-    element("tbody", {}, ...rows));
+    ...names.map((name, i) => element("th", { scope: "col", ...kind(i) }, name)))), element("tbody", {}, ...rows));
   box.replaceChildren(head, ...(rows.length ? [element("div", { class: "scroll", tabindex: 0, role: "region",
     "aria-label": "What the position proposed" }, table)] : []));
+}
+
+/* Of each step that saw the position its number and the cells of its row; decided ones are seen where the rule shows
+   something of them. */
+function story(p) {
+  const rows = [];
+  let held = null;
+  steps.forEach((s, number) => {
+    const [, rank = -1, gone] = past[p].find(([seen]) => seen === number) || [];
+    const start = [number + 1, s.forward + 1];
+    if (rank >= 0) {
+      const old = edits[number].get(p), piece = s.proposals[rank];
+      const came = old !== undefined ? `edited, “${word(old)}” → “${word(piece)}”`
+        : s.committed[rank] ? "committed" : "masked";
+      const about = told.map((name) => figure(s.shown?.[name]?.[rank]));
+      if (s.committed[rank]) held = piece;
+      rows.push([number, [...start, word(piece), percent(s.missing[rank]), rank + 1, ...about, came]]);
+    } else if (gone !== undefined || s.decided?.includes(p)) {
+      const about = verdicts(number, p), came = gone === undefined ? "kept" : "taken back";
+      rows.push([number, [...start, word(gone ?? held), "–", "–", ...told.map((name) => figure(about[name])), came]]);
+    }
+  });
+  return rows;
 }
 
 function tip(event, text) {
@@ -289,12 +361,13 @@ function tip(event, text) {
 
 function render() {
   const s = steps[step], count = s.positions.length;
-  const taken = s.committed.reduce((sum, one) => sum + one, 0);
+  const { committed, taken, edited } = counts[step];
   for (let p = 0; p < shown; p++) dress(p);
   const instead = trace.others.map((name, i) => `${name} would commit ${s.would[i]}`).join(", ");
-  const does = s.settled
-    ? `looks at ${plural(count, "decided position")} again and changes none.`
-    : `commits ${taken} of ${plural(count, "position")}. On the same profile ${instead}.`;
+  const again = `${taken ? ` Taken back: ${taken}.` : ""}${edited ? ` Edited: ${edited}.` : ""}`;
+  const does = s.settled ? `looks at ${plural(count, "decided position")} again${taken ? "" : " and changes none"}.${again}`
+    : edited === count ? `looks at the decided positions again.${again}`
+    : `commits ${committed} of ${plural(count - edited, "position")}.${again} On the same profile ${instead}.`;
   $("sentence").textContent = `Step ${step + 1} (forward ${s.forward + 1}, block ${blockOf(s.positions[0]) + 1}): ` +
     `${trace.rule} ${does}`;
   $("counter").textContent = `${step + 1} / ${steps.length}`;
@@ -386,7 +459,9 @@ new ResizeObserver(draw).observe($("profile"));
 /* ---- the head ---- */
 
 $("summary").textContent = `${trace.rule}, cache ${trace.settings.cache}: ${plural(trace.tokens, "token")} in ` +
-  `${plural(trace.nfe, "forward")}, ${(trace.tokens / trace.nfe).toFixed(1)} tokens per forward`;
+  `${plural(trace.nfe, "forward")}, ${(trace.tokens / trace.nfe).toFixed(1)} tokens per forward` +
+  (total("taken") || total("edited") ? `; in all committed ${total("committed")}` : "") +
+  (total("taken") ? `, taken back ${total("taken")}` : "") + (total("edited") ? `, edited ${total("edited")}` : "");
 $("prompt").textContent = trace.prompt;
 for (const [name, value] of Object.entries(trace.settings)) {
   $("settings").append(element("div", {}, element("dt", {}, name), element("dd", {}, String(value))));
@@ -394,6 +469,11 @@ for (const [name, value] of Object.entries(trace.settings)) {
 $("last").textContent = steps.length;
 [trace.rule, ...trace.others].forEach((name, i) =>
   $("legend").append(element("li", {}, element("i", { class: `l${i}` }), i ? `${name} would commit` : `${name} commits`)));
+for (const [kind, name, text] of [["lost", "taken", "taken back, below zero"], ["edit", "edited", "edited"]]) {
+  if (total(name)) $("legend").append(element("li", {}, element("i", { class: kind }), text));
+}
+$("key-lost").hidden = !total("taken");
+$("key-edited").hidden = !total("edited");
 $("ramp").style.background = `linear-gradient(to right, ${[0, 1, 2, 3, 4].map((i) =>
   shade(((steps.length - 1) * i) / 4)[0]).join(", ")})`;
 $("about").open = trace.prompt.length < 400;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from html import escape
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,22 @@ def step_data(step: Step, rule: Rule, pieces: Pieces) -> dict[str, Any]:
         data["entropies"] = [float(f"{h:.4g}") for h in step.entropies]
     if step.settled:
         data["settled"] = True
-    if step.shown:
-        data["shown"] = step.shown
+    if shown := tellable(step.shown):
+        data["shown"] = shown
+    if step.taken:
+        data["taken"] = [(position, pieces(token)) for position, token in step.taken]
+    if step.edited:
+        data["edited"] = [(position, pieces(old), pieces(new)) for position, old, new in step.edited]
+    if verdicts := tellable(step.verdicts):
+        rounded = {name: [v if v is None else float(f"{v:.4g}") for v in values] for name, values in verdicts.items()}
+        data |= {"decided": step.decided, "verdicts": rounded}
     return data
+
+
+def tellable(shown: dict[str, list[float]]) -> dict[str, list[float | None]]:
+    """`shown` for JSON: None for NaN, and without the names that have nothing else."""
+    told = {name: [None if isnan(value) else value for value in values] for name, values in shown.items()}
+    return {name: values for name, values in told.items() if any(value is not None for value in values)}
 
 
 def settings_of(config: DiffusionGenerationConfig) -> dict[str, Any]:

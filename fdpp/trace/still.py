@@ -11,6 +11,7 @@ LINE, GLYPH, FONT = 0.3, 0.094, 9.0
 
 INK, SOFT, QUIET = "#1c1f24", "#5c636e", "#c3c8d0"
 OWN, OTHERS = "#1f5fbf", ("#b4500c", "#0b7a56", "#5c636e")
+LOST = "#a3165a"
 
 
 def words(data: dict[str, Any]) -> list[tuple[str, int]]:
@@ -67,7 +68,9 @@ def draw(data: dict[str, Any], path: Path, step: int) -> None:
     figure.text(0.03, 3.4 / height, "Committed by each step", fontsize=10, color=INK)
     all_axes = figure.add_axes((0.06, 0.55 / height, 0.4, 2.55 / height))
     draw_all(all_axes, data, step)
-    figure.text(0.53, 3.4 / height, f"Profile of step {step + 1}", fontsize=10, color=INK)
+    back = len(data["steps"][step].get("taken", ()))
+    profile = f"Profile of step {step + 1}" + (f", taken back: {back}" if back else "")
+    figure.text(0.53, 3.4 / height, profile, fontsize=10, color=INK)
     profile_axes = figure.add_axes((0.57, 1.95 / height, 0.4, 1.15 / height))
     bound_axes = figure.add_axes((0.57, 0.55 / height, 0.4, 1.15 / height), sharex=profile_axes)
     draw_profile(profile_axes, bound_axes, data, step)
@@ -81,7 +84,9 @@ def draw(data: dict[str, Any], path: Path, step: int) -> None:
 def title(data: dict[str, Any]) -> str:
     tokens, nfe = data["tokens"], data["nfe"]
     name = f"{data['rule']}, cache {data['settings']['cache']}"
-    return f"{name}: {tokens} tokens in {nfe} forwards, {tokens / nfe:.1f} tokens per forward"
+    taken, edited = (sum(len(step.get(kind, ())) for step in data["steps"]) for kind in ("taken", "edited"))
+    again = (f", {taken} taken back" if taken else "") + (f", {edited} edited" if edited else "")
+    return f"{name}: {tokens} tokens in {nfe} forwards, {tokens / nfe:.1f} tokens per forward{again}"
 
 
 def shade(step: int, steps: int) -> tuple[Any, str]:
@@ -100,7 +105,17 @@ def draw_all(axes: Any, data: dict[str, Any], step: int) -> None:
     numbers = range(1, len(steps) + 1)
     axes.axvspan(step + 0.5, step + 1.5, color="#eef0f3", zorder=0)
     bars = axes.bar(numbers, [sum(s["committed"]) for s in steps], width=0.6, color=OWN)
-    handles = [bars]
+    handles, revised = [bars], []
+    for kind, name, sign, style in (
+        ("edited", "edited", 1, {"facecolor": "white", "edgecolor": OWN}),
+        ("taken", "taken back", -1, {"facecolor": LOST}),
+    ):
+        counts = [len(s.get(kind, ())) for s in steps]
+        if any(counts):
+            # Edits are among the commits, and are drawn over their upper end.
+            above = [sum(s["committed"]) - n if sign > 0 else 0 for s, n in zip(steps, counts, strict=True)]
+            handles.append(axes.bar(numbers, [sign * n for n in counts], bottom=above, width=0.6, **style))
+            revised.append(name)
     share = 0.84 / len(data["others"])
     for i, color in enumerate(OTHERS[: len(data["others"])]):
         left = [number - 0.42 + i * share for number in numbers]
@@ -109,7 +124,7 @@ def draw_all(axes: Any, data: dict[str, Any], step: int) -> None:
     axes.set_xlim(0.4, len(steps) + 0.6)
     axes.set_xlabel("step", fontsize=8, color=SOFT)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    names = [data["rule"], *(f"{name} would" for name in data["others"])]
+    names = [data["rule"], *revised, *(f"{name} would" for name in data["others"])]
     axes.legend(
         handles, names, fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(-0.03, 0.98), ncols=len(names),
         handlelength=1.2, columnspacing=1.2,
