@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from doubting import Doubting
 
 from fdpp import cli, tiny
 from fdpp.cli import held_out, live, terminal
@@ -190,6 +191,46 @@ def test_frames_of_the_live_view(tokenizer):
     assert screen(out.getvalue())[0] == "May : 12 5 apples . · 7"
     view.end()
     assert screen(out.getvalue()) == [""]
+
+
+def test_what_is_taken_back_is_a_mask_again(tokenizer):
+    """Also where a row becomes shorter, a special token is taken back, or a token changes."""
+    out = Terminal()
+    drafts = ["May : 12 <mask> apples . <eos>", "<mask> : 12 5 <mask> . <mask>", "June : 12 7 <mask> . <eos>"]
+    _, frames = play(tokenizer, out, drafts)
+    lost, new = "\x1b[1;35m ·\x1b[0m", "\x1b[1;32m"
+    assert [screen(frame.rpartition("F")[2])[0] for frame in frames] == [
+        "May : 12 · apples .", "· : 12 5 · . ·", "June : 12 7 · ."
+    ]  # fmt: skip
+    assert [frame.count("\x1b[1;35m") for frame in frames] == [0, 3, 0] and lost + " ." + lost in frames[1]
+    assert f"{new} 7" in frames[2] and "\x1b[2m ·\x1b[0m" in frames[2], "an edit is new, an old loss a mask like others"
+    assert frames[0].count("taken back") == 0 and ", 3 taken back" in frames[1] and ", 3 taken back" in frames[2]
+    assert screen(out.getvalue())[0] == "June : 12 7 · .", "nothing of longer lines is left"
+
+
+@pytest.mark.parametrize("row", [None, 7], ids=["lines", "grid"])
+def test_a_decode_that_takes_tokens_back_is_redrawn_after_every_forward(row):
+    model, tokenizer = tiny.load()
+    out, states = Terminal(), []
+
+    class Watched(live.LiveView):
+        def put_draft(self, value):
+            start = out.tell()
+            super().put_draft(value)
+            states.append(([*self.done, *self.block], out.getvalue()[start:]))
+
+    problem = tiny.generate("held-out", 1)[0].prompt
+    settings = {"rule": Doubting(), "cache": "none", "max_new_tokens": 42, "block_length": 21, "stop_at_eos": False}
+    with Watched(tokenizer, tokenizer.mask_token_id, out, row=row) as view:
+        decoded = model.generate(torch.tensor([tokenizer(problem)["input_ids"]]), streamer=view, **settings)
+    assert view.taken > 0 and len(states) == int(decoded.nfe)
+    for tokens, frame in states:
+        words = ["·" if t == tokenizer.mask_token_id else tokenizer.decode([t]).strip() for t in tokens]
+        visible = [w for w, t in zip(words, tokens, strict=True) if w == "·" or t not in view.hidden]
+        visible = [w for i, w in enumerate(visible) if row is None or i % row != row - 1]
+        lines = screen(re.sub(r"^\x1b\[\d+F", "", frame))
+        assert " ".join(lines[: lines.index("")]).split() == visible
+    assert screen(out.getvalue()) == [""] and view.done == decoded.sequences[0, -42:].tolist()
 
 
 def test_frames_of_a_grid():

@@ -2,22 +2,19 @@
 
 import json
 import sys
-from dataclasses import dataclass
 from html.parser import HTMLParser
-from typing import ClassVar
 
 import golden
 import numpy as np
 import pytest
 import torch
 from browser import Browser, find
-from fdpp import Wino
+from doubting import Doubting
 from small import EOS, MASK, SMALL, exact_model, prompts, small_model
 
 import fdpp
-from fdpp import cli, tiny
+from fdpp import Wino, cli, tiny
 from fdpp.decoding.settings import DiffusionGenerationConfig
-from fdpp.rules import MostConfident, Needs
 from fdpp.trace import criteria
 from fdpp.trace.page import data_of, render
 from fdpp.trace.record import record
@@ -129,25 +126,6 @@ def test_verdicts_say_what_is_taken_back():
         verdict = dict(zip(step.decided, step.verdicts.get("verdict", []), strict=True))
         assert all(verdict[position] < 0.9 for position, _ in step.taken)
         assert all(np.isnan(step.shown["verdict"])), "a mask has no verdict"
-
-
-@dataclass(frozen=True)
-class Doubting(MostConfident, fdpp.Rule):
-    """Commit two, and at some numbers of masks take one back that is no longer what the model would say."""
-
-    needs: ClassVar = Needs(logits=True, block=True)
-    revokes: ClassVar = True
-
-    def decide(self, proposed):
-        step, candidate = proposed.step, proposed.candidate
-        c = step.confidence.masked_fill(~candidate, -1.0)
-        committed = candidate & (c.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < 2)
-        doubted = ~candidate & ~proposed.given & (step.proposal != proposed.tokens)
-        now = candidate.sum(1, keepdim=True) % 5 == 0
-        taken = doubted & now & (doubted.cumsum(1) < committed.sum(1, keepdim=True))
-        after = torch.where(committed, step.proposal, proposed.tokens).masked_fill(taken, proposed.mask_id)
-        left = (after == proposed.mask_id).sum(1, dtype=torch.int32)
-        return step._replace(tokens=after, committed=committed, remaining=left)
 
 
 def wino(**settings):

@@ -13,8 +13,9 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from fdpp.cli.terminal import fit, paint, word_wrap
 
-NEW, MASK, STATUS = "1;32", "2", "2"
-"""Terminal attributes: bold green for what the last forward committed, dim for masks and the counter."""
+NEW, MASK, LOST, STATUS = "1;32", "2", "1;35", "2"
+"""Terminal attributes: bold green for what the last forward committed or edited, dim for masks and the counter, bold
+magenta for masks whose tokens it took back."""
 
 
 def wrap(pieces: list[tuple[str, str]], width: int) -> list[str]:
@@ -67,7 +68,7 @@ class LiveView(BaseStreamer):
         self.prompt_seen = False
         self.done: list[int] = []
         self.block: list[int] = []
-        self.forwards = self.height = 0
+        self.forwards = self.taken = self.height = 0
 
     def __enter__(self) -> LiveView:
         # Without automatic margins a line of wide characters is cut, not wrapped, so the height stays known.
@@ -88,6 +89,7 @@ class LiveView(BaseStreamer):
         before = self.block or [self.mask_id] * value.shape[1]
         self.block = value[0].tolist()
         self.forwards += 1
+        self.taken += sum(old != self.mask_id == token for old, token in zip(before, self.block, strict=True))
         self.draw(before)
         time.sleep(self.pause)
 
@@ -99,7 +101,7 @@ class LiveView(BaseStreamer):
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def pieces(self, before: list[int]) -> list[tuple[str, str]]:
-        """Text and style of every visible token; tokens that were masks in `before` are new."""
+        """Text and style of every visible token; those that `before` does not have are new."""
         visible = [token for token in self.done if token not in self.hidden]
         text = self.decode(visible)
         pieces = [(word, "") for word in re.split("(?= )", text) if word]
@@ -108,9 +110,9 @@ class LiveView(BaseStreamer):
             ids = [*ids, token]
             longer = self.decode(ids)
             if token == self.mask_id:
-                pieces.append((self.dot, MASK))
+                pieces.append((self.dot, MASK if old == self.mask_id else LOST))
             elif token not in self.hidden:
-                pieces.append((longer[len(text) :], NEW if old == self.mask_id else ""))
+                pieces.append((longer[len(text) :], "" if old == token else NEW))
             text = longer
         row = self.row or len(pieces) + 1
         pieces[row - 1 :: row] = [("\n", "")] * len(pieces[row - 1 :: row])
@@ -120,6 +122,7 @@ class LiveView(BaseStreamer):
         width, rows = shutil.get_terminal_size()
         tokens = sum(token not in self.hidden for token in self.done + self.block)
         status = f"forward {self.forwards}, {tokens} tokens, {tokens / self.forwards:.2f} tokens per forward"
+        status += f", {self.taken} taken back" if self.taken else ""
         lines = wrap(self.pieces(before), width - 1)[-max(rows - 3, 1) :]
         lines += ["", paint(status[: width - 1], STATUS)]
         up = f"\x1b[{self.height}F" if self.height else ""
