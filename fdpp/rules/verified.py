@@ -15,8 +15,8 @@ class Verdicts(NamedTuple):
     """What a rule that verifies remembers of a state.
 
     Attributes:
-        verdict: `[b, D, T]` float64, the probability of each position's token, given all that the block sees but it; NaN
-            at masks.
+        verdict: `[b, D, T]` float64, the probability of each position's token, given all that the block sees but it.
+            NaN at masks.
         states: `[b, D, T]` int64, the tokens.
         before: `[b, D, T]` int64, those before the last step of the block; of its first forward `states`.
         inner: what another rule remembers, see `fdpp.Revocable`; None: nothing.
