@@ -15,9 +15,11 @@ from fdpp.rules.leftmost import Leftmost, ThresholdLeftmost
 from fdpp.rules.leftmost_run import LeftmostRun
 from fdpp.rules.local_leap import LocalLeap
 from fdpp.rules.presets import PRESETS
+from fdpp.rules.prophet import Prophet
 from fdpp.rules.quota import MostConfident, Quota
 from fdpp.rules.revocable import Revocable
 from fdpp.rules.rule import Needs, Proposed, Rows, Rule, Sight, number, whole
+from fdpp.rules.saber import Saber
 from fdpp.rules.threshold import Threshold
 from fdpp.rules.threshold_quota import ThresholdQuota
 from fdpp.rules.wino import Wino
@@ -43,11 +45,13 @@ __all__ = [
     "MostConfident",
     "Needs",
     "Origin",
+    "Prophet",
     "Proposed",
     "Quota",
     "Revocable",
     "Rows",
     "Rule",
+    "Saber",
     "Sight",
     "Threshold",
     "ThresholdLeftmost",
