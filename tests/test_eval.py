@@ -577,6 +577,21 @@ class TestCommand:
         assert config_of(self.resolved("--preset", "dawn/humaneval")).rule == fdpp.Dawn(tau_low=0.8)
 
     @pytest.mark.parametrize(
+        ("name", "shots", "rule", "cache", "block_length", "drafts"),
+        [
+            ("ssd/gsm8k", 5, fdpp.Quota(1), "dual", 32, 4),
+            ("saber/humaneval", 0, fdpp.Saber(2), "none", 256, 1),
+            ("saber/gsm8k", 0, fdpp.Saber(2), "none", 128, 1),
+        ],
+    )
+    def test_presets_with_blocks_and_drafts_of_their_own(self, name, shots, rule, cache, block_length, drafts):
+        args = self.resolved("--preset", name)
+        got = config_of(args)
+        assert (args.tasks, args.num_fewshot, args.chat_template) == (name.split("/")[1], shots, True)
+        assert (got.rule, got.cache, got.drafts) == (rule, cache, drafts)
+        assert (got.max_new_tokens, got.block_length, got.stop_at_eos) == (256, block_length, False)
+
+    @pytest.mark.parametrize(
         ("name", "task", "shots", "rule", "cache", "length", "drafts", "model", "chat"),
         [
             ("fast-dllm++/dream-base/gsm8k", "gsm8k", 5, fdpp.Frechet(0.25), "prefix", 256, 1, "Base", False),

@@ -29,6 +29,10 @@ RULES = [
     fdpp.Budget(0.1, 0.8, 0.4, 0.2),
     fdpp.Hierarchy(0.3, 0.8),
     fdpp.Credit(0.8, 2.0, 0.5, 0.6),
+    fdpp.Saber(3),
+    fdpp.Prophet(2, 5, 3.0, 2.0, 1.0),
+    fdpp.Wino(0.5, 0.8, 12),
+    fdpp.Revocable(fdpp.Threshold(0.7), 0.8, 3),
     fdpp.Dawn(tau_low=0.7, layers=2),
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fdpp.rules import Frechet, Quota, Rule, Threshold
+from fdpp.rules import Frechet, Quota, Rule, Saber, Threshold
 from fdpp.rules.dawn import Dawn
 
 
@@ -62,6 +62,9 @@ FREEDAVE_SHOTS = {"gsm8k": 5, "minerva_math500": 4, "humaneval_instruct": 0, "mb
 WHOLE_ANSWERS = {"humaneval": "humaneval_chat"}
 """Tasks of which Fast-dLLM's scripts for Dream score answers that no stop string cuts, and the task here that does."""
 
+SABER = {"gsm8k": 128, "humaneval": 256, "mbpp": 256}
+"""The tasks of Saber's configurations, which give no examples, and their block lengths."""
+
 PRESETS: dict[str, Preset] = {
     # Fast-dLLM++, arXiv 2606.02955: prefix cache at length 256; its other columns by --rule threshold, factor.
     **{f"fast-dllm++/{task}": Preset(task, shots, Frechet(0.25), "prefix") for task, shots in SHOTS.items()},
@@ -104,5 +107,13 @@ PRESETS: dict[str, Preset] = {
         for folder, model, drafts, bos in (("", LLADA, 4, False), ("dream-instruct/", DREAM_INSTRUCT, 8, True))
         for name, rule in (("freedave", Quota(1)), ("freedave++", Threshold(0.95)))
         for task, shots in FREEDAVE_SHOTS.items()
+    },
+    # SSD, arXiv 2510.04147, is FreeDave's chain for one position a step. Its settings are in no published code: these
+    # are Fast-dLLM's and four states.
+    **{f"ssd/{task}": Preset(task, shots, Quota(1), "dual", drafts=4) for task, shots in SHOTS.items()},
+    # Saber, arXiv 2510.18165, uncached.
+    **{
+        f"saber/{task}": Preset(task, 0, Saber(2), "none", block_length=block_length)
+        for task, block_length in SABER.items()
     },
 }
