@@ -47,9 +47,10 @@ class Saber(Rule):
     counted. With a temperature q is still that of the most likely token.
 
     Every block is decoded as the published program decodes its first one, which is all of the response as its authors
-    run it: before the first step q was 0, and tau is 1. With several blocks that program differs in three ways: later
-    steps also take back tokens of earlier blocks, tau counts these, and in a later block's first step the tokens that
-    it has just committed are safe. Where fewer than n masks are left it commits tokens anew or masks of later blocks.
+    decode code: before the first step q was 0, and tau is 1. With several blocks that program differs in three ways.
+    Later steps also take back tokens of earlier blocks, tau counts these, and in a later block's first step the tokens
+    that it has just committed are safe. Where fewer than n masks are left it commits tokens anew or masks of later
+    blocks.
 
     `fdpp.select` with it is `Quota(n)`, since it sees no step before.
     """
