@@ -104,6 +104,30 @@ def attention_agrees(dtype: torch.dtype, padded: bool, B: int, H: int, kv: int, 
     return f"{[B, H, n, d]} over {S} columns, off by {ours:.1e}, PyTorch by {allowed:.1e}"
 
 
+def holes_agree(dtype: torch.dtype, H: int, kv: int, n: int, S: int, d: int) -> str:
+    """A block amid `S` columns, a quarter of them padding, and as many mask rows, each without its own column of it.
+
+    The rows' keys stand behind the sequence's, which does not see them.
+    """
+    g, first = generator(S + n), S // 2
+    q, k, v = (
+        torch.randn(1, h, T, d, generator=g).to(dtype).to(DEVICE) for h, T in ((H, 2 * n), (kv, S + n), (kv, S + n))
+    )
+    stops, holes = (torch.tensor([a] * n, device=DEVICE) for a in (S, -1))
+    stops, holes = torch.cat((stops, stops + n)), torch.cat((holes, first + torch.arange(n, device=DEVICE)))
+    out = split_keys.attention_gpu(
+        q, k, v, torch.tensor([S // 4], device=DEVICE), d**-0.5, stops=stops, holes=holes
+    ).transpose(1, 2)
+    columns = torch.arange(S + n, device=DEVICE)
+    mask = (columns >= S // 4) & (columns < stops[:, None]) & (columns != holes[:, None])
+    wide = [x.double().repeat_interleave(H // x.shape[1], dim=1) for x in (q, k, v)]
+    want = F.scaled_dot_product_attention(*wide, mask)
+    theirs = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    ours, allowed = ((x.double() - want).abs().amax().item() for x in (out, theirs))
+    assert ours <= 1.5 * allowed + 2e-6, f"off by {ours:.1e}, PyTorch by {allowed:.1e}"
+    return f"{[1, H, 2 * n, d]} over {S + n} columns, off by {ours:.1e}, PyTorch by {allowed:.1e}"
+
+
 def branches_agree(dtype: torch.dtype, D: int, H: int, kv: int, n: int, S: int, d: int) -> str:
     """D branches of a block at the end of `S` columns, a quarter of them padding, against a cache copied for each."""
     g = generator(S + D)
@@ -320,6 +344,8 @@ def kernels() -> Iterator[Check]:
     for dtype in (HALF, torch.float32):
         name = f"block_attention, 3 branches, {dtype}"
         yield name, partial(branches_agree, dtype, 3, 4, 2, 32, long, 128 if ON_GPU else 32)
+        name = f"block_attention, mask rows beside, {dtype}"
+        yield name, partial(holes_agree, dtype, 4, 2, 32, long, 128 if ON_GPU else 32)
         yield f"dawn, edges, {dtype}", partial(edges_agree, dtype, 16, long)
         yield f"layer, {dtype}", partial(layer_agrees, dtype, 4, *((12288, 32, 32, 128) if ON_GPU else (96, 4, 2, 16)))
     yield "weights of one byte", partial(product_agrees, HALF, 32, *((4096, 12288) if ON_GPU else (130, 256)))
@@ -345,6 +371,7 @@ def kernels() -> Iterator[Check]:
     yield "fused head, odd sizes", partial(head_agrees, 3, 5, 33, 131, HALF)
     yield "block_attention, odd sizes", partial(attention_agrees, HALF, True, 2, 6, 2, 33, 129, 20)
     yield "block_attention, branches, odd sizes", partial(branches_agree, HALF, 2, 6, 2, 9, 129, 20)
+    yield "block_attention, mask rows beside, odd sizes", partial(holes_agree, HALF, 6, 2, 9, 129, 20)
     yield "dawn, edges, odd sizes", partial(edges_agree, HALF, 19, 77)
     yield "layer, odd sizes", partial(layer_agrees, HALF, 3, 33, 3, 1, 6)
     yield "weights of one byte, odd sizes", partial(product_agrees, HALF, 17, 131, 77)

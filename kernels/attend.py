@@ -3,8 +3,9 @@
 Rows of a tile are the queries of all heads that share one head of keys and values. A program takes one tile over one
 split of the keys and keeps the running maximum m, the sum l of 2^(s - m) and the weighted values. Where there are
 several splits, each leaves its part and takes its tile's ticket, and the one that draws the last joins them: as many
-bytes as a launch of its own would move, and one launch less. The first `left` keys of a sequence are padding. Scores
-are in units of log 2, which turns the exponential into the hardware's own.
+bytes as a launch of its own would move, and one launch less. The first `left` keys of a sequence are padding. A query
+may stop before a column of its own, and leave out one other, its hole. Scores are in units of log 2, which turns the
+exponential into the hardware's own.
 
 Branches of a sequence read one cache, but each has a block of its own in the place of the same columns: every column
 has one source, so there is one loop with one softmax, and the splits are those of the columns. Branches do not share a
@@ -72,7 +73,7 @@ def load_columns(cached, own, strides, strides_own, o_s, o_d, m_sd, column, n_ow
     return tl.load(p_s, mask=m_sd, other=0.0)
 
 
-@triton.jit(do_not_specialize=["S", "n", "n_own"], do_not_specialize_on_alignment=["left", "column", "stops"])
+@triton.jit(do_not_specialize=["S", "n", "n_own"], do_not_specialize_on_alignment=["left", "column", "stops", "holes"])
 def attend_kernel(
     q,
     k,
@@ -82,6 +83,7 @@ def attend_kernel(
     left,
     column,
     stops,
+    holes,
     out,
     part,
     S,
@@ -96,6 +98,7 @@ def attend_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_OWN: tl.constexpr,
     HAS_STOPS: tl.constexpr,
+    HAS_HOLES: tl.constexpr,
     BRANCHES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -126,13 +129,20 @@ def attend_kernel(
         b_column = tl.load(column).to(tl.int32)
         own_k += i_row * strides.own_k[0] + i_k.to(tl.int64) * strides.own_k[1]
         own_v += i_row * strides.own_v[0] + i_k.to(tl.int64) * strides.own_v[1]
+    if HAS_HOLES:
+        b_holes = tl.load(holes + o_n, mask=m_m, other=-1).to(tl.int32)
     if HAS_LEFT:
         b_left = tl.load(left + i_b).to(tl.int32)
         if HAS_OWN:
             # The order of keys does not matter, so a block amid padding is moved to the padding's end: a tile without
-            # a key would have the maximum -inf.
+            # a key would have the maximum -inf. Its holes move with it; those in padding are none.
             b_left = tl.minimum(b_left, S)
-            b_column = tl.maximum(b_column, b_left - n_own)
+            moved = tl.maximum(b_column, b_left - n_own)
+            if HAS_HOLES:
+                o_own = b_holes - b_column
+                b_moved = tl.where((o_own >= 0) & (o_own < n_own), moved + o_own, -1)
+                b_holes = tl.where(b_holes < b_left, b_moved, b_holes)
+            b_column = moved
             b_left = tl.minimum(b_left, b_column)
         start = tl.maximum(start, b_left)
     if HAS_STOPS:
@@ -154,8 +164,10 @@ def attend_kernel(
         b_score = tl.where(m_s[None, :], b_score, float("-inf"))
         if HAS_STOPS:
             b_score = tl.where(o_s[None, :] < b_stops[:, None], b_score, float("-inf"))
+        if HAS_HOLES:
+            b_score = tl.where(o_s[None, :] != b_holes[:, None], b_score, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_score, 1))
-        if HAS_STOPS:
+        if HAS_STOPS or HAS_HOLES:
             # A query may see none of these keys: the difference of two infinite maxima would be NaN.
             b_new = tl.maximum(b_new, LOWEST)
         b_weight = tl.exp2(b_score - b_new[:, None])

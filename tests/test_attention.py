@@ -43,8 +43,9 @@ def truth(
     left: Tensor | None = None,
     scale: float | None = None,
     stops: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention in float64, written out; zeros where no key is seen."""
+    """Softmax attention in float64, written out, of the keys `seen` `[m, S]`; zeros where no key is seen."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
     scores = q.double() @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
@@ -52,6 +53,8 @@ def truth(
         scores = scores.masked_fill(torch.arange(k.shape[2]) < left[:, None, None, None], -torch.inf)
     if stops is not None:
         scores = scores.masked_fill(torch.arange(k.shape[2]) >= stops[:, None], -torch.inf)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
     return scores.softmax(-1).nan_to_num(nan=0.0) @ v
 
 
@@ -71,16 +74,17 @@ def run(
     own: Own | None = None,
     column: Tensor | int | None = None,
     stops: Tensor | None = None,
+    holes: Tensor | None = None,
 ) -> Tensor:
     """An implementation's result, on the CPU."""
     device = "cuda" if implementation == "cuda" else "cpu"
     column = torch.tensor([column]) if isinstance(column, int) else column
-    given = (q, k, v, left, *(own or (None, None)), column, stops)
-    q, k, v, left, own_k, own_v, column, stops = (None if x is None else to_device(x, device) for x in given)
-    split_keys.check(q, k, v, left, own and (own_k, own_v), column, stops)
+    given = (q, k, v, left, *(own or (None, None)), column, stops, holes)
+    q, k, v, left, own_k, own_v, column, stops, holes = (None if x is None else to_device(x, device) for x in given)
+    split_keys.check(q, k, v, left, own and (own_k, own_v), column, stops, holes)
     take = split_keys.attention_cpu if implementation == "cpu" else split_keys.attention_gpu
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return take(q, k, v, left, scale, own_k, own_v, column, stops).transpose(1, 2).cpu()
+    return take(q, k, v, left, scale, own_k, own_v, column, stops, holes).transpose(1, 2).cpu()
 
 
 def assert_as_good(out: Tensor, *inputs: Any, of: Callable[..., Tensor] | None = None) -> None:
@@ -189,6 +193,133 @@ def test_branches_stop_at_columns_of_their_own(implementation: str) -> None:
         keys[:, :, column : column + n], values[:, :, column : column + n] = (x[row] for x in own)
         want = truth(q[row : row + 1], keys, values, left[row // 3 : row // 3 + 1], stops=stops)
         torch.testing.assert_close(out[row : row + 1].double(), want, rtol=1e-5, atol=1e-6)
+
+
+# Holes: each query may leave out one column
+
+
+def with_holes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: Tensor | None,
+    own: Own | None,
+    column: int,
+    stops: Tensor | None,
+    holes: Tensor,
+) -> Tensor:
+    """The truth of every row, over its sequence's keys with its own in their place."""
+    found, columns = [], torch.arange(k.shape[2])
+    for row in range(len(q)):
+        b, keys, values = row // (len(q) // len(k)), *(x.clone() for x in (k, v))
+        seen = columns >= (0 if left is None else left[b])
+        if own is not None:
+            block = slice(column, column + own[0].shape[2])
+            keys[b, :, block], values[b, :, block], seen[block] = own[0][row], own[1][row], True
+        seen = seen & (columns != holes[:, None])
+        if stops is not None:
+            seen &= columns < stops[:, None]
+        found.append(truth(q[row : row + 1], keys[b : b + 1], values[b : b + 1], seen=seen))
+    return torch.cat(found)
+
+
+@each_implementation
+@pytest.mark.parametrize("programs", [1, 264])
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("branches", [0, 1, 3])
+@pytest.mark.parametrize("padded", [False, True])
+@on_gpu(
+    lambda padded, branches, stopped, programs: (
+        padded and programs == 264 and (branches, stopped) in ((0, True), (1, False), (3, True))
+    )
+)
+def test_holes(
+    implementation: str, padded: bool, branches: int, stopped: bool, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first column, the last, none, one that is hidden anyway; at the borders of tiles, splits and the block."""
+    monkeypatch.setattr(launch, "ATTEND_PROGRAMS", programs)
+    S, n, column = 300, 20, 147
+    holes = torch.tensor([0, S - 1, -1, 31, 32, 127, 128, 159, 160, column - 1, column, column + n - 1, column + n])
+    m = len(holes)
+    q, k, v, own = random_branches(4, 2, max(branches, 1), 4, 2, m, n, S, 16)
+    given = {"own": own, "column": column} if branches else {}
+    assert (attend_launch(len(q) * 2, 2 * m, S, True).splits > 1) == (programs > 1)
+    left = torch.tensor([0, 130]) if padded else None
+    stops = torch.randint(140, S + 1, (m,), generator=generator(1)) if stopped else None
+    # Every other entry of a longer tensor.
+    out = run(implementation, q, k, v, left, stops=stops, holes=torch.stack((holes, holes + 1), 1)[:, 0], **given)
+    want = with_holes(q, k, v, left, own if branches else None, column, stops, holes)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@each_implementation
+@pytest.mark.parametrize("programs", [1, 264])
+@on_gpu(lambda programs: programs == 264)
+def test_a_hole_may_be_all_that_is_left(implementation: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros for a query that then sees nothing, whether its key is cached or its own; the others are as ever."""
+    monkeypatch.setattr(launch, "ATTEND_PROGRAMS", programs)
+    S = 300
+    holes, stops = torch.tensor([[S - 1, S], [-1, S], [0, 1], [5, S - 1]]).repeat(3, 1).T
+    q, k, v, own = random_branches(5, 3, 1, 4, 2, len(holes), 1, S, 16)
+    left = torch.tensor([0, S - 1, S])
+    out = run(implementation, q, k, v, left, stops=stops, holes=holes)
+    assert not out[0, :, 2::4].any() and not out[1, :, holes != -1].any() and not out[2].any()
+    torch.testing.assert_close(out.double(), with_holes(q, k, v, left, None, 0, stops, holes), rtol=1e-5, atol=1e-6)
+    assert out[0, :, 3::4].any() and out[1, :, holes == -1].any()
+    holes = torch.tensor([5, 6, -1, S - 1]).repeat(3)
+    out, only = run(implementation, q, k, v, torch.full((3,), S), own=own, column=5, holes=holes), holes == 5
+    assert not out[:, :, only].any() and out[:, :, ~only].equal(
+        own[1].repeat_interleave(2, dim=1).expand(-1, -1, 9, -1)
+    )
+
+
+@each_implementation
+@pytest.mark.parametrize("column", [0, 50, 124, 130, 248])
+@on_gpu(lambda column: column == 124)
+def test_holes_of_a_block_amid_padding(implementation: str, column: int) -> None:
+    """Those in the block, beside it in padding, and behind the padding."""
+    S, n = 256, 8
+    left = torch.tensor([column, column + 1, column + n, column + n + 1, 200, 255, 256, 300])
+    holes = torch.tensor([column, column + 3, column + n - 1, column - 1, column + n, 199, 200, 247, 248, 255, -1])
+    q, k, v, own = random_branches(2, len(left), 1, 4, 2, len(holes), n, S, 16)
+    want = with_holes(q, k, v, left, own, column, None, holes)
+    out = run(implementation, q, k, v, left, own=own, column=column, holes=holes)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@each_implementation
+def test_mask_rows_beside_a_block(implementation: str) -> None:
+    """Their keys behind the sequence's: each predicts a column of the block from all but that column."""
+    L, T, first = 260, 6, 125
+    q, k, v = random_inputs(6, 2, 4, 2, 2 * T, L + T, 16)
+    left = torch.tensor([0, 37])
+    stops, holes = torch.tensor([L] * T + [L + T] * T), torch.tensor([-1] * T + list(range(first, first + T)))
+    out = run(implementation, q, k, v, left, stops=stops, holes=holes)
+    want = [truth(q[:, :, :T], k[:, :, :L], v[:, :, :L], left)]
+    for j in range(T):
+        kept = torch.arange(L + T) != first + j
+        want.append(truth(q[:, :, T + j : T + j + 1], k[:, :, kept], v[:, :, kept], left))
+    torch.testing.assert_close(out.double(), torch.cat(want, dim=2), rtol=1e-5, atol=1e-6)
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@on_gpu(lambda dtype: dtype == torch.bfloat16)
+def test_holes_in_half_precision(implementation: str, dtype: torch.dtype) -> None:
+    if implementation == "interpreter" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies bfloat16 matrices by their bit patterns")
+    inputs, left = random_inputs(3, 2, 4, 2, 20, 500, 64, dtype), torch.tensor([0, 70])
+    seen, holes = torch.ones(2, 1, 20, 500, dtype=torch.bool), torch.arange(60, 80)
+    seen[1, :, :, :70], seen[:, :, range(20), holes] = False, False
+
+    def way(how: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (
+            truth(q, k, v, seen=seen)
+            if how is truth
+            else F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+        )
+
+    assert_as_good(run(implementation, *inputs, left, holes=holes), *inputs, of=way)
 
 
 @each_implementation
@@ -494,6 +625,10 @@ def test_launch_configurations_fill_the_device() -> None:
         ({"v": torch.zeros(2, 2, 7, 8)}, r"v: expected .*both alike.*got \[2, 2, 7, 8\]"),
         ({"left": torch.zeros(3, dtype=torch.int64)}, r"left: expected \[2\].*got \[3\]"),
         ({"left": torch.zeros(2)}, "left: expected .*int32 or int64.*got .*float32"),
+        ({"stops": torch.zeros(4, dtype=torch.int64)}, r"stops: expected \[3\] int64 on cpu, got \[4\]"),
+        ({"holes": torch.zeros(2, 3, dtype=torch.int64)}, r"holes: expected \[3\] int64 on cpu, got \[2, 3\]"),
+        ({"holes": torch.zeros(3, dtype=torch.int32)}, r"holes: expected \[3\] int64 on cpu, got \[3\] torch.int32"),
+        ({"holes": torch.zeros(3, dtype=torch.int64, device="meta")}, "holes: expected .* on cpu, got .* on meta"),
     ],
 )
 def test_errors(changes: dict[str, Any], words: str) -> None:
@@ -550,6 +685,8 @@ def test_opcheck(padded: bool, device: str) -> None:
     q, k, v, own_k, own_v = (x.to(device) for x in (q, k, v, *own))
     column = torch.arange(5, 7, device=device)
     torch.library.opcheck(split_keys.attention_op, (q, k, v, left, 0.3, own_k, own_v, column))
+    columns = torch.tensor([9, 9, 7], device=device), torch.tensor([-1, 0, 6], device=device)
+    torch.library.opcheck(split_keys.attention_op, (q, k, v, left, 0.3, own_k, own_v, column, *columns))
 
 
 @pytest.mark.slow
@@ -561,6 +698,8 @@ def test_compiled_without_a_graph_break(dynamic: bool) -> None:
     for branches, column in ((2, 5), (3, 4)):
         q, k, v, own = random_branches(0, 2, branches, 4, 2, 3, 2, 9, 8)
         given: dict[str, Any] = {"own": own, "column": torch.tensor([column])}
+        assert compiled(q, k, v, left, **given).equal(block_attention(q, k, v, left, **given))
+        given["holes"] = torch.tensor([-1, 0, column])
         assert compiled(q, k, v, left, **given).equal(block_attention(q, k, v, left, **given))
 
 

@@ -334,6 +334,26 @@ def test_branches_in_a_graph(padded: bool) -> None:
         assert out.equal(attend(q, k, v, column))
 
 
+def test_holes_in_a_graph() -> None:
+    """A replay takes each query's stop and hole as they are then."""
+    q, k, v = (torch.randn(2, 8, T, 128, device=DEVICE).bfloat16() for T in (64, 1088, 1088))
+    left = torch.tensor([0, 300], device=DEVICE)
+    stops, holes = torch.full((64,), 1056, device=DEVICE), torch.full((64,), -1, device=DEVICE)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, stops: Tensor, holes: Tensor) -> Tensor:
+        return block_attention(q, k, v, left, stops=stops, holes=holes)
+
+    replayed(attend, q, k, v, stops, holes)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(q, k, v, stops, holes)
+    before = out.clone()
+    for start in (400, 1024):
+        stops[32:], holes[32:] = 1088, torch.arange(start, start + 32)
+        graph.replay()
+        assert out.equal(attend(q, k, v, stops, holes)) and not out[:, :, 32:].equal(before[:, :, 32:])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("B", "T"), [(1, 32), (8, 32), (1, 1024)])
 def test_fused_head_of_llada(B: int, T: int) -> None:

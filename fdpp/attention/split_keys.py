@@ -39,6 +39,7 @@ def check(
     own: Own | None = None,
     column: Tensor | None = None,
     stops: Tensor | None = None,
+    holes: Tensor | None = None,
 ) -> None:
     """Raise `ValueError` that names the argument, what was expected and what came."""
     if q.dim() != 4 or q.dtype not in DTYPES:
@@ -78,12 +79,14 @@ def check(
                 f"left: expected [{B}] int32 or int64 on {q.device}, "
                 f"got {list(left.shape)} {left.dtype} on {left.device}"
             )
-    if stops is not None:
-        wrong = tuple(stops.shape) != (q.shape[2],) or stops.dtype != torch.int64
-        if wrong or stops.device != q.device:
+    for name, columns in (("stops", stops), ("holes", holes)):
+        if columns is None:
+            continue
+        wrong = tuple(columns.shape) != (q.shape[2],) or columns.dtype != torch.int64
+        if wrong or columns.device != q.device:
             raise ValueError(
-                f"stops: expected [{q.shape[2]}] int64 on {q.device}, "
-                f"got {list(stops.shape)} {stops.dtype} on {stops.device}"
+                f"{name}: expected [{q.shape[2]}] int64 on {q.device}, "
+                f"got {list(columns.shape)} {columns.dtype} on {columns.device}"
             )
 
 
@@ -111,6 +114,7 @@ def attention_cpu(
     own_v: Tensor | None = None,
     column: Tensor | None = None,
     stops: Tensor | None = None,
+    holes: Tensor | None = None,
 ) -> Tensor:
     """`fdpp::block_attention` by PyTorch's own kernels; each branch gets a copy of the cache."""
     mask = None
@@ -124,6 +128,9 @@ def attention_cpu(
     if stops is not None:
         before = torch.arange(k.shape[2], device=k.device) < stops[:, None]
         mask = before if mask is None else mask & before
+    if holes is not None:
+        others = torch.arange(k.shape[2], device=k.device) != holes[:, None]
+        mask = others if mask is None else mask & others
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).contiguous()
 
@@ -138,6 +145,7 @@ def attention_gpu(
     own_v: Tensor | None = None,
     column: Tensor | None = None,
     stops: Tensor | None = None,
+    holes: Tensor | None = None,
     tickets: Tensor | None = None,
 ) -> Tensor:
     """`fdpp::block_attention` in one launch (see `fdpp.kernels.attend`), and a fill if it has to make `tickets`."""
@@ -170,6 +178,7 @@ def attention_gpu(
             q if left is None else left.contiguous(),
             column,
             q if stops is None else stops.contiguous(),
+            None if holes is None else holes.contiguous(),
             out,
             parts,
             S,
@@ -183,6 +192,7 @@ def attention_gpu(
             HAS_LEFT=left is not None,
             HAS_OWN=own_k is not None,
             HAS_STOPS=stops is not None,
+            HAS_HOLES=holes is not None,
             HEAD_SIZE=d,
             BRANCHES=rows // B,
             SPLITS=config.splits,
@@ -214,18 +224,19 @@ def attention_op(
     own_v: Tensor | None = None,
     column: Tensor | None = None,
     stops: Tensor | None = None,
+    holes: Tensor | None = None,
 ) -> Tensor:
     """`fdpp::block_attention`: `[B * branches, m, H, d]`, contiguous."""
-    return attention_cpu(q, k, v, left, scale, own_k, own_v, column, stops)
+    return attention_cpu(q, k, v, left, scale, own_k, own_v, column, stops, holes)
 
 
 @attention_op.register_kernel("cuda")
-def _(q, k, v, left, scale, own_k=None, own_v=None, column=None, stops=None):  # type: ignore[no-untyped-def]
-    return attention_gpu(q, k, v, left, scale, own_k, own_v, column, stops)
+def _(q, k, v, left, scale, own_k=None, own_v=None, column=None, stops=None, holes=None):  # type: ignore[no-untyped-def]
+    return attention_gpu(q, k, v, left, scale, own_k, own_v, column, stops, holes)
 
 
 @attention_op.register_fake
-def _(q, k, v, left, scale, own_k=None, own_v=None, column=None, stops=None):  # type: ignore[no-untyped-def]
+def _(q, k, v, left, scale, own_k=None, own_v=None, column=None, stops=None, holes=None):  # type: ignore[no-untyped-def]
     rows, H, m, d = q.shape
     return q.new_empty((rows, m, H, d))
 
@@ -240,6 +251,7 @@ def block_attention(
     own: Own | None = None,
     column: Tensor | None = None,
     stops: Tensor | None = None,
+    holes: Tensor | None = None,
     tickets: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of a block's queries over all keys of a cache but the padding: `[B * branches, H, m, d]`.
@@ -262,15 +274,19 @@ def block_attention(
             outside that range no other memory is read, but the result is meaningless.
         stops: `[m]` int64, for each query the column behind those that it sees, own ones included: none of a later
             block, say. None: all S columns.
+        holes: `[m]` int64, for each query one column that it does not see, own ones included, or -1: a mask row that
+            predicts a token's position again, say, does not see the token. Read on the device, as `column` is. A query
+            that sees nothing gets zeros. None: no query has one.
         tickets: `new_tickets`, on a GPU, of launches that follow each other on one stream; None: made for this one.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or one of `own` and `column` without the other.
         IndexError: on a CPU, a block that does not fit into the S columns.
     """
-    check(q, k, v, left, own, column, stops)
+    check(q, k, v, left, own, column, stops, holes)
     own_k, own_v = (None, None) if own is None else own
-    given = (q, k, v, left, q.shape[3] ** -0.5 if scale is None else float(scale), own_k, own_v, column, stops)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    given = (q, k, v, left, scale, own_k, own_v, column, stops, holes)
     if torch.compiler.is_compiling():
         return attention_op(*given).transpose(1, 2)
     return (attention_cpu(*given) if q.device.type == "cpu" else attention_gpu(*given, tickets)).transpose(1, 2)

@@ -95,12 +95,14 @@ class Block:
     padded: bool = True
     branches: int = 0
     stops: bool = False
+    holes: bool = False
 
     @property
     def name(self) -> str:
         facts = [self.target, f"{self.B}x{self.n}", f"{self.S}x{self.kv_heads}x{self.d}", self.dtype]
         branches = [f"{self.branches}branches"] * bool(self.branches)
-        return "-".join(facts + ["unpadded"] * (not self.padded) + branches + ["stops"] * self.stops)
+        facts += ["unpadded"] * (not self.padded) + branches
+        return "-".join(facts + ["stops"] * self.stops + ["holes"] * self.holes)
 
     @property
     def rows(self) -> int:
@@ -117,8 +119,8 @@ class Block:
         k, v = (states(self.B, self.kv_heads, self.S) for _ in range(2))
         own = [states(rows, self.kv_heads, self.n) for _ in range(2)] if self.branches else [None, None]
         column = like(torch.int64, self.n) if self.branches else None
-        stops = like(torch.int64, self.n) if self.stops else None
-        split_keys.attention_gpu(states(rows, self.heads, self.n), k, v, left, self.d**-0.5, *own, column, stops)
+        stops, holes = (like(torch.int64, self.n) if there else None for there in (self.stops, self.holes))
+        split_keys.attention_gpu(states(rows, self.heads, self.n), k, v, left, self.d**-0.5, *own, column, stops, holes)
 
 
 DREAM: dict[str, Any] = {"n": 33, "heads": 28, "kv_heads": 4}
@@ -127,6 +129,10 @@ DREAM: dict[str, Any] = {"n": 33, "heads": 28, "kv_heads": 4}
 
 SDAR: dict[str, Any] = {"n": 8, "heads": 32, "kv_heads": 8}
 """Two blocks of SDAR-4B."""
+
+
+BESIDE: dict[str, Any] = {"n": 64, "S": 1088, "stops": True, "holes": True}
+"""A block of LLaDA-8B and as many mask rows beside it, whose keys stand behind the sequence's."""
 
 
 def blocks() -> list[Block]:
@@ -140,6 +146,8 @@ def blocks() -> list[Block]:
         found += [Block(target, n=5, branches=4), Block(target, B=4, branches=4)]
         # Two blocks of a block-causal model, and a piece of its prompt.
         found += [Block(target, **SDAR, stops=True), Block(target, **{**SDAR, "n": 1024}, stops=True)]
+        # Mask rows beside a block, with one split, several, and branches.
+        found += [Block(target, **BESIDE, B=16), Block(target, **BESIDE), Block(target, **BESIDE, branches=4)]
     found += [
         Block("sm_90", dtype="float32", **DREAM, branches=4),
         Block("sm_90", padded=False, branches=4),
