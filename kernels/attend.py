@@ -129,15 +129,19 @@ def attend_kernel(
         b_column = tl.load(column).to(tl.int32)
         own_k += i_row * strides.own_k[0] + i_k.to(tl.int64) * strides.own_k[1]
         own_v += i_row * strides.own_v[0] + i_k.to(tl.int64) * strides.own_v[1]
+    if HAS_STOPS:
+        b_stops = tl.load(stops + o_n, mask=m_m, other=0).to(tl.int32)
     if HAS_HOLES:
         b_holes = tl.load(holes + o_n, mask=m_m, other=-1).to(tl.int32)
     if HAS_LEFT:
         b_left = tl.load(left + i_b).to(tl.int32)
         if HAS_OWN:
             # The order of keys does not matter, so a block amid padding is moved to the padding's end: a tile without
-            # a key would have the maximum -inf. Its holes move with it; those in padding are none.
+            # a key would have the maximum -inf. Stops and holes in it move with it; holes in padding are none.
             b_left = tl.minimum(b_left, S)
             moved = tl.maximum(b_column, b_left - n_own)
+            if HAS_STOPS:
+                b_stops = tl.maximum(b_stops, tl.minimum(moved + b_stops - b_column, b_left))
             if HAS_HOLES:
                 o_own = b_holes - b_column
                 b_moved = tl.where((o_own >= 0) & (o_own < n_own), moved + o_own, -1)
@@ -146,7 +150,6 @@ def attend_kernel(
             b_left = tl.minimum(b_left, b_column)
         start = tl.maximum(start, b_left)
     if HAS_STOPS:
-        b_stops = tl.load(stops + o_n, mask=m_m, other=0).to(tl.int32)
         stop = tl.minimum(stop, tl.max(b_stops, 0))
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)

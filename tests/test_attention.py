@@ -228,11 +228,7 @@ def with_holes(
 @pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("branches", [0, 1, 3])
 @pytest.mark.parametrize("padded", [False, True])
-@on_gpu(
-    lambda padded, branches, stopped, programs: (
-        padded and programs == 264 and (branches, stopped) in ((0, True), (1, False), (3, True))
-    )
-)
+@on_gpu(lambda padded, branches, stopped, programs: padded and stopped and programs == 264)
 def test_holes(
     implementation: str, padded: bool, branches: int, stopped: bool, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +263,8 @@ def test_a_hole_may_be_all_that_is_left(implementation: str, programs: int, monk
     torch.testing.assert_close(out.double(), with_holes(q, k, v, left, None, 0, stops, holes), rtol=1e-5, atol=1e-6)
     assert out[0, :, 3::4].any() and out[1, :, holes == -1].any()
     holes = torch.tensor([5, 6, -1, S - 1]).repeat(3)
-    out, only = run(implementation, q, k, v, torch.full((3,), S), own=own, column=5, holes=holes), holes == 5
+    given: dict[str, Any] = {"own": own, "column": 5, "stops": torch.full_like(holes, S), "holes": holes}
+    out, only = run(implementation, q, k, v, torch.full((3,), S), **given), holes == 5
     assert not out[:, :, only].any() and out[:, :, ~only].equal(
         own[1].repeat_interleave(2, dim=1).expand(-1, -1, 9, -1)
     )
@@ -275,15 +272,29 @@ def test_a_hole_may_be_all_that_is_left(implementation: str, programs: int, monk
 
 @each_implementation
 @pytest.mark.parametrize("column", [0, 50, 124, 130, 248])
-@on_gpu(lambda column: column == 124)
 def test_holes_of_a_block_amid_padding(implementation: str, column: int) -> None:
     """Those in the block, beside it in padding, and behind the padding."""
     S, n = 256, 8
     left = torch.tensor([column, column + 1, column + n, column + n + 1, 200, 255, 256, 300])
     holes = torch.tensor([column, column + 3, column + n - 1, column - 1, column + n, 199, 200, 247, 248, 255, -1])
     q, k, v, own = random_branches(2, len(left), 1, 4, 2, len(holes), n, S, 16)
-    want = with_holes(q, k, v, left, own, column, None, holes)
-    out = run(implementation, q, k, v, left, own=own, column=column, holes=holes)
+    stops = torch.full_like(holes, S)
+    want = with_holes(q, k, v, left, own, column, stops, holes)
+    out = run(implementation, q, k, v, left, own=own, column=column, stops=stops, holes=holes)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@each_implementation
+@pytest.mark.parametrize("column", [0, 50, 124, 130, 248])
+def test_stops_of_a_block_amid_padding(implementation: str, column: int) -> None:
+    """Before, in and behind the block, before and behind the padding."""
+    S, n = 256, 8
+    left = torch.tensor([column, column + 1, column + n, column + n + 1, 200, 255, 256, 300])
+    stops = torch.tensor([0, column, column + 1, column + n - 1, column + n, column + n + 1, 192, 199, 200, 255, S])
+    holes = torch.tensor([-1, column + 3]).repeat(6)[:11]
+    q, k, v, own = random_branches(2, len(left), 1, 4, 2, len(stops), n, S, 16)
+    want = with_holes(q, k, v, left, own, column, stops, holes)
+    out = run(implementation, q, k, v, left, own=own, column=column, stops=stops, holes=holes)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
 
 
