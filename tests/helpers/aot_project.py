@@ -146,8 +146,9 @@ def blocks() -> list[Block]:
         found += [Block(target, n=5, branches=4), Block(target, B=4, branches=4)]
         # Two blocks of a block-causal model, and a piece of its prompt.
         found += [Block(target, **SDAR, stops=True), Block(target, **{**SDAR, "n": 1024}, stops=True)]
-        # Mask rows beside a block, with one split, several, and branches.
+        # Mask rows beside a block, with one split, several, and branches; those alone that a full forward feeds.
         found += [Block(target, **BESIDE, B=16), Block(target, **BESIDE), Block(target, **BESIDE, branches=4)]
+        found += [Block(target, **{**BESIDE, "n": 32, "stops": False}, padded=padded) for padded in (True, False)]
     found += [
         Block("sm_90", dtype="float32", **DREAM, branches=4),
         Block("sm_90", padded=False, branches=4),
