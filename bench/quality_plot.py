@@ -21,6 +21,7 @@ LOOKS: dict[str, tuple[str, str]] = {
     "LocalLeap": ("X", "tab:brown"),
     "Klass": ("v", "tab:pink"),
     "Dawn": ("P", "black"),
+    "Editing": ("x", "slateblue"),
 }
 """Marker and colour of a family. One that is not here gets the next of `OTHERS`."""
 OTHERS = (("h", "tab:olive"), ("<", "tab:gray"), (">", "navy"), ("d", "darkgreen"))

@@ -88,6 +88,16 @@ def per_forward(row: Row) -> str:
     return f"{row['tokens_per_forward']:.2f}"
 
 
+def fed(row: Row) -> str:
+    """Positions fed per problem, with drafts and a rule's rows."""
+    return f"{row['query_tokens']:.0f}"
+
+
+def times_fed(row: Row, base: Row) -> str:
+    """Positions fed against those of `base`; empty unless both have the same problems, which differ in that."""
+    return f"{row['query_tokens'] / base['query_tokens']:.2f}x" if row["problems"] == base["problems"] else ""
+
+
 def same(fact: str) -> Callable[[Row], str]:
     return lambda row: f"{row[fact]} of {row['problems']}" if fact in row else ""
 
@@ -100,8 +110,8 @@ def summary(rows: list[Row], cache: str) -> str:
     for rule in rules_of(row for of_task in own.values() for row in of_task):
         line = [found(own[task], rule=rule, cache=cache) for task in tasks]
         if all(row is not None for row in line):
-            lines.append([f"`{rule}`", *(cell for row in line for cell in cells(row, right, nfe))])
-    head = "rule" + "".join(f" | {task}: right, % | NFE" for task in tasks)
+            lines.append([f"`{rule}`", *(cell for row in line for cell in cells(row, right, nfe, fed))])
+    head = "rule" + "".join(f" | {task}: right, % | NFE | positions fed" for task in tasks)
     return table(head, lines) if lines else ""
 
 
@@ -109,20 +119,20 @@ def rules_table(rows: list[Row], task: str) -> str:
     """Every rule with every cache."""
     own = [row for row in plain(rows, task) if not is_calibrated(row)]
     most = max((row["problems"] for row in own), default=0)
-    head = "rule" + "".join(f" | {name}: right, % | NFE | tok/fwd" for name in CACHES.values())
+    head = "rule" + "".join(f" | {name}: right, % | NFE | tok/fwd | positions fed" for name in CACHES.values())
     lines = []
     for rule in rules_of(own):
         line = [f"`{rule}`"]
         for cache in CACHES:
-            line += cells(found(own, rule=rule, cache=cache), right_of(most), nfe, per_forward)
+            line += cells(found(own, rule=rule, cache=cache), right_of(most), nfe, per_forward, fed)
         lines.append(line + cells(found(own, rule=rule, cache="dual"), same("same_as_one")))
     return table(head + " | dual: same as one per step", lines)
 
 
-def frontier(rows: list[Row]) -> list[Row]:
-    """The runs that no other beats: none is right as often or more often with as many forwards or fewer."""
+def frontier(rows: list[Row], cost: str = "nfe") -> list[Row]:
+    """The runs that no other beats: none is right as often or more often at the same `cost` or less."""
     kept: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row["nfe"], -row["share"])):
+    for row in sorted(rows, key=lambda row: (row[cost], -row["share"])):
         if not kept or row["share"] > kept[-1]["share"]:
             kept.append(row)
     return kept
@@ -134,18 +144,21 @@ def undivided_table(rows: list[Row], task: str) -> str:
     for row in plain(rows, task, "undivided"):
         said = row["failures"]
         counts = [str(said[kind]) for kind in ("wrong", "confidence", "coupling")]
-        lines.append([f"`{row['rule']}`", right(row), nfe(row), per_forward(row), *counts])
-    return table("rule | right, % | NFE | tok/fwd | wrong | confidence | coupling", lines) if lines else ""
+        lines.append([f"`{row['rule']}`", right(row), nfe(row), per_forward(row), fed(row), *counts])
+    return (
+        table("rule | right, % | NFE | tok/fwd | positions fed | wrong | confidence | coupling", lines) if lines else ""
+    )
 
 
 def frontiers(rows: list[Row], task: str) -> str:
-    """The frontier of every cache, a line each."""
+    """The frontiers of every cache, by forwards and by positions fed, a line each."""
     lines = []
     views = [(name, plain(rows, task), cache) for cache, name in CACHES.items()]
     for name, own, cache in (*views, ("no cache, one block", plain(rows, task, "undivided"), "none")):
-        best = frontier([row for row in own if row["cache"] == cache])
-        said = [f"`{row['rule']}` {100 * row['share']:.1f}% at {row['nfe']:.2f}" for row in best]
-        lines += [f"- {name}: {', '.join(said)}"] if said else []
+        for by, cost, digits in (("NFE", "nfe", 2), ("positions fed", "query_tokens", 0)):
+            best = frontier([row for row in own if row["cache"] == cache], cost)
+            said = [f"`{row['rule']}` {100 * row['share']:.1f}% at {row[cost]:.{digits}f}" for row in best]
+            lines += [f"- {name}, by {by}: {', '.join(said)}"] if said else []
     return "\n".join(lines)
 
 
@@ -178,7 +191,7 @@ def pairs_table(rows: list[Row], task: str) -> str:
         line = [f"`{row['rule']}`" + ("" if row["drafts"] == 1 else f", drafts {row['drafts']}"), str(row["problems"])]
         for of in pair:
             beside = found(rows, task=of, **same, problems=row["problems"])
-            line += cells(beside, right, nfe, per_forward, lambda of: f"{of['query_tokens']:.0f}")
+            line += cells(beside, right, nfe, per_forward, fed)
         lines.append(line)
     head = "rule | problems" + "".join(f" | {of}: right, % | NFE | tok/fwd | positions fed" for of in pair)
     return table(head, lines) if lines else ""
@@ -204,9 +217,7 @@ def against(rows: list[Row], task: str, how: str, name: str) -> str:
         first = share(other["right"][: row["problems"]])
         lost, won = pairs.count(("1", "0")), pairs.count(("0", "1"))
         before = f"{nfe_of(other, row['problems']):.2f}"
-        # Problems differ in how much they feed.
-        fed = f"{row['query_tokens'] / other['query_tokens']:.2f}x" if row["problems"] == other["problems"] else ""
-        said = [str(row["problems"]), first, before, right(row), nfe(row), f"{lost}, {won}", fed]
+        said = [str(row["problems"]), first, before, right(row), nfe(row), f"{lost}, {won}", times_fed(row, other)]
         lines.append([f"`{row['rule']}`, {CACHES[row['cache']]}", *said])
     head = f"rule, cache | problems | plain: right, % | NFE | {name}: right, % | NFE | lost, won | positions fed"
     return table(head, lines) if lines else ""
@@ -228,14 +239,12 @@ def refreshes_table(rows: list[Row], task: str) -> str:
 
 def beside(row: Row, base: Row) -> list[str]:
     """A run with a partial refresh, and what changed against that with full ones."""
-    said = [str(row["problems"]), right(row), nfe(row), f"{row['query_tokens']:.0f}"]
+    said = [str(row["problems"]), right(row), nfe(row), fed(row)]
     if row is base:
         return [*said, "", "", ""]
     pairs = list(zip(base["right"], row["right"], strict=False))
-    # Problems differ in how much they feed.
-    fed = f"{row['query_tokens'] / base['query_tokens']:.2f}x" if row["problems"] == base["problems"] else ""
     changed = f"{pairs.count(('1', '0'))}, {pairs.count(('0', '1'))}"
-    return [*said, fed, changed, same("same_as_full")(row)]
+    return [*said, times_fed(row, base), changed, same("same_as_full")(row)]
 
 
 def failures_table(rows: list[Row], task: str) -> str:

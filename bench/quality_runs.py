@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -48,11 +49,24 @@ FAMILIES: dict[str, tuple[fdpp.Rule, ...]] = {
         fdpp.Dawn(),
         fdpp.Dawn(tau_induce=0.85, tau_low=0.9, tau_high=0.95),
     ),
+    "Editing": (fdpp.Editing(tau=0.7, edit=0.5), fdpp.Editing(tau=0.7), fdpp.Editing()),
 }
 """The rules by family, their numbers swept from one end to the other."""
 
+
+def others_of(rule: fdpp.Rule) -> dict[str, Any]:
+    """The fields of a rule that are not at their default."""
+    values = {field.name: (getattr(rule, field.name), field.default) for field in dataclasses.fields(rule)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def is_default(rule: fdpp.Rule) -> bool:
+    """Whether no field has another value than its default; a rule within must be at its own."""
+    return all(isinstance(value, fdpp.Rule) and is_default(value) for value in others_of(rule).values())
+
+
 ONE = fdpp.Quota(1)
-DEFAULTS = [rule for family in FAMILIES.values() for rule in family if rule in (ONE, type(rule)())]
+DEFAULTS = [rule for family in FAMILIES.values() for rule in family if rule == ONE or is_default(rule)]
 OF_BLOCKS = (fdpp.ThresholdQuota(0.85), fdpp.ThresholdLeftmost(), fdpp.EntropySum(), fdpp.LeftmostRun())
 """What block-diffusion models are decoded by as published, besides."""
 FOUR = tuple((rule, 4) for rule in DEFAULTS if rule != ONE)
@@ -126,14 +140,16 @@ def digest(task: str) -> str:
 
 def named(rule: fdpp.Rule) -> str:
     """The rule as one writes it: its first number if the predicate alone decides, others where they are not default."""
-    default, said = type(rule)(), []
-    for place, field in enumerate(rule.numbers):
-        value = getattr(rule, field)
-        if place == 0 and type(rule).decide is fdpp.Rule.decide:
-            said.append(f"{value:g}")
-        elif value != getattr(default, field):
-            said.append(f"{field}={value:g}")
+    main = next(iter(rule.numbers), None) if type(rule).decide is fdpp.Rule.decide else None
+    said = [] if main is None else [written(getattr(rule, main))]
+    for field, value in others_of(rule).items():
+        if field != main:
+            said.append(named(value) if isinstance(value, fdpp.Rule) else f"{field}={written(value)}")
     return f"{type(rule).__name__}({', '.join(said)})"
+
+
+def written(value: object) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else repr(value)
 
 
 def tenths(task: str, rule: fdpp.Rule, cache: str, drafts: int | str, how: str) -> int:

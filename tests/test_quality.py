@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from quality_runs import Setting
 
 import fdpp
 from fdpp import tiny
+from fdpp.rules import MostConfident, Proposed, whole
 from fdpp.tiny import train
 from fdpp.tiny.tokenizer import build_tokenizer
 
@@ -41,11 +43,23 @@ def test_a_batch_holds_rows_of_one_length_and_first_mask() -> None:
     assert groups[:3] == [[0, 2], [1, 4], [3]] and [len(group) for group in groups[3:]] == [50, 10]
 
 
+@dataclass(frozen=True)
+class Within(MostConfident, fdpp.Rule):
+    """A rule with one in it, and a number that can be None."""
+
+    rule: fdpp.Rule
+    at_most: int | None = whole(4, 1, "tokens", optional=True)
+
+    def decide(self, proposed: Proposed) -> fdpp.Selection:
+        return proposed.step
+
+
 @pytest.mark.parametrize(
     ("rule", "name"),
     [
         (fdpp.Quota(2), "Quota(2)"),
         (fdpp.Frechet(0.5, calibration=0.02), "Frechet(0.5, calibration=0.02)"),
+        (fdpp.Frechet(), "Frechet(0.25)"),
         (fdpp.LocalLeap(), "LocalLeap()"),
         (fdpp.LocalLeap(threshold=0.8), "LocalLeap(threshold=0.8)"),
     ],
@@ -56,9 +70,14 @@ def test_rules_are_named_as_one_writes_them(rule: fdpp.Rule, name: str) -> None:
     assert eval(f"fdpp.{name}") == rule
 
 
-OF_BLOCK_MODELS = {
-    *(fdpp.Editing, fdpp.EntropySum, fdpp.Leftmost, fdpp.LeftmostRun, fdpp.ThresholdLeftmost, fdpp.ThresholdQuota)
-}
+def test_a_rule_with_one_in_it_is_named_and_is_default_with_it() -> None:
+    rules = Within(fdpp.Frechet(0.25)), Within(fdpp.LocalLeap(), at_most=None), Within(fdpp.Threshold(0.7), at_most=2)
+    names = "Within(Frechet(0.25))", "Within(LocalLeap(), at_most=None)", "Within(Threshold(0.7), at_most=2)"
+    assert tuple(map(quality_runs.named, rules)) == names
+    assert [*map(quality_runs.is_default, (*rules, Within(fdpp.Threshold(0.7))))] == [True, False, False, False]
+
+
+OF_BLOCK_MODELS = {*(fdpp.EntropySum, fdpp.Leftmost, fdpp.LeftmostRun, fdpp.ThresholdLeftmost, fdpp.ThresholdQuota)}
 """Rules that were published with models of another kind than the three measured ones."""
 
 UNMEASURED = {fdpp.Prophet, fdpp.Saber}
@@ -345,14 +364,17 @@ def test_tables() -> None:
     text = quality_report.report(synthetic())
     chapters = {part.split("\n")[0]: part for part in text.split("## ")[1:]}
     assert {name.split(": ")[0] for name in chapters} == {"all tasks", "sums", "sudoku"}
-    beside = "| `Threshold(0.9)` | 80.0 (58.4 to 91.9) | 20.00 ± 0.10 | 80.0 (58.4 to 91.9) | 20.00 ± 0.10 |"
-    assert beside in chapters["all tasks: dual"] and "all tasks: prefix" not in chapters
-    undivided = "| `Threshold(0.9)` | 80.0 (58.4 to 91.9) | 15.00 ± 0.10 | 2.00 | 4 | 1 | 3 |"
+    beside = (
+        "| `Threshold(0.9)` | 80.0 (58.4 to 91.9) | 20.00 ± 0.10 | 100 | 80.0 (58.4 to 91.9) | 20.00 ± 0.10 | 100 |"
+    )
+    assert beside in chapters["all tasks: dual"]
+    assert "all tasks: prefix" not in chapters
+    undivided = "| `Threshold(0.9)` | 80.0 (58.4 to 91.9) | 15.00 ± 0.10 | 2.00 | 100 | 4 | 1 | 3 |"
     assert undivided in chapters["sudoku: in one block"] and "sums: in one block" not in chapters
-    assert "one block: `New(1)` 40.0% at 7.50" in chapters["sudoku: frontier"]
+    assert "one block, by NFE: `New(1)` 40.0% at 7.50" in chapters["sudoku: frontier"]
     rules = chapters["sums: every rule"]
-    cells = "80.0 (58.4 to 91.9) | 20.00 ± 0.10 | 2.00"
-    assert f"| `Threshold(0.9)` | {cells} |  |  |  | {cells} | 19 of 20 |" in rules and "calibrated" not in rules
+    cells = "80.0 (58.4 to 91.9) | 20.00 ± 0.10 | 2.00 | 100"
+    assert f"| `Threshold(0.9)` | {cells} |  |  |  |  | {cells} | 19 of 20 |" in rules and "calibrated" not in rules
     assert "| `Threshold(0.9)` | 4 |  |  |  |  | 20.0 → 5.0 | 19 of 20 | 1.5x |" in chapters["sums: drafts"]
     int8 = (
         "| `Threshold(0.9)`, dual | 8 | 100.0 (67.6 to 100.0) | 30.00 | 87.5 (52.9 to 97.8) | 20.00 ± 0.10 | 1, 0 |  |"
@@ -387,6 +409,8 @@ def test_a_block_diffusion_model_stands_beside_the_llada_of_its_task() -> None:
 def test_the_frontier_leaves_out_what_another_beats() -> None:
     rows = [{"nfe": nfe, "share": share} for nfe, share in ((5, 0.5), (6, 0.5), (6, 0.7), (7, 0.6), (9, 0.7), (9, 0.9))]
     assert quality_report.frontier(rows) == [rows[0], rows[2], rows[5]]
+    fed = [{"nfe": 6, "query_tokens": 90, "share": 0.7}, {"nfe": 5, "query_tokens": 180, "share": 0.7}]
+    assert quality_report.frontier(fed) == [fed[1]] and quality_report.frontier(fed, "query_tokens") == [fed[0]]
 
 
 def test_plots(tmp_path: Path) -> None:
