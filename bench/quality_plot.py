@@ -22,6 +22,11 @@ LOOKS: dict[str, tuple[str, str]] = {
     "Klass": ("v", "tab:pink"),
     "Dawn": ("P", "black"),
     "Editing": ("x", "slateblue"),
+    "Hierarchy": ("H", "goldenrod"),
+    "Credit": ("8", "teal"),
+    "Wino": ("1", "crimson"),
+    "Revocable": ("2", "magenta"),
+    "Saber": ("+", "sienna"),
 }
 """Marker and colour of a family. One that is not here gets the next of `OTHERS`."""
 OTHERS = (("h", "tab:olive"), ("<", "tab:gray"), (">", "navy"), ("d", "darkgreen"))

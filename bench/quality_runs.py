@@ -50,6 +50,11 @@ FAMILIES: dict[str, tuple[fdpp.Rule, ...]] = {
         fdpp.Dawn(tau_induce=0.85, tau_low=0.9, tau_high=0.95),
     ),
     "Editing": (fdpp.Editing(tau=0.7, edit=0.5), fdpp.Editing(tau=0.7), fdpp.Editing()),
+    "Hierarchy": tuple(fdpp.Hierarchy(low) for low in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
+    "Credit": tuple(fdpp.Credit(tau) for tau in (0.7, 0.8, 0.9, 0.95)),
+    "Wino": (fdpp.Wino(), fdpp.Wino(cap=None)),
+    "Revocable": tuple(fdpp.Revocable(rule) for rule in (fdpp.Frechet(0.25), fdpp.Threshold(0.7), fdpp.Threshold(0.9))),
+    "Saber": (fdpp.Saber(),),
 }
 """The rules by family, their numbers swept from one end to the other."""
 

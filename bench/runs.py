@@ -77,6 +77,7 @@ def best_of_runs(confidence: torch.Tensor, candidate: torch.Tensor) -> torch.Ten
 RULES: dict[str, tuple[fdpp.Rule, ...]] = {
     "Threshold": (fdpp.Threshold(),),
     "Frechet": tuple(fdpp.Frechet(margin) for margin in (0.0, 0.25, 0.5, 0.75)),
+    "Hierarchy": tuple(fdpp.Hierarchy(low) for low in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
     "Budget": (fdpp.Budget(), fdpp.Budget(rise=1.0)),
     "EntropyBound": (fdpp.EntropyBound(0.05), fdpp.EntropyBound()),
     "FrechetRuns": (
