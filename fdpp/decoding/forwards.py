@@ -89,7 +89,14 @@ class Forwards:
         of_block = aligned(hidden[:, :, window.read] if self.reads_all else hidden, fed, window)
         if self.only_masked and hidden.device.type == "cpu":
             return Evidence(self.filtered(self.project(of_block[states == self.mask_id]), state, states, window))
-        logits = self.shaped(self.project(of_block), state, states, window)
+        if beside is None:
+            logits, rows = self.project(of_block), None
+        else:
+            # One product, which reads the head's weight once.
+            both = self.project(torch.cat((of_block, beside), dim=2))
+            logits, rows = both.tensor_split((of_block.shape[2],), dim=2)
+            rows = guided(rows, self.cfg_scale) if self.cfg_scale > 0.0 else rows
+        logits = self.shaped(logits, state, states, window)
         if not self.watches:
             return Evidence(logits)
         sight = Sight(
@@ -102,7 +109,7 @@ class Forwards:
             length=self.behind(window) or state.sequences.shape[1],
             padding=state.padding,
             mask_id=self.mask_id,
-            rows=beside,
+            rows=rows,
             probe=probe,
             fed_confidence=lambda: self.fed_confidence(hidden, fed, window),
         )
@@ -220,15 +227,14 @@ class Forwards:
     def with_rows(
         self, state: BlockState, tokens: Tensor, window: Window, cache: BlockCache | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states of `tokens` `[b, D, n]`, and the logits `[b, D, E, V]` of the rows that are fed beside them."""
+        """Hidden states of `tokens` `[b, D, n]`, and those `[b, D, E, d_model]` of the rows beside them."""
         _, D, n = tokens.shape
         rows = self.rows(window, tokens.device)
         tokens = F.pad(tokens, (0, rows.columns.shape[0]), value=self.mask_id)
         first = window.fed.start if isinstance(window.fed, slice) else 0
         beside = Beside(rows.holes, cache, first, mask, self.padding(state, window, D))
         hidden = self.hidden(state, tokens, window, beside, None, False, rows)
-        logits = self.project(hidden[:, :, n:])
-        return hidden[:, :, :n], guided(logits, self.cfg_scale) if self.cfg_scale > 0.0 else logits
+        return hidden[:, :, :n], hidden[:, :, n:]
 
     def queries(self, state: BlockState, window: Window, drafts: int) -> int:
         """How many positions of a sequence a forward feeds to the model, all passes of it."""
