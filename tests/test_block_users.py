@@ -328,6 +328,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Any:
 SERVED = {
     "ThresholdQuota": fdpp.ThresholdQuota(0.5, 2),
     "Leftmost": fdpp.Leftmost(3),
+    "Hierarchy": fdpp.Hierarchy(low=0.3, high=0.6),
     "Editing": fdpp.Editing(tau=0.5, edit=0.5, post=2),
     "EditingAtOnce": fdpp.Editing(tau=0.5, k=2, edit=0.3, post=0),
 }

@@ -582,6 +582,12 @@ class TestCommand:
             ("ssd/gsm8k", 5, fdpp.Quota(1), "dual", 32, 4),
             ("saber/humaneval", 0, fdpp.Saber(2), "none", 256, 1),
             ("saber/gsm8k", 0, fdpp.Saber(2), "none", 128, 1),
+            ("wino/gsm8k", 0, fdpp.Wino(0.6, 0.9), "none", 128, 1),
+            ("wino/minerva_math500", 0, fdpp.Wino(0.7, 0.9), "none", 128, 1),
+            ("wino/humaneval", 0, fdpp.Wino(0.7, 0.9), "none", 128, 1),
+            ("wino/mbpp", 0, fdpp.Wino(0.8, 0.9), "none", 128, 1),
+            ("credit/minerva_math", 4, fdpp.Credit(0.9, 0.7, 0.2, 0.8), "none", 32, 1),
+            ("hierarchy/mbpp", 3, fdpp.Hierarchy(0.5, 0.9), "none", 32, 1),
         ],
     )
     def test_presets_with_blocks_and_drafts_of_their_own(self, name, shots, rule, cache, block_length, drafts):

@@ -77,6 +77,13 @@ ELSEWHERE = {
     "editing_threshold": "rule=Editing(edit={})",
     "max_post_steps": "rule=Editing(post={})",
     "num_to_transfer": "rule=Editing(k={})",
+    "threshold_back": "rule=Wino(back={})",
+    "low_threshold": "rule=Hierarchy(low={})",
+    "credit_alpha": "rule=Credit(alpha={})",
+    "boost_gamma": "rule=Credit(gamma={})",
+    "decay_beta": "rule=Credit(beta={})",
+    "answer_start_pos": "rule=Prophet(answer=...), which is counted from the response's first position",
+    "early_exit_thresholds": "rule=Prophet(early=..., mid=..., late=...)",
     "eos_early_stop": "stop_at_eos={}",
     "cache_implementation": 'cache="dual", "prefix" or "none"',
 }

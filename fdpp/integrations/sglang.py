@@ -22,6 +22,7 @@ from fdpp.rules import (
     EntropySum,
     Factor,
     Frechet,
+    Hierarchy,
     Leftmost,
     LeftmostRun,
     LocalLeap,
@@ -51,7 +52,7 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger(__name__)
 
 SERVED = (
-    *(Frechet, Threshold, Factor, EntropyBound, LocalLeap, Quota),
+    *(Frechet, Threshold, Factor, EntropyBound, LocalLeap, Hierarchy, Quota),
     *(ThresholdQuota, ThresholdLeftmost, EntropySum, Leftmost, LeftmostRun, Editing),
 )
 READ_BY_SGLANG = {"block_size"}

@@ -20,6 +20,7 @@ NAMES = {
     "FactorProfile": fdpp.Factor,
     "EntropyBoundProfile": fdpp.EntropyBound,
     "LocalLeapProfile": fdpp.LocalLeap,
+    "HierarchyProfile": fdpp.Hierarchy,
     "QuotaProfile": fdpp.Quota,
     "ThresholdQuotaProfile": fdpp.ThresholdQuota,
     "ThresholdLeftmostProfile": fdpp.ThresholdLeftmost,

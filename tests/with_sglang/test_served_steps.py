@@ -22,6 +22,7 @@ RULES = [
     fdpp.Factor(1.2),
     fdpp.EntropyBound(1.5),
     fdpp.LocalLeap(0.6, 0.2, 2),
+    fdpp.Hierarchy(0.3, 0.6),
     fdpp.Quota(3),
 ]
 BLOCKS = [block(0), block(3, seed=1), block(BLOCK), block(5, seed=2), block(7, seed=3)]

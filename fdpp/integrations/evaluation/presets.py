@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fdpp.rules import Frechet, Quota, Rule, Saber, Threshold
+from fdpp.rules import Credit, Frechet, Hierarchy, Quota, Rule, Saber, Threshold, Wino
 from fdpp.rules.dawn import Dawn
 
 
@@ -65,6 +65,9 @@ WHOLE_ANSWERS = {"humaneval": "humaneval_chat"}
 SABER = {"gsm8k": 128, "humaneval": 256, "mbpp": 256}
 """The tasks of Saber's configurations, which give no examples, and their block lengths."""
 
+WINO_TAU = {"gsm8k": 0.6, "minerva_math500": 0.7, "humaneval": 0.7, "mbpp": 0.8}
+"""Tasks of WINO's configurations, which give no examples, and their thresholds."""
+
 PRESETS: dict[str, Preset] = {
     # Fast-dLLM++, arXiv 2606.02955: prefix cache at length 256; its other columns by --rule threshold, factor.
     **{f"fast-dllm++/{task}": Preset(task, shots, Frechet(0.25), "prefix") for task, shots in SHOTS.items()},
@@ -115,5 +118,14 @@ PRESETS: dict[str, Preset] = {
     **{
         f"saber/{task}": Preset(task, 0, Saber(2), "none", block_length=block_length)
         for task, block_length in SABER.items()
+    },
+    # WINO, arXiv 2507.18578, uncached.
+    **{f"wino/{task}": Preset(task, 0, Wino(tau, 0.9), "none", block_length=128) for task, tau in WINO_TAU.items()},
+    # CreditDecoding, arXiv 2510.06133, and hierarchical decoding, with dInfer's default numbers. Its own evaluation is
+    # of another model and with a cache of its own; all else is as in Fast-dLLM's rows, uncached.
+    **{
+        f"{name}/{task}": Preset(task, shots, rule, "none")
+        for name, rule in (("credit", Credit()), ("hierarchy", Hierarchy()))
+        for task, shots in SHOTS.items()
     },
 }
