@@ -53,12 +53,12 @@ class Verified:
 
     def observe(self, sight: Sight, before: tuple[Tensor, Any] | None) -> Any:
         assert sight.rows is not None
-        logits = sight.rows.double()
+        logits = sight.rows.to(torch.promote_types(sight.rows.dtype, torch.float32))
         of_token = logits.gather(-1, sight.states[..., None])[..., 0]
         last = sight.states[:, :1] if before is None else before[1].states
         earlier = torch.cat((last, sight.states[:, :-1]), dim=1)
-        verdict = (of_token - logits.logsumexp(-1)).exp().masked_fill(sight.states == sight.mask_id, torch.nan)
-        return Verdicts(verdict, sight.states, earlier)
+        verdict = (of_token - logits.logsumexp(-1)).exp().double()
+        return Verdicts(verdict.masked_fill(sight.states == sight.mask_id, torch.nan), sight.states, earlier)
 
     def again(self, logits: Tensor, memory: Any) -> Any:
         return memory._replace(before=memory.states)
