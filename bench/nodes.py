@@ -30,7 +30,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import fdpp
-from fdpp.attention import BlockCache
+from fdpp.attention import Beside, BlockCache
 from fdpp.decoding.choice import Choice
 from fdpp.decoding.generate import loop_of, with_blocks, with_token_ids
 from fdpp.decoding.layout import Layout
@@ -307,7 +307,10 @@ def recorded() -> Iterator[Record]:
         (Block, "forward", lambda block: f"layer {block.layer}"),
         (DiffusionLM, "project_slice", lambda _: "head"),
         (Choice, "__call__", lambda _: "selection"),
-        (BlockCache, "stops", lambda _: "rest"),  # made in the first layer, for all
+        # Made in the first layer, for all.
+        (BlockCache, "stops", lambda _: "rest"),
+        (Beside, "columns_of", lambda _: "rest"),
+        (Beside, "for_all", lambda _: "rest"),
     ]
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

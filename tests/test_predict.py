@@ -596,6 +596,17 @@ def test_measured_beside_predicted(tmp_path: Path, capsys: pytest.CaptureFixture
         predict.main(["--against", str(path)])
 
 
+def test_rows_beside_a_block_launch_nothing_of_their_own() -> None:
+    """Twice the positions in as many launches of a layer; a full forward attends twice and joins the two."""
+    config = LLaDAConfig(n_layers=3)
+    plain, beside = (nodes.launches(config, rule=rule) for rule in (fdpp.Threshold(0.6), fdpp.Wino()))
+    assert nodes.per_layer(beside) == nodes.per_layer(plain) == 9
+    assert nodes.by_place(beside)["head"] == nodes.by_place(plain)["head"] == 1
+    rows = [{launch.rows for launch in step if launch.name == "mm"} for step in (plain, beside)]
+    assert 32 in rows[0] and 64 in rows[1] and 32 not in rows[1]
+    assert nodes.per_layer(nodes.launches(config, rule=fdpp.Wino(), full=True)) == 11
+
+
 @pytest.mark.parametrize("weights", ["int8", "float8"])
 def test_quantised_layers_launch_as_many(weights: str) -> None:
     """Of few rows; a full forward's products are the library's."""

@@ -69,19 +69,19 @@ class Beside(BlockCache):
         wanted: slice | Tensor | None = None,
     ) -> Tensor:
         """Attention of queries `q` `[b, H, n + E, hd]`, those of the rows last; there is no `mask` and no `wanted`."""
-        E, cache, tickets = self.holes.shape[0], self.cache, None
+        E, cache = self.holes.shape[0], self.cache
         n, mask, left, row_stop = q.shape[2] - E, self.fed_mask, self.fed_left, None
         if cache is not None:
             k, v = self.kept(cache, layer, k, v, start, stored)
-            mask, left, tickets = cache.mask(start, n, q.device), cache.left(q.device), cache.tickets
-            mask, left = (each if each is None else repeated(each, cache.branches) for each in (mask, left))
-            row_stop = self.row_stop(cache, start)
+            left, row_stop = repeated(cache.left(q.device), cache.branches), self.row_stop(cache, start)
             if splits_keys(q, k) or (cache.grid is not None and goes_to_kernel(q)):
                 stops, holes = self.for_all(cache, start, n, k.shape[2], row_stop)
-                return block_attention(q, k, v, left, stops=stops, holes=holes, tickets=tickets)
+                return block_attention(q, k, v, left, stops=stops, holes=holes, tickets=cache.tickets)
+            mask = repeated(cache.mask(start, n, q.device), cache.branches)
         S = k.shape[2] - E
-        out = attend(q[:, :, :n], k[:, :, :S], v[:, :, :S], mask)
-        return torch.cat((out, self.attend_rows(q[:, :, n:], k, v, left, row_stop)), dim=2)
+        out = attend(q[:, :, :n], k[:, :, :S], v[:, :, :S], mask), self.attend_rows(q[:, :, n:], k, v, left, row_stop)
+        # A GPU's attention has positions before heads in memory, and so has what comes next.
+        return torch.cat([each.transpose(1, 2) for each in out], dim=1).transpose(1, 2)
 
     def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, left: Tensor | None, stop: Tensor | None) -> Tensor:
         """Attention of the rows' queries `q` `[b, H, E, hd]` over all keys but holes, padding and those from `stop` on.
@@ -164,6 +164,8 @@ class Beside(BlockCache):
         return self.made["all"]
 
 
-def repeated(rows: Tensor, branches: int) -> Tensor:
+def repeated(rows: Tensor | None, branches: int) -> Tensor | None:
     """`rows` of sequences for their branches; a single one is for all."""
-    return rows if branches == 1 or rows.shape[0] == 1 else rows.repeat_interleave(branches, dim=0)
+    if rows is None or branches == 1 or rows.shape[0] == 1:
+        return rows
+    return rows.repeat_interleave(branches, dim=0)
