@@ -14,8 +14,8 @@ from inputs import IMPLEMENTATIONS, INTERPRETED, generator, on_gpu, to_device
 from small import left_pad, prompts, small_model
 from torch import Tensor
 
-from fdpp import Frechet
-from fdpp.attention import block_attention, cache, split_keys
+from fdpp import Frechet, Wino
+from fdpp.attention import beside, block_attention, cache, split_keys
 from fdpp.kernels import attend, launch
 from fdpp.kernels.launch import ATTEND_KEYS, ATTEND_SPLITS, attend_launch
 
@@ -730,7 +730,8 @@ def split(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
         return split_keys.attention_gpu(q, k, v, left, scale, *own)
 
     monkeypatch.setattr(split_keys, "attention_cpu", kernel)
-    monkeypatch.setattr(cache, "goes_to_kernel", lambda q: True)
+    for module in (cache, beside):
+        monkeypatch.setattr(module, "goes_to_kernel", lambda q: True)
     return seen
 
 
@@ -749,6 +750,8 @@ def split(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
         {"cache": "prefix", "drafts": 3, "branches": "tree", "engine": "static"},
         {"cache": "dual", "drafts": 2, "branches": "tree", "cfg_scale": 1.0},
         {"cache": "none"},
+        {"cache": "dual", "rule": Wino(0.2, 0.9, None)},
+        {"cache": "prefix", "rule": Wino(0.2, 0.9, None), "engine": "static"},
     ],
     ids=str,
 )
@@ -759,7 +762,8 @@ def test_a_decode_is_the_same(split: list[tuple[int, int, bool]], settings: dict
     input_ids, attention_mask = left_pad(rows)
     settings = {"max_new_tokens": 12, "block_length": 6, "rule": Frechet(0.2), "stop_at_eos": False, **settings}
     with pytest.MonkeyPatch.context() as unsplit:
-        unsplit.setattr(cache, "goes_to_kernel", lambda q: False)
+        for module in (cache, beside):
+            unsplit.setattr(module, "goes_to_kernel", lambda q: False)
         want = model.generate(input_ids, attention_mask, **settings)
     assert not split
     out = model.generate(input_ids, attention_mask, **settings)

@@ -15,11 +15,11 @@ import torch
 import torch.utils._pytree as pytree
 import unwritten
 from inputs import Problem, assert_as_specified, assert_equal, expected, generator, random_problem, run
-from small import MASK, left_pad, prompts, small_dream
+from small import MASK, SMALL, left_pad, prompts
 from torch import Tensor
 
 import fdpp
-from fdpp import DenoisingStep, EntropyBound, Frechet, Quota, Rule, Selection, Threshold
+from fdpp import DenoisingStep, EntropyBound, Frechet, Quota, Rule, Selection, Threshold, Wino
 from fdpp.attention import block_attention
 from fdpp.decoding.arena import uncaptured
 from fdpp.decoding.static import steps_of
@@ -390,18 +390,28 @@ def test_fused_head_of_llada(B: int, T: int) -> None:
     assert out.committed[tokens == mask_id][clear & sure].equal((want > 0.9)[clear & sure])
 
 
-@pytest.mark.parametrize("drafts", [1, 3])
-def test_captured_steps_of_dream(drafts: int) -> None:
-    """Steps that feed a column beside their block: replays equal the steps run one by one, bit for bit.
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Dream", {"cache": "prefix", "rule": Frechet(0.1), "drafts": 1}),
+        ("Dream", {"cache": "prefix", "rule": Frechet(0.1), "drafts": 3}),
+        ("LLaDA", {"cache": "dual", "rule": Wino(0.2, 0.9, None)}),
+    ],
+    ids=str,
+)
+def test_captured_steps_of_other_layouts(family: str, settings: dict[str, Any]) -> None:
+    """Steps that feed a column beside their block, or rows: replays equal the steps run one by one, bit for bit.
 
-    With the prefix cache alone: for another layout of the block a GPU would compile kernels that nothing else needs.
+    Dream with the prefix cache alone: for another layout of the block a GPU would compile kernels that nothing else
+    needs.
     """
-    model = small_dream(num_attention_heads=2, num_key_value_heads=1).to(DEVICE, torch.bfloat16)
+    sizes = {"Dream": {"num_attention_heads": 2, "num_key_value_heads": 1}, "LLaDA": {"n_heads": 2, "n_kv_heads": 1}}
+    model = SMALL[family](**sizes[family]).to(DEVICE, torch.bfloat16)
     ids, mask = left_pad([prompts(1, 5 + 3 * b, seed=b)[0] for b in range(5)])
-    arguments = {"attention_mask": mask.to(DEVICE), "max_new_tokens": 20, "block_length": 8, "rule": Frechet(0.1)}
+    arguments = {"attention_mask": mask.to(DEVICE), "max_new_tokens": 20, "block_length": 8, **settings}
 
     def decode() -> Any:
-        return model.generate(ids.to(DEVICE), engine="static", cache="prefix", drafts=drafts, **arguments)
+        return model.generate(ids.to(DEVICE), engine="static", **arguments)
 
     captured = [decode() for _ in range(2)]
     assert all(step.graph is not None for step in steps_of(model))

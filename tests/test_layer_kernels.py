@@ -16,7 +16,7 @@ from layer_twins import TWINS
 from small import left_pad, prompts, small_model, small_sdar
 from torch import Tensor
 
-from fdpp import Frechet
+from fdpp import Frechet, Wino
 from fdpp.attention import BlockCache
 from fdpp.attention.rotary import Place, rotary_angles, rotate, rotate_in_place
 from fdpp.kernels.launch import norm_warps
@@ -337,6 +337,8 @@ def test_a_layer_that_cannot_add_up(kernels: list[str], monkeypatch: pytest.Monk
         {"cache": "dual", "drafts": 3, "branches": "batch"},
         {"cache": "prefix", "drafts": 3, "branches": "tree"},
         {"cache": "dual", "drafts": 2, "branches": "tree", "engine": "static"},
+        {"cache": "dual", "rule": Wino(0.2, 0.9, None)},
+        {"cache": "prefix", "rule": Wino(0.2, 0.9, None), "engine": "static"},
     ],
     ids=str,
 )

@@ -87,6 +87,9 @@ def test_same_decode_as_the_eager_engine(llada: LLaDAModelLM, rule: fdpp.Rule, c
         {"rule": fdpp.Quota(), "steps": 9, "cache": "prefix"},
         {"stop_at_eos": False, "cache": "none"},
         {"refresh": "recent", "drafts": 3},
+        {"rule": fdpp.Wino(0.2, 0.9, None), "cache": "dual"},
+        {"rule": fdpp.Revocable(fdpp.EntropyBound(9.0), 1.0), "cache": "prefix", "drafts": 2},
+        {"rule": fdpp.Credit(0.5), "cache": "dual", "drafts": 2},
     ],
     ids=str,
 )
