@@ -129,6 +129,14 @@ def test_generate_prints_what_drafts_cost_and_bring(capsys):
         ("--rule threshold-quota --tau 0.6 --k 2", {"rule": fdpp.ThresholdQuota(0.6, 2)}),
         ("--rule threshold-quota --tau 0.6 --steps 8", {"rule": fdpp.ThresholdQuota(0.6, None), "steps": 8}),
         ("--rule editing --tau 0.6 --edit 0.5 --post 2", {"rule": fdpp.Editing(0.6, edit=0.5, post=2)}),
+        ("--rule wino --tau 0.4 --back 0.8 --cap 5", {"rule": fdpp.Wino(0.4, 0.8, 5)}),
+        ("--rule revocable --margin 0.1", {"rule": fdpp.Revocable(fdpp.Frechet(0.1))}),
+        (
+            "--rule revocable --of threshold --tau 0.4 --below 0.8 --at-most 2 --drafts 2",
+            {"rule": fdpp.Revocable(fdpp.Threshold(0.4), 0.8, 2), "drafts": 2},
+        ),
+        ("--rule revocable --of quota --steps 9", {"rule": fdpp.Revocable(fdpp.Quota()), "steps": 9}),
+        ("--rule revocable --of balanced", {"rule": fdpp.Revocable("balanced")}),
         ("--rule quota --drafts 4", {"rule": fdpp.Quota(), "drafts": 4}),
         ("--drafts auto --branches tree", {"drafts": "auto", "branches": "tree"}),
         ("--refresh window:8:end --block-length 8", {"refresh": "window:8:end", "block_length": 8}),
@@ -403,6 +411,13 @@ def test_bfloat16(capsys):
         (
             "generate --prompt x --rule quota --margin 0",
             "--margin does not belong to --rule quota, which takes --k and",
+        ),
+        ("generate --prompt x --of threshold", "--of does not belong to --rule frechet, but to --rule revocable"),
+        ("generate --prompt x --rule revocable --of dawn", "argument --of: invalid choice: 'dawn'"),
+        ("generate --prompt x --rule revocable --tau 0.5", "--tau does not belong to --rule frechet, which takes"),
+        (
+            "generate --prompt x --rule wino --drafts 2 --branches tree",
+            "branches='tree' has no columns for the rows",
         ),
         ("generate --prompt x --rule quota --k 2 --steps 9", "steps=9 is a schedule for rule=Quota()"),
         ("generate --prompt x --rule quota --k 0", "--k: expected a whole number of at least 1, got '0'"),
