@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import Recorder
 from further import arrays, assert_as_recorded, runs
 from golden import model as golden_model
 from hypothesis import given, settings
@@ -19,12 +20,25 @@ from fdpp.rules.verified import Verdicts
 from fdpp.selection import Selection
 
 RUNS = runs("wino")
+MASK_OF_RUNS = 500
 
 
 @pytest.mark.parametrize("run", [pytest.param(run, id=run["run"]) for run in RUNS])
 def test_the_published_decode(run: dict[str, Any]) -> None:
-    params = run["params"]
-    assert_as_recorded("wino", run, fdpp.Wino(params["threshold"], params["threshold_back"]))
+    """Tokens, forwards and steps; and every commit and revocation of every forward."""
+    params, recorder = run["params"], Recorder()
+    assert_as_recorded("wino", run, fdpp.Wino(params["threshold"], params["threshold_back"]), streamer=recorder)
+    n, mask_id, events, call = arrays("wino")[f"prompt_{run['prompt']}"].shape[1], MASK_OF_RUNS, [], 0
+    for number, states in enumerate(recorder.blocks()):
+        before = torch.full_like(states[0], mask_id)
+        for after in states[:-1]:  # the last one is the finished block
+            for t in (before != after)[0].nonzero().flatten().tolist():
+                commits = int(before[0, t]) == mask_id
+                token = (after if commits else before)[0, t]
+                assert mask_id in (int(before[0, t]), int(after[0, t]))
+                events.append([call, int(commits), n + number * params["block_length"] + t, int(token)])
+            before, call = after, call + 1
+    assert sorted(events) == sorted(arrays("wino")[f"{run['run']}_events"].tolist())
 
 
 def test_the_recorded_decodes_take_tokens_back() -> None:

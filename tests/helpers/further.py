@@ -26,7 +26,7 @@ def arrays(peer: str) -> dict[str, Tensor]:
         return {name: torch.from_numpy(array).long() for name, array in stored.items()}
 
 
-def assert_as_recorded(peer: str, run: dict[str, Any], rule: fdpp.Rule) -> None:
+def assert_as_recorded(peer: str, run: dict[str, Any], rule: fdpp.Rule, **settings: Any) -> None:
     """A decode with `rule` has the run's tokens, its number of forwards, and the forward that committed each."""
     prompt, tokens, step_of = (arrays(peer)[n] for n in (f"prompt_{run['prompt']}", *of_run(run, "out", "step_of")))
     params = run["params"]
@@ -37,6 +37,7 @@ def assert_as_recorded(peer: str, run: dict[str, Any], rule: fdpp.Rule) -> None:
         block_length=params["block_length"],
         cache="none",
         stop_at_eos=False,
+        **settings,
     )
     assert out.sequences.equal(tokens) and int(out.nfe) == run["n_forward"]
     assert out.commit_step.equal(step_of[:, prompt.shape[1] :])
