@@ -12,7 +12,6 @@ from small import MASK, SMALL, exact, prompts, small_model
 from torch import Tensor
 
 import fdpp
-from fdpp import Wino
 
 SIZES: dict[str, Any] = {"max_new_tokens": 20, "block_length": 8}
 SETTINGS: list[dict[str, Any]] = [
@@ -115,10 +114,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "columns": (
         {"inputs_embeds": torch.zeros(1, 3, 32), "input_ids": prompts(1, 4)},
         r"expected those of input_ids \[1, 4\], got \[1, 3\]",
-    ),
-    "rows": (
-        {"inputs_embeds": torch.zeros(1, 4, 32), "rule": Wino(), "cache": "none"},
-        "feeds rows beside the sequence, expected input_ids alone",
     ),
     "blanks": ({"inputs_embeds": torch.zeros(1, 4, 32), "max_new_tokens": 0}, "fills the masks of a prompt"),
     "mask": (

@@ -39,7 +39,7 @@ class Revocable(Verified, MostConfident, Rule):
     at_most: int | None = whole(None, 0, "most tokens that a step takes back")
     name: ClassVar = "revocable"
     title: ClassVar = "revocable"
-    about: ClassVar = "those of the rule --of, of which some are taken back"
+    about: ClassVar = "those of another rule, of which some are taken back"
 
     def __post_init__(self) -> None:
         super().__post_init__()
