@@ -47,9 +47,9 @@ class DiffusionGenerationConfig(SavedSettings):
         rule: which proposals of a step are committed; also a preset ("careful", "balanced", "fast"), a name, "frechet",
             or a name and numbers, {"name": "Frechet", "margin": 0.25}. The default, `Frechet(0.25)`, is bold: it loses
             answers on every task that was measured here (docs/rules.md).
-        steps: for `Quota()`, the steps of the whole response (LLaDA's schedule): they are shared out evenly over its
-            blocks, and a block's masks over its steps. None commits one position a step. The rules of Dream have a
-            schedule of their own for a block's steps.
+        steps: for `Quota()` and `Prophet()`, the steps of the whole response (LLaDA's schedule): they are shared out
+            evenly over its blocks, and a block's masks over its steps. None commits one position a step. The rules of
+            Dream have a schedule of their own for a block's steps.
         cache: "none" (every forward is a full one), "prefix" or "dual" (Fast-dLLM, arXiv 2505.22618). With a
             block-causal model what they keep of finished blocks is exact; they differ where there are sub-blocks:
             "prefix" feeds the block, "dual" the sub-block alone.
@@ -167,7 +167,8 @@ class DiffusionGenerationConfig(SavedSettings):
             raise ValueError(f"rule: expected a dataclass with frozen=True, {type(self.rule).__name__} can change")
         if self.steps is not None and not self.rule.takes_steps():
             raise ValueError(
-                f"steps={self.steps} is a schedule for rule=Quota() and Dream's; {self.rule} decides by itself"
+                f"steps={self.steps} is a schedule for rule=Quota(), Prophet() and Dream's; "
+                f"{self.rule} decides by itself"
             )
         if self.cache not in CACHES:
             raise ValueError(f"cache: expected one of {', '.join(CACHES)}, got {self.cache!r}")
