@@ -168,13 +168,19 @@ def test_the_kernel_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch) -> No
         more.pop("tickets")
         return split_keys.block_attention(q, k, v, left, **more)
 
-    def decoded(**settings: Any) -> Any:
+    def decoded(sequences: int = 2, **settings: Any) -> Any:
         SIGHTS.clear()
-        ids = left_pad([prompts(1, 4 + 3 * b, seed=b)[0] for b in range(2)])
+        ids = left_pad([prompts(1, 4 + 3 * b, seed=b)[0] for b in range(sequences)])
         out = model.generate(*ids, rule=Watching(), max_new_tokens=10, block_length=5, stop_at_eos=False, **settings)
         return out, [sight.rows for sight in SIGHTS]
 
-    for settings in ({"cache": "dual"}, {"cache": "none"}, {"cache": "dual", "drafts": 2}):
+    cases: list[dict[str, Any]] = [
+        {"cache": "dual"},
+        {"cache": "none"},
+        {"cache": "dual", "drafts": 2},
+        {"cache": "prefix", "drafts": 2, "sequences": 1, "engine": "static"},  # padded to a bucket
+    ]
+    for settings in cases:
         plain, rows = decoded(**settings)
         with monkeypatch.context() as patched:
             patched.setattr(beside, "goes_to_kernel", lambda q: True)

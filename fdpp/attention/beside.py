@@ -73,11 +73,11 @@ class Beside(BlockCache):
         n, mask, left, row_stop = q.shape[2] - E, self.fed_mask, self.fed_left, None
         if cache is not None:
             k, v = self.kept(cache, layer, k, v, start, stored)
-            left, row_stop = repeated(cache.left(q.device), cache.branches), self.row_stop(cache, start)
+            left, row_stop = repeated(cache.left(q.device), cache.branches, q), self.row_stop(cache, start)
             if splits_keys(q, k) or (cache.grid is not None and goes_to_kernel(q)):
                 stops, holes = self.for_all(cache, start, n, k.shape[2], row_stop)
                 return block_attention(q, k, v, left, stops=stops, holes=holes, tickets=cache.tickets)
-            mask = repeated(cache.mask(start, n, q.device), cache.branches)
+            mask = repeated(cache.mask(start, n, q.device), cache.branches, q)
         S = k.shape[2] - E
         out = attend(q[:, :, :n], k[:, :, :S], v[:, :, :S], mask), self.attend_rows(q[:, :, n:], k, v, left, row_stop)
         # A GPU's attention has positions before heads in memory, and so has what comes next.
@@ -164,8 +164,8 @@ class Beside(BlockCache):
         return self.made["all"]
 
 
-def repeated(rows: Tensor | None, branches: int) -> Tensor | None:
-    """`rows` of sequences for their branches; a single one is for all."""
-    if rows is None or branches == 1 or rows.shape[0] == 1:
+def repeated(rows: Tensor | None, branches: int, q: Tensor) -> Tensor | None:
+    """`rows` of sequences for their branches, the rows of `q`; a single one of several sequences is for all."""
+    if rows is None or branches == 1 or rows.shape[0] * branches != q.shape[0]:
         return rows
     return rows.repeat_interleave(branches, dim=0)
