@@ -58,6 +58,17 @@ def test_a_forward_feeds_the_block_twice() -> None:
     assert int(out.query_tokens) == run["query_tokens"]
 
 
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_each_forward_feeds_a_row_for_each_position(cache: str) -> None:
+    settings = {"max_new_tokens": 10, "block_length": 10, "cache": cache, "stop_at_eos": False}
+    rule = fdpp.Threshold(0.4)
+    plain, beside = (
+        exact("LLaDA").generate(prompts(2, 7), rule=r, **settings) for r in (rule, fdpp.Revocable(rule, 0.0))
+    )
+    assert plain.nfe.equal(beside.nfe) and int(plain.nfe.max()) > 2
+    assert beside.query_tokens.equal(plain.query_tokens + 10 * plain.nfe)
+
+
 def proposed(
     confidence: list[float], held: list[float | None], commits: int, given: list[int] | None = None
 ) -> Proposed:
