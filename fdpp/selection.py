@@ -49,6 +49,17 @@ def recommit(selection: Selection, tokens: Tensor, candidate: Tensor, committed:
     )
 
 
+def masked_again(selection: Selection, taken: Tensor, mask_id: int) -> Selection:
+    """`selection` with the positions `taken` `[B, T]`, of which it commits none, as masks."""
+    tokens = selection.tokens.masked_fill(taken, mask_id)
+    return selection._replace(tokens=tokens, remaining=(tokens == mask_id).sum(1, dtype=torch.int32))
+
+
+def rank(value: Tensor, descending: bool = False) -> Tensor:
+    """Where each position of `value` `[..., T]` comes in order, from 0; the lower position first among equals."""
+    return value.argsort(dim=-1, descending=descending, stable=True).argsort(dim=-1)
+
+
 def expect(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """Raise `ValueError` unless the argument `name` has this shape, dtype and device."""
     if tuple(value.shape) != shape or value.dtype != dtype or value.device != device:

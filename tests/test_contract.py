@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import fdpp
 from fdpp import tiny
-from fdpp.attention import beside as attention_beside
 from fdpp.attention import cache as attention_cache
 from fdpp.cli.options import Parser, add_rule_options, rule_of
 from fdpp.decoding.arena import Step, uncaptured
@@ -236,8 +235,9 @@ def test_no_operator_that_a_capture_refuses(
         pytest.skip("not captured")
     monkeypatch.setattr(Forwards, "only_masked", property(lambda self: False, lambda self, value: None), raising=False)
     monkeypatch.setattr(operators.cpu, "select", exempt(operators.cpu.select))
-    for module in (attention_cache, attention_beside):  # a CPU's attention alone reads it
-        monkeypatch.setattr(module, "left_padding", exempt(attention_cache.left_padding))
+    monkeypatch.setattr(
+        attention_cache, "left_padding", exempt(attention_cache.left_padding)
+    )  # a CPU's attention alone reads it
     run, steps = Step.run, []
 
     def watched(step: Step, *args: Any) -> None:

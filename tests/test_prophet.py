@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from typing import Any
 
 import golden
-import numpy as np
 import pytest
 import torch
+from further import recorded, runs
 from small import MASK, exact_model, left_pad, prompts
 from torch import Tensor
 
@@ -20,22 +19,13 @@ from fdpp.rules.prophet import Gaps, gap
 from fdpp.rules.quota import shares
 from fdpp.selection import Selection
 
-FOLDER = golden.DATA / "further"
-RUNS = {run["run"]: run for run in json.loads((FOLDER / "prophet.json").read_text())["runs"]}
+RUNS = {run["run"]: run for run in runs("prophet")}
 NEVER = 1e9
 
 
 def always(answer: int, k: int | None = None) -> Prophet:
     """Exits at the first forward of the answer's block."""
     return Prophet(k, answer, 0.0, 0.0, 0.0)
-
-
-def recorded(name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A run's prompt `[1, P]`, tokens and forwards of the commits `[1, L]`."""
-    with np.load(FOLDER / "prophet.npz") as stored:
-        names = f"prompt_{RUNS[name]['prompt']}", f"{name}_out", f"{name}_step_of"
-        prompt, tokens, step_of = (torch.from_numpy(stored[part]).long() for part in names)
-    return prompt, tokens, step_of[:, prompt.shape[1] :]
 
 
 def by_hand(
@@ -82,7 +72,7 @@ def rule_of(params: dict[str, Any]) -> Prophet:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_published_decode(name: str) -> None:
     """As recorded where the response is one block. Where it has several: with the exit of one block."""
-    params, (prompt, tokens, step_of) = RUNS[name]["params"], recorded(name)
+    params, (prompt, tokens, step_of) = RUNS[name]["params"], recorded("prophet", RUNS[name])
     length, block, steps = params["gen_length"], params["block_length"], params["steps"]
     settings: dict[str, Any] = {"max_new_tokens": length, "block_length": block, "steps": steps, "cache": "none"}
     model, rule, calls = golden.model("model_tiny"), rule_of(params), RUNS[name]["n_forward"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from typing import Any
 
 import golden
-import numpy as np
 import pytest
 import torch
+from further import recorded, runs
 from small import EOS, MASK, exact_model, left_pad, prompts
 from torch import Tensor
 
@@ -19,18 +18,9 @@ from fdpp.rules import Proposed
 from fdpp.rules.saber import Course, turn
 from fdpp.selection import Selection
 
-FOLDER = golden.DATA / "further"
-RUNS = {run["run"]: run for run in json.loads((FOLDER / "saber.json").read_text())["runs"]}
+RUNS = {run["run"]: run for run in runs("saber")}
 NOT_COMPARED = {name for name, run in RUNS.items() if run["tie"]}
 """The published program fills up a step that finds fewer masks than n with what its top-k happens to return."""
-
-
-def recorded(name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A run's prompt `[1, P]`, tokens and forwards of the last commits `[1, L]`."""
-    with np.load(FOLDER / "saber.npz") as stored:
-        names = f"prompt_{RUNS[name]['prompt']}", f"{name}_out", f"{name}_step_of"
-        prompt, tokens, step_of = (torch.from_numpy(stored[part]).long() for part in names)
-    return prompt, tokens, step_of[:, prompt.shape[1] :]
 
 
 def by_hand(
@@ -75,7 +65,7 @@ def by_hand(
 @pytest.mark.parametrize("name", sorted(RUNS.keys() - NOT_COMPARED))
 def test_the_published_decode(name: str) -> None:
     """As recorded where the response is one block. Where it has several: as the published program decodes one."""
-    params, (prompt, tokens, step_of) = RUNS[name]["params"], recorded(name)
+    params, (prompt, tokens, step_of) = RUNS[name]["params"], recorded("saber", RUNS[name])
     n, length, block = params["n"], params["gen_length"], params["block_length"]
     settings: dict[str, Any] = {"max_new_tokens": length, "block_length": block, "cache": "none"}
     model = golden.model("model_tiny")

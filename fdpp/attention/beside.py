@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fdpp.attention.cache import (
@@ -14,7 +11,6 @@ from fdpp.attention.cache import (
     columns_from,
     goes_to_kernel,
     indices,
-    left_padding,
     splits_keys,
 )
 from fdpp.attention.rotary import Place
@@ -52,7 +48,6 @@ class Beside(BlockCache):
         if cache is not None:
             self.cut = cache.padding if isinstance(cache.padding, int) else 0
         self.holes = torch.where(holes < 0, holes, holes - self.cut)
-        self.made: dict[Any, Any] = {}
 
     def place(self, layer: int, start: int | Tensor, k: Tensor) -> Place | None:
         return None if self.cache is None else self.cache.place(layer, self.columns_of(self.cache, start, k), k)
@@ -84,32 +79,17 @@ class Beside(BlockCache):
         return torch.cat([each.transpose(1, 2) for each in out], dim=1).transpose(1, 2)
 
     def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, left: Tensor | None, stop: Tensor | None) -> Tensor:
-        """Attention of the rows' queries `q` `[b, H, E, hd]` over all keys but holes, padding and those from `stop` on.
-
-        On a CPU each row of a padded batch attends over its own columns, as in `fdpp.attention.cache.attend`.
-        """
+        """Attention of the rows' queries `q` `[b, H, E, hd]` over all keys before `stop` but holes and padding."""
         if goes_to_kernel(q):
             stops = None if stop is None else stop.expand(q.shape[2])
             tickets = None if self.cache is None else self.cache.tickets
             return block_attention(q, k, v, left, stops=stops, holes=self.holes, tickets=tickets)
-        S, gqa = k.shape[2], q.shape[1] != k.shape[1]
+        S = k.shape[2]
         columns = torch.arange(S, device=q.device)
         sees = columns != self.holes[:, None]
         if stop is not None:
             sees = sees & (columns < stop)
-        if left is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=gqa)
-        real = visible(left, S)[:, None, None]
-        firsts = left_padding(real, q.shape[0]) if q.device.type == "cpu" else None
-        if firsts is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=sees & real, enable_gqa=gqa)
-        out = [
-            F.scaled_dot_product_attention(
-                queries, keys[:, :, first:], values[:, :, first:], attn_mask=sees[:, first:], enable_gqa=gqa
-            )
-            for first, queries, keys, values in zip(firsts, q.split(1), k.split(1), v.split(1), strict=True)
-        ]
-        return torch.cat(out)
+        return attend(q, k, v, None if left is None else visible(left, S)[:, None, None], sees)
 
     def kept(
         self, cache: BlockCache, layer: int, k: Tensor, v: Tensor, start: int | Tensor, stored: bool
@@ -121,23 +101,21 @@ class Beside(BlockCache):
             whole = (with_own(held[layer], columns, new) for held, new in ((cache.keys, k), (cache.values, v)))
         else:
             if not stored:
-                cache.make_room(layer, k, columns)
-                cache.put(cache.keys[layer], columns, k)
-                cache.put(cache.values[layer], columns, v)
+                cache.write(layer, k, v, columns)
             whole = (held[layer] for held in (cache.keys, cache.values))
         keys, values = (held[:, :, seen] for held in whole)
         return keys, values
 
     def columns_of(self, cache: BlockCache, start: int | Tensor, k: Tensor) -> Tensor:
         """Where the cache stores what is fed, `k` `[b, kv_heads, n + E, hd]`: int64 `[n + E]`."""
-        if "columns" not in self.made:
+        if ("columns",) not in self.made:
             E = self.holes.shape[0]
             fed = indices(columns_from(start, k.shape[2] - E), k.device)
             behind: int | Tensor = cache.behind(fed.shape[0], start)
             if (stop := self.block_stop(cache, start)) is not None:
                 behind = stop
-            self.made["columns"] = torch.cat((fed, torch.arange(E, device=k.device) + behind))
-        return self.made["columns"]
+            self.made["columns",] = torch.cat((fed, torch.arange(E, device=k.device) + behind))
+        return self.made["columns",]
 
     def block_stop(self, cache: BlockCache, start: int | Tensor) -> Tensor | None:
         """The column behind the block of the grid that is fed, `[1]`; None where it is the last that is kept."""
@@ -154,14 +132,14 @@ class Beside(BlockCache):
         self, cache: BlockCache, start: int | Tensor, n: int, S: int, row_stop: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """For all queries together, of S keys: the key behind those that each sees, and its hole, int64 `[n + E]`."""
-        if "all" not in self.made:
+        if ("all",) not in self.made:
             E, device = self.holes.shape[0], self.holes.device
             stops = cache.stops(start, n, device, None)
             stops = torch.full((n,), S - E, dtype=torch.int64, device=device) if stops is None else stops
             last = torch.full((E,), S, dtype=torch.int64, device=device) if row_stop is None else row_stop.expand(E)
             none = torch.full((n,), -1, dtype=torch.int64, device=device)
-            self.made["all"] = torch.cat((stops, last)), torch.cat((none, self.holes))
-        return self.made["all"]
+            self.made["all",] = torch.cat((stops, last)), torch.cat((none, self.holes))
+        return self.made["all",]
 
 
 def repeated(rows: Tensor | None, branches: int, q: Tensor) -> Tensor | None:

@@ -19,8 +19,10 @@ SHORT = 256
 H200 does 230 in the time it reads a byte (990 TFLOP/s at 4.3 TB/s). Derived, not measured."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sees: Tensor | None = None) -> Tensor:
     """Softmax attention of `q` `[b, H, n, hd]` over `k`, `v` `[b, kv_heads, S, hd]`; `mask` is True at keys to see.
+
+    `sees` `[n, S]` is True at those that a query may see in any row; None: all.
 
     On a CPU, rows that differ only in their left padding each attend over their own columns. A mask gives sums of other
     groups, and so another rounding than the row has alone.
@@ -28,6 +30,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     left = left_padding(mask, q.shape[0]) if mask is not None and q.device.type == "cpu" else None
     gqa = q.shape[1] != k.shape[1]
     if left is None:
+        mask = sees if mask is None else mask if sees is None else mask & sees
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
     out = []
     for first, queries, keys, values in zip(left, q.split(1), k.split(1), v.split(1), strict=True):
@@ -36,7 +39,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         parts = (queries,)
         if first and q.shape[2] == k.shape[2]:
             parts = queries.tensor_split((first,), dim=2)
-        attended = [F.scaled_dot_product_attention(part, keys, values, enable_gqa=gqa) for part in parts]
+        own = None if sees is None else sees[:, first:]
+        attended = [F.scaled_dot_product_attention(part, keys, values, own, enable_gqa=gqa) for part in parts]
         out.append(torch.cat(attended, dim=2))
     return torch.cat(out)
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from fdpp.decoding.model import DiffusionModel
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.decoding.state import BlockState, Window
-from fdpp.rules import Rows
 
 
 def check_embeds(embeds: Any, model: DiffusionModel) -> Tensor:
@@ -52,12 +51,13 @@ def for_all_columns(embeds: Tensor, before: int, length: int) -> tuple[Tensor, T
     return F.pad(embeds, (0, 0, before, length - stop)), given
 
 
-def embeddings(embedding: Any, tokens: Tensor, state: BlockState, window: Window, rows: Rows | None = None) -> Tensor:
-    """What is fed for `tokens` `[b, D, n]` of the window: `[b, D, n, d_model]`. Of `rows`, the last ones are theirs."""
+def embeddings(embedding: Any, tokens: Tensor, state: BlockState, window: Window) -> Tensor:
+    """What is fed for `tokens` `[b, D, n]` of the window, and of rows beside it: `[b, D, n, d_model]`."""
     assert state.embeds is not None and state.embedded is not None
     fed, own = window.fed, embedding(tokens)
     columns = torch.arange(fed.start, fed.stop, device=tokens.device) if isinstance(fed, slice) else fed
     given = (columns < state.embedded[:, None])[:, None, :, None]
     n = columns.shape[0]
-    fed_own = torch.where(given, state.embeds[:, fed].to(own.dtype)[:, None], own[:, :, :n])
-    return fed_own if rows is None else torch.cat((fed_own, own[:, :, n:]), dim=2)
+    own, beside = own.tensor_split((n,), dim=2)
+    own = torch.where(given, state.embeds[:, fed].to(own.dtype)[:, None], own)
+    return torch.cat((own, beside), dim=2) if beside.shape[2] else own

@@ -210,7 +210,7 @@ class Forwards:
         early = cut and not tree
         embeds = {}
         if state.embeds is not None:
-            fed = embeddings(self.model.get_input_embeddings(), tokens, state, window, rows)
+            fed = embeddings(self.model.get_input_embeddings(), tokens, state, window)
             embeds["inputs_embeds"] = fed.flatten(*together)
         hidden = self.model.model(
             tokens.flatten(*together),

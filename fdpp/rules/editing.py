@@ -11,7 +11,7 @@ from torch import Tensor
 from fdpp.rules.leftmost import at_once_in
 from fdpp.rules.rule import Needs, Proposed, Rule, Sight, number, whole
 from fdpp.rules.threshold_quota import ThresholdQuota
-from fdpp.selection import Selection
+from fdpp.selection import Selection, rank
 
 
 class Looks(NamedTuple):
@@ -62,8 +62,7 @@ class Editing(ThresholdQuota, Rule):
         if memory is None or proposed.given is None:
             return step
         c, k = step.confidence.masked_fill(~candidate, -1.0), self.at_once_of(proposed)
-        rank = c.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        chosen = candidate & ((c > self.tau) | (rank < k))
+        chosen = candidate & ((c > self.tau) | (rank(c, descending=True) < k))
         edited = ~candidate & ~proposed.given & (step.proposal != tokens) & (step.confidence > self.edit)
         # A draft's guess has the memory of the state before; what it changes does not depend on that.
         settled = (memory.clean > 0) & ~edited.any(1)

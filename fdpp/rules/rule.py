@@ -29,7 +29,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from fdpp.attention.probe import Probe
-from fdpp.selection import Selection, recommit
+from fdpp.selection import Selection, masked_again, recommit
 
 ORDERS = ("confidence", "margin", "entropy")
 
@@ -146,6 +146,10 @@ class Proposed(NamedTuple):
     def commit(self, committed: Tensor) -> Selection:
         """`step` with another commit mask `[N, T]`, of candidates alone."""
         return recommit(self.step, self.tokens, self.candidate, committed)
+
+    def take_back(self, step: Selection, taken: Tensor) -> Selection:
+        """`step` with the positions `taken` `[N, T]`, of which it commits none, masked again."""
+        return masked_again(step, taken, self.mask_id)
 
 
 class Number(NamedTuple):

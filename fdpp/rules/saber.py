@@ -11,7 +11,7 @@ from torch import Tensor
 from fdpp.rules.budget import highest
 from fdpp.rules.quota import quota
 from fdpp.rules.rule import Needs, Proposed, Rule, Sight, whole
-from fdpp.selection import Selection
+from fdpp.selection import Selection, rank
 
 
 class Course(NamedTuple):
@@ -91,7 +91,7 @@ class Saber(Rule):
         # Positions that must come last have a confidence of 0 (`confidence_eos_eot_inf`).
         confidence = memory.confidence.masked_fill(proposed.candidate & (step.confidence <= 0.0), 0.0)
         committed, taken = turn(memory._replace(masked=proposed.candidate, confidence=confidence), self.n)
-        return after(proposed, committed, taken)
+        return proposed.take_back(proposed.commit(committed & ~taken), taken)
 
     def shown(self, memory: Course) -> dict[str, Tensor]:
         return {"change": memory.change}
@@ -113,7 +113,7 @@ class Saber(Rule):
                 held.sort(key=lambda t: (float(memory.change[b, t]), t))
                 f = len(chosen)
                 taken[b, held[: min(max(n // 2, -(-f // 8)), f - 1)]] = True
-        return after(proposed, committed, taken)
+        return proposed.take_back(proposed.commit(committed & ~taken), taken)
 
 
 def turn(memory: Course, n: int) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def turn(memory: Course, n: int) -> tuple[Tensor, Tensor]:
     mean = memory.kept.double().masked_fill(~ever, 0.0).sum(-1, keepdim=True) / counted.clamp(min=1)
     tau = mean.masked_fill(counted == 0, 1.0)
     confidence = memory.confidence.masked_fill(~masked, -1.0)
-    committed = masked & ((confidence > tau) | (rank(-confidence) < n))
+    committed = masked & ((confidence > tau) | (rank(confidence, descending=True) < n))
     f = committed.sum(-1, keepdim=True)
     most = torch.minimum(((f + 7) // 8).clamp(min=n // 2), f - 1)
     held = committed | (~masked & ever)
@@ -131,21 +131,8 @@ def turn(memory: Course, n: int) -> tuple[Tensor, Tensor]:
     return committed, held & unfinished & (rank(memory.change.masked_fill(~held, torch.inf)) < most)
 
 
-def rank(value: Tensor) -> Tensor:
-    """Where each position of `[..., T]` comes in ascending order, the lower position first among equals."""
-    return value.argsort(dim=-1, stable=True).argsort(dim=-1)
-
-
 def kept_after(memory: Course, n: int, masked: Tensor) -> Tensor:
     """`kept` in the state after that of `memory`, whose masks are `masked`."""
     committed, taken = turn(memory, n)
     committed = (memory.masked & ~masked) | (committed & taken)
     return torch.where(committed, memory.confidence, memory.kept)
-
-
-def after(proposed: Proposed, committed: Tensor, taken: Tensor) -> Selection:
-    """The step that commits `committed` and then takes `taken` back, bool `[N, T]`."""
-    step, mask_id = proposed.step, proposed.mask_id
-    tokens = torch.where(committed, step.proposal, proposed.tokens).masked_fill(taken, mask_id)
-    remaining = (tokens == mask_id).sum(1, dtype=torch.int32)
-    return step._replace(tokens=tokens, committed=committed & ~taken, remaining=remaining)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fdpp.rules.rule import Memory, Needs, Proposed, Rows, Sight
-from fdpp.selection import Selection
+from fdpp.selection import Selection, rank
 
 
 class Verdicts(NamedTuple):
@@ -78,9 +78,9 @@ def taking_back(proposed: Proposed, step: Selection, below: float, at_most: int 
     doubted = held & (tokens == memory.states) & (memory.verdict < below)
     bound = committed_by_last(proposed) - 1
     bound = bound if at_most is None else bound.clamp(max=at_most)
-    order = memory.verdict.masked_fill(~doubted, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    order = rank(memory.verdict.masked_fill(~doubted, torch.inf))
     several = step.committed.sum(1, keepdim=True) > 1
-    return masked_again(proposed, step, doubted & (order < bound[:, None]) & several)
+    return proposed.take_back(step, doubted & (order < bound[:, None]) & several)
 
 
 def committed_by_last(proposed: Proposed) -> Tensor:
@@ -107,12 +107,4 @@ def taking_back_in_reference(
         doubted.sort(key=lambda t: (verdict[t], t))
         most = bound - 1 if at_most is None else min(bound - 1, at_most)
         taken[b, doubted[: max(most, 0)]] = True
-    return masked_again(proposed, step, taken)
-
-
-def masked_again(proposed: Proposed, step: Selection, taken: Tensor) -> Selection:
-    """`step` with the positions `taken` `[N, T]` masked."""
-    return step._replace(
-        tokens=step.tokens.masked_fill(taken, proposed.mask_id),
-        remaining=step.remaining + taken.sum(1, dtype=torch.int32),
-    )
+    return proposed.take_back(step, taken)

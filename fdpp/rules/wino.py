@@ -11,7 +11,7 @@ from torch import Tensor
 from fdpp.rules.quota import MostConfident
 from fdpp.rules.rule import Proposed, Rule, number, whole
 from fdpp.rules.verified import Verified, taking_back, taking_back_in_reference
-from fdpp.selection import Selection
+from fdpp.selection import Selection, rank
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,8 @@ class Wino(Verified, MostConfident, Rule):
         chosen = torch.where(sure.any(1, keepdim=True), sure, proposed.step.committed)
         if self.cap is None:
             return chosen
-        rank = c.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         most = (candidate.sum(1, keepdim=True) * 7 // 10).clamp(min=5).clamp(max=self.cap)
-        return chosen & (rank < most)
+        return chosen & (rank(c, descending=True) < most)
 
     def reference(self, proposed: Proposed) -> Selection:
         committed = torch.zeros_like(proposed.candidate)

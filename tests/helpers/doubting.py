@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 import fdpp
 from fdpp.rules import MostConfident, Needs, Proposed
 from fdpp.selection import Selection
@@ -28,6 +26,4 @@ class Doubting(MostConfident, fdpp.Rule):
         doubted = ~candidate & ~proposed.given & (step.proposal != proposed.tokens)
         now = candidate.sum(1, keepdim=True) % 5 == 0
         taken = doubted & now & (doubted.cumsum(1) < committed.sum(1, keepdim=True))
-        after = torch.where(committed, step.proposal, proposed.tokens).masked_fill(taken, proposed.mask_id)
-        left = (after == proposed.mask_id).sum(1, dtype=torch.int32)
-        return step._replace(tokens=after, committed=committed, remaining=left)
+        return proposed.take_back(proposed.commit(committed), taken)

@@ -28,7 +28,7 @@ def arrays(peer: str) -> dict[str, Tensor]:
 
 def assert_as_recorded(peer: str, run: dict[str, Any], rule: fdpp.Rule, **settings: Any) -> None:
     """A decode with `rule` has the run's tokens, its number of forwards, and the forward that committed each."""
-    prompt, tokens, step_of = (arrays(peer)[n] for n in (f"prompt_{run['prompt']}", *of_run(run, "out", "step_of")))
+    prompt, tokens, step_of = recorded(peer, run)
     params = run["params"]
     out: Any = model(run["model"]).generate(
         prompt,
@@ -40,7 +40,13 @@ def assert_as_recorded(peer: str, run: dict[str, Any], rule: fdpp.Rule, **settin
         **settings,
     )
     assert out.sequences.equal(tokens) and int(out.nfe) == run["n_forward"]
-    assert out.commit_step.equal(step_of[:, prompt.shape[1] :])
+    assert out.commit_step.equal(step_of)
+
+
+def recorded(peer: str, run: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """A run's prompt `[1, P]`, tokens `[1, P + L]`, and the forwards that last committed the response's `[1, L]`."""
+    prompt, tokens, step_of = (arrays(peer)[n] for n in (f"prompt_{run['prompt']}", *of_run(run, "out", "step_of")))
+    return prompt, tokens, step_of[:, prompt.shape[1] :]
 
 
 def of_run(run: dict[str, Any], *names: str) -> list[str]:

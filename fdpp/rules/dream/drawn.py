@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fdpp.rules.dream.schedule import OnSchedule
 from fdpp.rules.rule import Needs, Proposed, Rule, Sight, number, whole
-from fdpp.selection import Selection
+from fdpp.selection import Selection, rank
 
 ALGS = ("maskgit_plus", "topk_margin", "entropy")
 
@@ -74,8 +74,7 @@ class Drawn(OnSchedule, Rule):
         noise = -(-proposed.fresh.log()).log()
         usable = proposed.candidate & (step.confidence > 0.0)
         key = (score.double() / self.alg_temp + noise).masked_fill(~usable, -torch.inf)
-        rank = key.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        chosen = usable & (rank < proposed.numbers[:, :1])
+        chosen = usable & (rank(key, descending=True) < proposed.numbers[:, :1])
         return proposed.commit(torch.where(usable.any(1, keepdim=True), chosen, step.committed))
 
     def reference(self, proposed: Proposed) -> Selection:
