@@ -130,6 +130,43 @@ def test_captures_are_forgotten_while_another_thread_decodes() -> None:
     assert all(out.sequences.equal(want.sequences) for out in outs)
 
 
+class Forgetting(list[int]):
+    """A setting of a model that forgets the model's captures when it is looked at, as another thread may just then."""
+
+    def __init__(self, model: LLaDAModelLM) -> None:
+        super().__init__([1])
+        self.model = model
+
+    def __iter__(self) -> Iterator[int]:
+        self.model.forget_captures()
+        return super().__iter__()
+
+
+def test_captures_are_forgotten_while_the_model_is_looked_at() -> None:
+    llada = small_model()
+    prompt, settings = request(5)
+    want = llada.generate(*prompt, engine="static", **settings)
+    assert static.steps_of(llada)
+    vars(llada)["looked_at"] = Forgetting(llada)
+    out = llada.generate(*prompt, engine="static", **settings)
+    assert out.sequences.equal(want.sequences)
+    assert not static.steps_of(llada)  # this decode kept its own to its end
+
+
+def test_steps_are_counted_while_another_thread_decodes() -> None:
+    llada = small_model()
+
+    def decode(number: int) -> None:
+        prompt, settings = request(number)
+        llada.generate(*prompt, engine="static", **settings)
+
+    with ThreadPoolExecutor(1) as pool:
+        decodes = [pool.submit(decode, number) for number in range(12)]
+        while not all(each.done() for each in decodes):
+            static.steps_of(llada)
+    assert static.steps_of(llada) and all(each.exception() is None for each in decodes)
+
+
 def test_weights_are_joined_once(monkeypatch: pytest.MonkeyPatch) -> None:
     llada: LLaDAModelLM = small_model()
     made, join = [], joined.Joined.join

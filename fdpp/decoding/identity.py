@@ -21,13 +21,14 @@ def setting(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(setting, value))
     if isinstance(value, dict):
-        return tuple((setting(name), setting(value)) for name, value in value.items())
+        return tuple((setting(name), setting(value)) for name, value in dict(value).items())
     return value if callable(value) and not isinstance(value, nn.Module) else None
 
 
 def settings_of(values: dict[str, Any]) -> dict[str, Any]:
     """The attributes that say how a module computes: numbers, strings, collections of them, and functions."""
-    return {name: setting(value) for name, value in values.items() if name not in INTERNAL}
+    # Of a copy, made in one operation: another thread may set an attribute meanwhile, or forget the captures.
+    return {name: setting(value) for name, value in dict(values).items() if name not in INTERNAL}
 
 
 def held_by(tensor: Tensor) -> Iterator[Tensor]:

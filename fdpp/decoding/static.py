@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -51,7 +50,7 @@ class StaticSteps:
     """
 
     def __init__(self) -> None:
-        self.buckets: OrderedDict[Any, Bucket] = OrderedDict()
+        self.buckets: dict[Any, Bucket] = {}
         self.model: Any = None
         self.refused: str | None = None
         self.lock = threading.Lock()
@@ -86,14 +85,14 @@ class StaticSteps:
 
     def bucket(self, key: Any, capacity: int, make: Callable[[int], Bucket]) -> Bucket:
         """The bucket `key`, made by `make(capacity)` if there is no sound one of that capacity."""
-        kept = self.buckets.get(key)
+        kept = self.buckets.pop(key, None)
         if kept is None or not kept.sound or kept.capacity < capacity:
-            self.buckets.pop(key, None)
-            self.buckets[key] = make(capacity)
-        self.buckets.move_to_end(key)
+            kept = None  # its memory goes before there is another's
+            kept = make(capacity)
+        self.buckets[key] = kept  # behind the others
         while len(self.buckets) > KEPT:
-            self.buckets.popitem(last=False)
-        return self.buckets[key]
+            del self.buckets[next(iter(self.buckets))]
+        return kept
 
     def capture(self, bucket: Bucket, arena: Arena, step: Step, advance: Advance) -> None:
         """Capture a new `step` where there are CUDA graphs. Where it fails, the decode goes on without: same tokens."""
@@ -133,12 +132,14 @@ def announce(arena: Arena, step: Step) -> None:
 def arenas_of(model: Any) -> list[Arena]:
     """The arenas that `model` keeps."""
     held = model.__dict__.get("_static_steps")
-    return [] if held is None else [arena for bucket in held.buckets.values() for arena in bucket.arenas.values()]
+    # Of lists, each made in one operation: a decode of another thread may add to what is listed.
+    buckets = [] if held is None else list(held.buckets.values())
+    return [arena for bucket in buckets for arena in list(bucket.arenas.values())]
 
 
 def steps_of(model: Any) -> list[Step]:
     """The steps that `model` keeps."""
-    return [step for arena in arenas_of(model) for step in arena.steps.values()]
+    return [step for arena in arenas_of(model) for step in list(arena.steps.values())]
 
 
 UNKEYED = (

@@ -162,7 +162,8 @@ BOUND: dict[type[DiffusionLM], type[Bound]] = {}
 def bound(family: type[DiffusionLM]) -> type[Bound]:
     """`Bound` for a family."""
     if family not in BOUND:
-        BOUND[family] = type(f"Bound{family.__name__}", (Bound, family), {"family": family, "__module__": __name__})
+        made = type(f"Bound{family.__name__}", (Bound, family), {"family": family, "__module__": __name__})
+        BOUND.setdefault(family, made)  # by one of the threads that found none
     return BOUND[family]
 
 
