@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,6 +28,15 @@ def described(argument: Any) -> Any:
     return argument if isinstance(argument, (bool, int, float, str, type(None), torch.dtype)) else type(argument)
 
 
+def leaves(arguments: Iterable[Any]) -> Iterator[Any]:
+    """As PyTorch's `tree_leaves`, which takes longer than the operators that it is to describe."""
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            yield from leaves(argument)
+        else:
+            yield argument
+
+
 class Operators(TorchDispatchMode):
     """Records every operator with the shapes, strides and dtypes of its arguments."""
 
@@ -36,8 +45,9 @@ class Operators(TorchDispatchMode):
         self.log: Log = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.log.append((func, *map(described, tree_leaves((args, kwargs)))))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        self.log.append((func, *map(described, leaves(args)), *map(described, leaves(kwargs.values()))))
+        return func(*args, **kwargs)
 
 
 class Graph:
