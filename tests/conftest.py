@@ -33,6 +33,14 @@ COUNTED = 10
 them makes a decode take a third longer."""
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """End what a worker counts until now: that of any subprocess would go on where its own is paused by `no_cover`."""
+    if "PYTEST_XDIST_WORKER" in os.environ and "coverage" in sys.modules:
+        while (counting := sys.modules["coverage"].Coverage.current()) is not None:
+            counting.stop()
+
+
 def left_out(item: pytest.Item) -> bool:
     """Whether a GPU leaves this case to the others (see `inputs.on_gpu`)."""
     marker = item.get_closest_marker("cases")
