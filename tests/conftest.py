@@ -35,7 +35,7 @@ them makes a decode take a third longer."""
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """End what a worker counts until now: that of any subprocess would go on where its own is paused by `no_cover`."""
+    """End the coverage that a worker began as a subprocess; `no_cover` pauses only the one that pytest-cov begins."""
     if "PYTEST_XDIST_WORKER" in os.environ and "coverage" in sys.modules:
         while (counting := sys.modules["coverage"].Coverage.current()) is not None:
             counting.stop()

@@ -242,9 +242,8 @@ def test_no_operator_that_a_capture_refuses(
         pytest.skip("not captured")
     monkeypatch.setattr(Forwards, "only_masked", property(lambda self: False, lambda self, value: None), raising=False)
     monkeypatch.setattr(operators.cpu, "select", exempt(operators.cpu.select))
-    monkeypatch.setattr(
-        attention_cache, "left_padding", exempt(attention_cache.left_padding)
-    )  # a CPU's attention alone reads it
+    # A CPU's attention alone reads it.
+    monkeypatch.setattr(attention_cache, "left_padding", exempt(attention_cache.left_padding))
     run, steps = Step.run, []
 
     def watched(step: Step, *args: Any) -> None:

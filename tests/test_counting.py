@@ -13,7 +13,7 @@ def counting() -> bool:
 
 @pytest.mark.parametrize("case", range(3))
 def test_in_the_first_case_of_a_test(case: int, pytestconfig: pytest.Config) -> None:
-    """Also in a worker, which a subprocess's coverage is started in as well."""
+    """Also in a worker, in which coverage begins twice."""
     asked = pytestconfig.pluginmanager.hasplugin("_cov") and not pytestconfig.getoption("no_cov")
     assert counting() == (asked and case == 0)
 
