@@ -90,20 +90,18 @@ def merge_splits(
     if SAMPLED:
         logit = tl.sum(tl.where(m_best, b_logit, 0.0), 1)
     m_left_out = m_best
-    if SAMPLED and ORDER == "margin":
+    if SAMPLED:
         _, i_top = tl.max(b_top, 1, return_indices=True, return_indices_tie_break_left=True)
-        m_left_out, b_logit = o_s[None, :] == i_top[:, None], b_top
+        m_left_out = o_s[None, :] == i_top[:, None]
     b_decay = decay(b_top, top[:, None])
-    b_other = tl.where(m_left_out, 0.0, decay(b_logit, top[:, None]))
-    rest = tl.sum(b_rest * b_decay + b_other, 1)
+    rest = tl.sum(b_rest * b_decay + tl.where(m_left_out, 0.0, b_decay), 1)
     second = top
     if ORDER == "margin":
         b_second = tl.where(m_candidate[:, None], b_second, float("-inf"))
         second = tl.max(tl.where(m_left_out, b_second, b_top), 1)
     slope = tl.zeros_like(top)
     if ORDER == "entropy":
-        b_weight = b_rest * b_decay + decay(b_logit, top[:, None])
-        b_shift = tl.where(b_decay > 0.0, (top[:, None] - b_top) * b_weight, 0.0)
+        b_shift = tl.where(b_decay > 0.0, (top[:, None] - b_top) * b_decay * (b_rest + 1.0), 0.0)
         slope = tl.sum(b_slope * b_decay + b_shift, 1)
     return Summary(top, rest, score, logit, tl.sum(tl.where(m_best, b_token, 0), 1), slope, second)
 
@@ -115,14 +113,15 @@ def residual_and_rank(summary, b_mask_logit, ORDER: tl.constexpr, SAMPLED: tl.co
 
     They are ranked by the residual, by the entropy in nats, or by the odds against the margin.
     """
-    top, rest, logit = summary.top, summary.rest, summary.logit
-    m_usable = (rest == rest) & (top > float("-inf")) & (top < float("inf")) & (b_mask_logit < float("inf"))
-    rank = rest
+    top, others, logit = summary.top, summary.rest, summary.logit
+    m_usable = (others == others) & (top > float("-inf")) & (top < float("inf")) & (b_mask_logit < float("inf"))
+    rest = others
+    if SAMPLED:
+        # The proposal is one of the others, so that the difference is at least 0.
+        rest = tl.where(logit == top, others, 1.0 + (others - tl.exp(logit - top)))
+    rank = others
     if ORDER == "margin":
-        rank = tl.where(m_usable, odds(rest, top, summary.second, b_mask_logit), float("inf"))
-        if SAMPLED:
-            # The proposal is one of the others, so that the difference is at least 0.
-            rest = tl.where(logit == top, rest, 1.0 + (rest - tl.exp(logit - top)))
+        rank = tl.where(m_usable, odds(others, top, summary.second, b_mask_logit), float("inf"))
     residual = rest * tl.exp(top - logit) + tl.exp(b_mask_logit - logit)
     residual = tl.where(m_usable, residual, float("inf"))
     if ORDER == "confidence":
@@ -131,7 +130,7 @@ def residual_and_rank(summary, b_mask_logit, ORDER: tl.constexpr, SAMPLED: tl.co
         # Relative to the largest logit of all: relative to an unlikely proposal, a weight would overflow.
         peak = tl.maximum(top, b_mask_logit)
         scale, mask_weight = decay(top, peak), decay(b_mask_logit, peak)
-        weight = scale * (rest + decay(logit, top))
+        weight = scale * (others + 1.0)
         total = weight + mask_weight
         spread = scale * summary.slope + tl.where(scale > 0.0, (peak - top) * weight, 0.0)
         spread += tl.where(mask_weight > 0.0, (peak - b_mask_logit) * mask_weight, 0.0)

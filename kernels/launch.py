@@ -18,8 +18,9 @@ NUM_WARPS = 8
 BLOCK_V = 2048
 """A tile is then 8 logits a thread, one 16-byte load in bfloat16, and two tiles are loaded at a time. With one sequence
 of 32 positions the kernel takes 51 to 76 registers, so that an sm_90 multiprocessor holds three or four programs; with
-tiles of 4096 it takes 112 and holds two. Sampling has seven numbers a logit to keep instead of three, and tiles half as
-wide: with wider ones it takes 159 registers when the entropy is wanted too."""
+tiles of 4096 it takes 112 and holds two. Sampling takes up to 114, and two fit; with tiles half as wide
+twice as many threads make the noise of a group, and the loop has half as many instructions again. Only rows that do not
+start on 16 bytes, where the ids of a group lie in two warps, have such tiles: 80 registers instead of 175."""
 
 TILES_AT_ONCE = 2
 """Tiles a program loads together (see `vocab.summarize_row`): a split is a multiple of this many."""
@@ -45,7 +46,8 @@ class SelectLaunch:
 def select_launch(B: int, T: int, V: int, sampled: bool = False) -> SelectLaunch:
     """The configuration for `B` sequences of `T` positions over `V` vocabulary entries."""
     block_t = max(triton.next_power_of_2(T), 2)
-    block_v = min(BLOCK_V // 2 if sampled else BLOCK_V, max(triton.next_power_of_2(V), 16))
+    widest = BLOCK_V // 2 if sampled and V % 16 else BLOCK_V
+    block_v = min(widest, max(triton.next_power_of_2(V), 16))
     turns = triton.cdiv(V, block_v * TILES_AT_ONCE)
     # Rounded up: an empty split costs its programs little, twice the turns cost the others twice the time.
     wanted = triton.next_power_of_2(min(triton.cdiv(PROGRAMS, B * T), turns))

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from fdpp.kernels.decide import decide, store_partial
-from fdpp.kernels.noise import gumbel
+from fdpp.kernels.draw import draw_inside, group_scores
+from fdpp.kernels.noise import GROUP
 from fdpp.kernels.vocab import Summary, merge
 
 
@@ -29,27 +30,20 @@ def tile_logits(hidden, weight, o_h, m_r, o_v, m_v, D, stride_w, BLOCK_D: tl.con
 
 @triton.jit
 def summarize_rows(b_logit, i_v, b_seed, o_t, temperature, SAMPLED: tl.constexpr, ORDER: tl.constexpr):
-    """The summary of every row of a tile `[R, V]` with ids from `i_v` on, -inf at ids that may not be proposed."""
+    """The summary of every row of a tile `[R, V]` with ids from `i_v` on, -inf at ids that may not be proposed.
+
+    When sampling the tile is a group (see `fdpp.kernels.draw`): its logits are there now, and no more when it has won.
+    """
     o_v = i_v + tl.arange(0, b_logit.shape[1])
     b_clean = tl.where(b_logit == b_logit, b_logit, float("-inf"))
-    b_score = b_clean
+    top, i_best = tl.max(b_clean, 1, return_indices=True, return_indices_tie_break_left=True)
+    m_left_out = o_v[None, :] == (i_v + i_best)[:, None]
+    score, logit, token = top, top, i_v + i_best
     if SAMPLED:
-        b_zero = tl.zeros_like(b_logit).to(tl.int32)
-        b_noise = gumbel(b_zero.to(tl.int64) + b_seed[:, None], b_zero + o_v[None, :], b_zero + o_t[:, None])
-        b_score += temperature * b_noise
-    score, i_best = tl.max(b_score, 1, return_indices=True, return_indices_tie_break_left=True)
-    token = i_v + i_best
-    m_token = o_v[None, :] == token[:, None]
-    if SAMPLED:
-        top = tl.max(b_clean, 1)
-        logit = tl.sum(tl.where(m_token, b_clean, 0.0), 1)
-    else:
-        top = score
-        logit = score
-    m_left_out = m_token
-    if SAMPLED and ORDER == "margin":
-        _, i_best = tl.max(b_clean, 1, return_indices=True, return_indices_tie_break_left=True)
-        m_left_out = o_v[None, :] == (i_v + i_best)[:, None]
+        o_group = tl.zeros_like(i_best) + i_v // GROUP
+        score = group_scores(b_clean, o_group, b_seed, o_t, temperature)
+        token = i_v + draw_inside(b_clean, o_group, b_seed, o_t, temperature)
+        logit = tl.max(tl.where(o_v[None, :] == token[:, None], b_clean, float("-inf")), 1)
     b_weight = tl.exp(b_logit - tl.where(top == float("-inf"), 0.0, top)[:, None])
     rest = tl.sum(tl.where(m_left_out & (b_logit == b_logit), 0.0, b_weight), 1)
     second = top

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fdpp.kernels.noise import gumbel
+from fdpp.kernels.draw import LOG2_E, draw_inside, group_scores
+from fdpp.kernels.noise import GROUP
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 """The lowest finite float32."""
 NO_TILE = tl.constexpr(0x7FFF0000)
@@ -27,9 +27,9 @@ class Summary(NamedTuple):
 
     Attributes:
         top: the part's largest logit.
-        rest: the sum of exp(l - top) over all of the part but the proposal; NaN if it holds a NaN. By margin it leaves
-            out one of the largest logits instead, which sampling need not propose.
-        score: the proposal's logit with its noise.
+        rest: the sum of exp(l - top) over all of the part but one of the largest logits, which sampling need not
+            propose; NaN if the part holds a NaN.
+        score: the proposal's logit or, when sampling, its group's score (see `fdpp.kernels.draw`).
         logit: the proposal's logit.
         token: the proposal.
         slope: the sum of exp(l - top) (top - l), which only the entropy needs.
@@ -52,7 +52,7 @@ def decay(low, high):
 
 
 class Lanes(NamedTuple):
-    """What the lanes of a tile have met of a part of a row; all `[BLOCK_V]`.
+    """What the lanes of a tile have met of a part of a row; `[BLOCK_V]`, and what is of groups `[BLOCK_V / GROUP]`.
 
     Attributes:
         top: the largest logit, `LOWEST` before there is one.
@@ -60,9 +60,8 @@ class Lanes(NamedTuple):
             what an empty sum without its largest member is: the first logit needs no case of its own.
         slope: the sum of exp(l - top) (top - l), which only the entropy needs.
         second: the largest logit but one, at least `LOWEST` once there is one logit; only the margin needs it.
-        tile: the first id of the tile that the proposal is in, `NO_TILE` before there is one.
-        score, logit, rest: as in `Summary`. Only sampling needs them; without noise the proposal is the largest logit.
-            By margin `others` is what `rest` is.
+        tile: the first id of the tile that the largest logit is in, `NO_TILE` before there is one.
+        score, group: the best score of a group, `LOWEST` before there is one, and the group. Only sampling needs them.
     """
 
     top: tl.tensor
@@ -71,8 +70,7 @@ class Lanes(NamedTuple):
     second: tl.tensor
     tile: tl.tensor
     score: tl.tensor
-    logit: tl.tensor
-    rest: tl.tensor
+    group: tl.tensor
 
 
 @triton.jit
@@ -109,44 +107,29 @@ def meet(lanes, b_logit, i_v, seed, i_t, temperature, SAMPLED: tl.constexpr, ORD
     b_second = lanes.second
     if ORDER == "margin":
         b_second = tl.maximum(b_second, tl.minimum(b_logit, lanes.top))
+    b_score, b_group = lanes.score, lanes.group
     if SAMPLED:
-        b_score = b_logit + temperature * gumbel(seed, i_v + tl.arange(0, b_logit.shape[0]), i_t)
-        m_better = b_score >= lanes.score
-        b_rest = lanes.rest
-        if ORDER != "margin":
-            b_loser = tl.where(m_better, lanes.logit, b_logit)
-            b_rest = b_rest * b_keep + tl.exp2((b_loser - b_top) * LOG2_E)
-        b_score, b_logit = tl.where(m_better, b_score, lanes.score), tl.where(m_better, b_logit, lanes.logit)
-    else:
-        m_better, b_score, b_logit, b_rest = m_new, lanes.score, lanes.logit, lanes.rest
-    return Lanes(b_top, b_others, b_slope, b_second, tl.where(m_better, i_v, lanes.tile), b_score, b_logit, b_rest)
+        GROUPS: tl.constexpr = lanes.score.shape[0]
+        o_group = i_v // GROUP + tl.arange(0, GROUPS)
+        b_groups = tl.reshape(b_logit, [GROUPS, b_logit.shape[0] // GROUPS])
+        b_new = group_scores(b_groups, o_group, seed, i_t, temperature)
+        m_better = b_new >= b_score
+        b_score, b_group = tl.where(m_better, b_new, b_score), tl.where(m_better, o_group, b_group)
+    return Lanes(b_top, b_others, b_slope, b_second, tl.where(m_new, i_v, lanes.tile), b_score, b_group)
 
 
 @triton.jit
-def gather_lanes(lanes, start, SAMPLED: tl.constexpr, ORDER: tl.constexpr):
-    """The summary of all lanes; without a proposal its token is `start`.
+def gather_lanes(lanes, start, ORDER: tl.constexpr):
+    """The summary of all lanes, whose proposal is the largest logit; without one its token is `start`.
 
     A lane without one adds nothing: its weight, `others + 1`, is 0.
     """
-    b_score, b_logit, b_rest = lanes.top, lanes.top, lanes.others
-    if SAMPLED:
-        b_score, b_logit, b_rest = lanes.score, lanes.logit, lanes.rest
     o_v = lanes.tile + tl.arange(0, lanes.tile.shape[0])
-    score = tl.max(b_score, 0)
-    token = tl.min(tl.where(b_score == score, o_v, NO_TILE), 0)
+    top = tl.max(lanes.top, 0)
+    token = tl.min(tl.where(lanes.top == top, o_v, NO_TILE), 0)
     m_best = o_v == token
-    if SAMPLED:
-        top = tl.max(lanes.top, 0)
-        logit = tl.sum(tl.where(m_best, b_logit, 0.0), 0)
-    else:
-        top, logit = score, score
-    if SAMPLED and ORDER == "margin":
-        # Any lane with the largest logit may be the one that `rest` leaves out.
-        b_rest, b_logit = lanes.others, lanes.top
-        m_best = o_v == tl.min(tl.where(lanes.top == top, o_v, 0x7FFFFFFF), 0)
     b_decay = tl.exp2((lanes.top - top) * LOG2_E)
-    b_own = tl.exp2((b_logit - top) * LOG2_E) if SAMPLED else b_decay
-    rest = tl.sum(b_rest * b_decay + tl.where(m_best, 0.0, b_own), 0)
+    rest = tl.sum(lanes.others * b_decay + tl.where(m_best, 0.0, b_decay), 0)
     second = 0.0
     if ORDER == "margin":
         second = tl.max(tl.where(m_best, lanes.second, lanes.top), 0)
@@ -155,28 +138,42 @@ def gather_lanes(lanes, start, SAMPLED: tl.constexpr, ORDER: tl.constexpr):
         b_shift = tl.where(b_decay > 0.0, (top - lanes.top) * (lanes.others + 1.0), 0.0)
         slope = tl.sum((lanes.slope + b_shift) * b_decay, 0)
     m_none = token >= NO_TILE
-    low = float("-inf")
     # Without a proposal only lane 0 is left with its -1; a NaN stays.
     rest = tl.where(rest < 0.0, 0.0, rest)
-    score, logit, top = tl.where(m_none, low, score), tl.where(m_none, low, logit), tl.where(m_none, low, top)
-    return Summary(top, rest, score, logit, tl.where(m_none, start, token), slope, second)
+    top = tl.where(m_none, float("-inf"), top)
+    return Summary(top, rest, top, top, tl.where(m_none, start, token), slope, second)
+
+
+@triton.jit
+def drawn(lanes, row, start, stop, mask_id, seed, i_t, temperature):
+    """Score, logit and token of what the lanes' best group gives, whose logits are read once more."""
+    WIDTH: tl.constexpr = lanes.top.shape[0] // lanes.score.shape[0]
+    score = tl.max(lanes.score, 0)
+    group = tl.min(tl.where(lanes.score == score, lanes.group, NO_TILE), 0)
+    m_none = group >= NO_TILE
+    i_v = tl.where(m_none, start, group * GROUP)
+    b_logit = load_tile(row, i_v, start, stop, mask_id, WIDTH).to(tl.float32)
+    o_group = group + tl.zeros([1], tl.int32)
+    column = tl.sum(draw_inside(b_logit[None, :], o_group, seed, i_t, temperature), 0)
+    logit = tl.max(tl.where(tl.arange(0, WIDTH) == column, b_logit, float("-inf")), 0)
+    low = float("-inf")
+    score, logit = tl.where(m_none, low, score), tl.where(m_none, low, logit)
+    return score, logit, tl.where(m_none, start, i_v + column)
 
 
 @triton.jit
 def merge(a, b, ORDER: tl.constexpr):
     """The summary of two parts of a row; `a` holds the lower ids, so it wins a tie."""
-    top = tl.maximum(a.top, b.top)
+    top, low = tl.maximum(a.top, b.top), tl.minimum(a.top, b.top)
     decay_a, decay_b = decay(a.top, top), decay(b.top, top)
     slope = decay_a * a.slope + decay_b * b.slope
-    slope += tl.where(decay_a > 0.0, (top - a.top) * (decay_a * a.rest + decay(a.logit, top)), 0.0)
-    slope += tl.where(decay_b > 0.0, (top - b.top) * (decay_b * b.rest + decay(b.logit, top)), 0.0)
-    first = a.score >= b.score
-    loser = tl.where(first, b.logit, a.logit)
+    slope += tl.where(decay_a > 0.0, (top - a.top) * decay_a * (a.rest + 1.0), 0.0)
+    slope += tl.where(decay_b > 0.0, (top - b.top) * decay_b * (b.rest + 1.0), 0.0)
     second = a.second
     if ORDER == "margin":
-        loser = tl.minimum(a.top, b.top)
-        second = tl.maximum(tl.maximum(a.second, b.second), loser)
-    rest = decay_a * a.rest + decay_b * b.rest + decay(loser, top)
+        second = tl.maximum(tl.maximum(a.second, b.second), low)
+    rest = decay_a * a.rest + decay_b * b.rest + decay(low, top)
+    first = a.score >= b.score
     score, logit = tl.where(first, a.score, b.score), tl.where(first, a.logit, b.logit)
     return Summary(top, rest, score, logit, tl.where(first, a.token, b.token), slope, second)
 
@@ -199,11 +196,11 @@ def summarize_row(
     From the last tile to the first, so that the lower id wins a tie by >=. Two tiles are on their way at a time, but
     not when sampling, whose arithmetic takes longer than the wait.
     """
+    GROUPS: tl.constexpr = BLOCK_V // GROUP if BLOCK_V > GROUP else 1
     b_lowest, b_zero = tl.full([BLOCK_V], LOWEST, dtype=tl.float32), tl.zeros([BLOCK_V], dtype=tl.float32)
     b_none = tl.full([BLOCK_V], NO_TILE, dtype=tl.int32)
-    lanes = Lanes(
-        b_lowest, b_zero - 1.0, b_zero, b_zero + float("-inf"), b_none, b_lowest, b_zero + float("-inf"), b_zero
-    )
+    b_score, b_group = tl.full([GROUPS], LOWEST, dtype=tl.float32), tl.full([GROUPS], NO_TILE, dtype=tl.int32)
+    lanes = Lanes(b_lowest, b_zero - 1.0, b_zero, b_zero + float("-inf"), b_none, b_score, b_group)
     tiles = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_V)
     for i in range(0, tiles, 1 if SAMPLED else 2):
         i_v = start + (tiles - 1 - i) * BLOCK_V
@@ -213,4 +210,8 @@ def summarize_row(
         lanes = meet(lanes, b_high.to(tl.float32), i_v, seed, i_t, temperature, SAMPLED, ORDER)
         if not SAMPLED:
             lanes = meet(lanes, b_low.to(tl.float32), i_v - BLOCK_V, seed, i_t, temperature, SAMPLED, ORDER)
-    return gather_lanes(lanes, start, SAMPLED, ORDER)
+    summary = gather_lanes(lanes, start, ORDER)
+    if SAMPLED:
+        score, logit, token = drawn(lanes, row, start, stop, mask_id, seed, i_t, temperature)
+        summary = Summary(summary.top, summary.rest, score, logit, token, summary.slope, summary.second)
+    return summary

@@ -17,20 +17,9 @@ from inputs import TRITON
 from fdpp.rules.rule import ORDERS
 
 SPILLS_ALLOWED = {
-    # ptxas spills to get down to 128 registers, which let two programs share a multiprocessor; not in the loop.
-    "sm_90-EntropyBound-256x32x126464-bfloat16-sampled-active": 8,
-    "sm_90-EntropyBound-256x1024x126464-bfloat16-sampled-active": 24,
-    # One program a sequence holds the four planes of 8192 summaries at once, so that they take one trip to L2.
-    "decide_kernel-sm_80-EntropyBound-1x32-bfloat16": 40,
-    "decide_kernel-sm_90-EntropyBound-1x32-bfloat16": 40,
-    "decide_kernel-sm_100-EntropyBound-1x32-bfloat16": 40,
-    "decide_kernel-sm_80-TopkMargin-1x32-bfloat16": 24,
-    "decide_kernel-sm_90-TopkMargin-1x32-bfloat16": 16,
-    "decide_kernel-sm_100-TopkMargin-1x32-bfloat16": 32,
-    # ptxas spills to get to 168 registers (three of its programs share one) and to 80 (six do).
-    "project_kernel-sm_100-EntropyBound-1x32-bfloat16": 16,
     "attend_kernel-sm_90-1x32-1056x32x64-float16": 8,
-    "attend_kernel-sm_100-1x8-1056x8x128-bfloat16-stops": 8,  # to get to 168, as above
+    # ptxas spills to get to 168 registers: three of its programs share a multiprocessor.
+    "attend_kernel-sm_100-1x8-1056x8x128-bfloat16-stops": 8,
     # All 255 registers are taken; spilled before the loop and read behind it.
     "attend_kernel-sm_80-1x64-1088x32x128-bfloat16-stops-holes": 16,
     "attend_kernel-sm_80-1x64-1088x32x128-bfloat16-4branches-stops-holes": 24,
@@ -127,7 +116,7 @@ def test_registers(builds: dict[str, dict[str, Any]]) -> None:
         if build["target"] == "gfx942":
             bound = 64 if TRITON == "3.7" else 72
         elif build["sampled"] or build["T"] == 1024:
-            bound = 128
+            bound = 120 if build["V"] % 16 == 0 else 80
         elif build["order"] != "confidence":
             bound = 112
         elif build["B"] > 1:
@@ -138,8 +127,8 @@ def test_registers(builds: dict[str, dict[str, Any]]) -> None:
 
 
 def test_logits_are_read_sixteen_bytes_at_a_time(builds: dict[str, dict[str, Any]]) -> None:
-    """Where rows start on 16 bytes; two tiles of 2048 logits over 256 threads, when sampling one of 1024. Each is read
-    by one of two loads: where ids must be compared, and where not."""
+    """Where rows start on 16 bytes; two tiles of 2048 logits over 256 threads, when sampling one, of 1024 where they do
+    not. Each is read by one of two loads: where ids must be compared, and where not. So is the group that was drawn."""
     for name, build in builds.items():
         if build["target"] == "gfx942":
             continue
@@ -147,32 +136,37 @@ def test_logits_are_read_sixteen_bytes_at_a_time(builds: dict[str, dict[str, Any
         loads = [operation for operation in before_ticket(build) if operation.startswith("ld.")]
         loads = loads[1 + build["active"] + build["sampled"] :]
         size = 4 if build["dtype"] == "float32" else 2
-        logits, tiles = (1024, 1) if build["sampled"] else (2048, 2)
+        tiles, logits = 2 - build["sampled"], 1024 if build["sampled"] and build["V"] % 16 else 2048
         width = min(logits // build["threads"] * size, 16)
         if build["V"] % 16 == 0:
             wanted = [f"ld.global.v{width // 4}.b32"] * (logits // build["threads"] * size // width)
         else:
             wanted = [f"ld.global.b{8 * size}"] * (logits // build["threads"])
-        assert loads == 2 * tiles * wanted, name
+        assert loads == 2 * tiles * wanted + 4 * build["sampled"] * [f"ld.global.b{8 * size}"], name
 
 
 def test_the_vocabulary_loop_is_short_and_elementwise(builds: dict[str, dict[str, Any]]) -> None:
     """Instructions of eight warps for 4096 logits, as measured with Triton 3.7.1 and rounded up; the loop holds a load
-    for tiles whose ids must be compared, which few tiles take. Nothing in it crosses threads. Rows that do not start on
-    16 bytes are read one logit at a time, half as many instructions again."""
+    for tiles whose ids must be compared, which few tiles take. Nothing in it crosses threads but a group's maximum and
+    mass, which eight threads hold. Rows that do not start on 16 bytes are read one logit at a time, half as many
+    instructions again; and two warps then hold a group."""
     bounds = {
         ("confidence", False): 2160,
         ("margin", False): 2400,
         ("entropy", False): 2800,
-        ("confidence", True): 18000,
-        ("margin", True): 17300,
-        ("entropy", True): 18800,
+        ("confidence", True): 5700,
+        ("margin", True): 6000,
+        ("entropy", True): 6600,
     }
     for name, build in builds.items():
         if build["target"] in ("sm_90", "sm_100"):
-            assert build["loop"]["barriers"] == build["loop"]["shuffles"] == 0, name
-            bound = bounds[build["order"], build["sampled"]] * (1.0 if build["V"] % 16 == 0 else 1.5)
-            assert build["loop"]["instructions"] <= bound, (name, build["loop"])
+            aligned, loop = build["V"] % 16 == 0, build["loop"]
+            bound = bounds[build["order"], build["sampled"]] * (1.0 if aligned else 1.5)
+            barriers, shuffles = 0, 12 * build["sampled"]
+            if build["sampled"] and not aligned:
+                bound, barriers, shuffles = 27700, 24, 168
+            assert loop["instructions"] <= bound, (name, loop)
+            assert loop["barriers"] == barriers and loop["shuffles"] == shuffles, (name, loop)
 
 
 def test_summaries_are_stored_before_the_ticket_is_taken(builds: dict[str, dict[str, Any]]) -> None:

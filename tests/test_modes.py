@@ -13,6 +13,7 @@ import inputs
 import pytest
 import script_like
 import torch
+import torch.nn.functional as F
 from captures import captured_on_cpu
 from small import RULES, left_pad, prompts, small_model
 from torch import Tensor
@@ -261,7 +262,12 @@ def slices(rule: fdpp.Rule) -> Callable[[], Any]:
 
     def merged() -> Any:
         terms = Terms(pack(rule, rows.device), rule.key(), 8, 0.8, streams(3, 4, rows.device))
-        summaries = [parallel.summarize(part.clone(), terms, at, at, first) for first, part in parts]
+        # The second slice starts inside of a group, which the first one draws whole.
+        others = [F.pad(rows[:, 16:], (16, 24), value=-torch.inf), rows[:, :0]]
+        summaries = [
+            parallel.summarize(part.clone(), terms, at, at, first, other)
+            for (first, part), other in zip(parts, others, strict=True)
+        ]
         return parallel.merge(torch.stack(summaries), True, rule.order)
 
     return merged

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fdpp.decoding.contexts import Contexts
-from fdpp.step.noise import philox_bits
+from fdpp.step.noise import philox
 
-NO_TOKEN = 0xFFFFFFFF
-"""Stands for the id in the counter of noise that is drawn once per position: no vocabulary is that large."""
+NO_GROUP = 0xFFFFFFFF
+"""The number in the counter of noise that is drawn once per position: no vocabulary has as many groups of ids."""
 
 
 def processed(
@@ -130,7 +130,7 @@ def drawn(tokens: Tensor, k: Tensor, seeds: Tensor, mask_id: int) -> Tensor:
 def position_bits(seeds: Tensor, T: int) -> Tensor:
     """32 random bits of every position, int64 `[n, T]`, of the noise streams `seeds` `[n]`."""
     positions = torch.arange(T, device=seeds.device)[None]
-    return philox_bits(seeds[:, None], torch.full_like(positions, NO_TOKEN), positions)
+    return philox(seeds[:, None], torch.full_like(positions, NO_GROUP), positions)[0]
 
 
 def uniform(seeds: Tensor, T: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdpp.selection import Selection, candidates
-from fdpp.step.noise import gumbel
+from fdpp.step.draw import draw
 from fdpp.step.terms import Terms
 
 CHUNK = 1 << 19
@@ -37,26 +37,33 @@ def first_argmax(rows: Tensor) -> tuple[Tensor, Tensor]:
     return top, start + offset
 
 
-def propose(rows: Tensor, terms: Terms, b: Tensor, t: Tensor, first_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Score and column of every row's proposal, and the mask id's logit, which is then -inf in `rows` `[n, V]` float32.
+def propose(rows: Tensor, terms: Terms, b: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Score and id of every row's proposal, and the mask id's logit, which is then -inf in `rows` `[n, V]` float32.
 
-    The rows are of positions `t` `[n]` in sequences `b` `[n]`; their columns are the vocabulary ids from `first_id` on.
-    A score is never NaN.
+    The rows are of positions `t` `[n]` in sequences `b` `[n]`. A score is never NaN.
     """
-    n, V = rows.shape
-    if first_id <= terms.mask_id < first_id + V:
-        mask_column = rows[:, terms.mask_id - first_id]
-        mask_logit = mask_column.clone()
-        mask_column.fill_(-torch.inf)
-    else:
-        mask_logit = rows.new_full((n,), -torch.inf)
-    score = rows
+    mask_logit = take_mask(rows, terms.mask_id)
     if terms.sampled and terms.seeds is not None:
-        score = rows + terms.temperature * gumbel(terms.seeds[b], t, V, first_id=first_id)
-    best, column = first_argmax(score)
+        return *draw(rows, terms.seeds[b], t, terms.temperature), mask_logit
+    return *largest(rows), mask_logit
+
+
+def take_mask(rows: Tensor, column: int) -> Tensor:
+    """The logits `[n]` of the mask id's `column`, which are then -inf in `rows` `[n, V]`; -inf if V has none such."""
+    if not 0 <= column < rows.shape[1]:
+        return rows.new_full(rows.shape[:1], -torch.inf)
+    mask_column = rows[:, column]
+    mask_logit = mask_column.clone()
+    mask_column.fill_(-torch.inf)
+    return mask_logit
+
+
+def largest(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit and its lowest column `[n]` of `rows` `[n, V]`, where a NaN counts as -inf."""
+    best, column = first_argmax(rows)
     if not math.isfinite(best.sum()):
-        best, column = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).max(1)
-    return best, column, mask_logit
+        best, column = rows.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).max(1)
+    return best, column
 
 
 def exp_(x: Tensor) -> Tensor:
@@ -106,8 +113,8 @@ def by_margin(
     rows: Tensor, logit: Tensor, proposal: Tensor, mask_logit: Tensor, sampled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`summarize` by margin, given what `propose` left in `rows` and the proposal's `logit` `[n]`."""
-    top, largest = first_argmax(rows) if sampled else (logit, proposal)
-    second = rows.scatter_(1, largest[:, None], -torch.inf).amax(1)
+    top, best = first_argmax(rows) if sampled else (logit, proposal)
+    second = rows.scatter_(1, best[:, None], -torch.inf).amax(1)
     others = exp_(rows.sub_(top[:, None])).sum(1).add_(exp_(mask_logit - top))
     residual = proposals_residual(others, top, logit) if sampled else others.clone()
     mark_unusable(residual, logit, mask_logit)

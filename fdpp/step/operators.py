@@ -88,10 +88,11 @@ def select(
 ) -> Selection:
     """One denoising step: propose a token for every masked position and commit those that `rule` allows together.
 
-    Proposal: argmax of the logits, the mask id left out; with `temperature` T > 0 argmax(l + T * Gumbel). Confidence:
-    softmax(l) at the proposal, the mask id in the normaliser. Sorted profile and rule: see `fdpp.rules.rule`. Equal
-    confidences: the lower position first; equal logits: the lower id. Rows with NaN, +inf or nothing but -inf come last
-    and commit only where no other masked position is left, so that a loop over steps always ends.
+    Proposal: argmax of the logits, the mask id left out; with `temperature` T > 0 drawn from softmax(l / T), the mask
+    id left out (`fdpp.step.draw`). Confidence: softmax(l) at the proposal, the mask id in the normaliser. Profile and
+    rule: see `fdpp.rules.rule`. Equal confidences: the lower position first; equal logits: the lower id. Rows with NaN,
+    +inf or nothing but -inf come last and commit only where no other masked position is left, so that a loop over steps
+    always ends.
 
     Args:
         logits: `[B, T, V]` bfloat16, float16 or float32, T at most 1024, rows of any stride. Rows of positions that

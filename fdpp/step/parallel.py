@@ -3,7 +3,8 @@
 Under tensor parallelism every process holds the logits of its own slice of the vocabulary. Gathering them would move
 V numbers per masked row and step. A row's summary is three numbers: the slice's largest logit, its id, and the
 logarithm of the sum of exp(l) over the rest of the slice. One all-gather exchanges them, and every process decides
-alike.
+alike. When sampling, a group of ids is drawn whole (`fdpp.step.draw`) by the process that holds its first id: another
+all-gather hands it the others.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch.distributed.tensor import DTensor
 from fdpp.rules import Rule
 from fdpp.selection import Selection, candidates, check
 from fdpp.step import cpu
+from fdpp.step.draw import draw
+from fdpp.step.noise import GROUP
 from fdpp.step.operators import check_seeds, decided
 from fdpp.step.terms import Terms, terms_of
 
@@ -103,7 +106,8 @@ def select(
 
     Every process calls it with its own `logits` and otherwise equal arguments, and gets the result of `fdpp.select` on
     all of them, up to the rounding of a residual in float32. One collective moves 24 bytes per masked row and process,
-    8 more with a temperature, 24 more with a rule that orders by entropy, and 16 more with one that orders by margin.
+    16 more with a temperature, 24 more with a rule that orders by entropy, and 8 more with one that orders by margin.
+    With a temperature, another one moves 260.
 
     Args:
         logits: `[B, T, v]`, of the vocabulary ids `first_id, ..., first_id + v - 1`. Over the group the slices cover
@@ -132,66 +136,107 @@ def prefix_step(
     """`fdpp.step.operators.prefix_step` on a slice of the logits; arguments as those of `select`."""
     logits = logits.detach()
     if logits.shape[-1] == 0:
-        logits = F.pad(logits, (0, 1), value=-torch.inf)
+        # Any id that is not the first of its group, which this slice would draw.
+        logits, first_id = F.pad(logits, (0, 1), value=-torch.inf), 1
     check(logits, tokens, active, terms.seeds)
     check_seeds(terms)
     candidate = candidates(tokens, terms.mask_id, active)
-    where_b, where_t = candidate.nonzero(as_tuple=True)
-    rows_at_once = max(cpu.CHUNK // logits.shape[2], 1)
-    chunks = [
-        summarize(cpu.rows_of(logits, b, t).float(), terms, b, t, first_id)
-        for b, t in zip(where_b.split(rows_at_once), where_t.split(rows_at_once), strict=True)
-    ]
-    unknown = torch.full((2, *tokens.shape), torch.inf, dtype=torch.float32, device=tokens.device)
-    proposals, residuals, rank_by = tokens.clone(), *unknown
-    if where_b.numel():
+    b, t = candidate.nonzero(as_tuple=True)
+    proposals, (residuals, rank_by) = (
+        tokens.clone(),
+        torch.full((2, *tokens.shape), torch.inf, dtype=torch.float32, device=tokens.device),
+    )
+    if b.numel():
+        rest_of_group = logits.new_empty((b.numel(), 0))
+        if terms.sampled:
+            lent = exchange(lend(logits, terms, b, t, first_id), group)
+            rest_of_group = borrowed(torch.stack(lent), first_id + logits.shape[2])
+        at_once = max(cpu.CHUNK // logits.shape[2], 1)
+        chunks = [
+            summarize(cpu.rows_of(logits, i_b, i_t).float(), terms, i_b, i_t, first_id, others)
+            for i_b, i_t, others in zip(*(x.split(at_once) for x in (b, t, rest_of_group)), strict=True)
+        ]
         summaries = torch.stack(exchange(torch.cat(chunks, dim=1), group))
-        merged = merge(summaries, terms.sampled, terms.order)
-        proposals[where_b, where_t], residuals[where_b, where_t], rank_by[where_b, where_t] = merged
+        proposals[b, t], residuals[b, t], rank_by[b, t] = merge(summaries, terms.sampled, terms.order)
     return cpu.decide(proposals, residuals, rank_by, tokens, candidate, terms)
 
 
-def summarize(rows: Tensor, terms: Terms, b: Tensor, t: Tensor, first_id: int) -> Tensor:
+def lend(logits: Tensor, terms: Terms, b: Tensor, t: Tensor, first_id: int) -> Tensor:
+    """What the slice `logits` `[B, T, v]` holds of a group that starts in another one: float32 `[n, 65]`.
+
+    The logits by id % 64, -inf at the mask id and where it holds none; and the number of the group.
+    """
+    at, count = first_id % GROUP, min(-first_id % GROUP, logits.shape[2])
+    lent = logits.new_full((b.numel(), GROUP + 1), -torch.inf, dtype=torch.float32)
+    lent[:, at : at + count] = cpu.rows_of(logits[..., :count], b, t)
+    cpu.take_mask(lent[:, :GROUP], terms.mask_id - (first_id - at))
+    lent[:, GROUP] = first_id // GROUP
+    return lent
+
+
+def borrowed(lent: Tensor, stop: int) -> Tensor:
+    """The logits `[n, 64]`, by id % 64, that others have `lent` `[processes, n, 65]` of the group of id `stop` - 1."""
+    logits, number = lent.split((GROUP, 1), dim=2)
+    return torch.where(number == (stop - 1) // GROUP, logits, -torch.inf).amax(0)
+
+
+def drawn(
+    rows: Tensor, terms: Terms, b: Tensor, t: Tensor, first_id: int, rest_of_group: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, score and logit `[n]` of what is drawn from the groups that start in the slice `rows` `[n, v]`; a score
+    of -inf where none does.
+
+    `rest_of_group`: as `borrowed` makes it, of the slice's last group.
+    """
+    lead = -first_id % GROUP
+    rows = rows[:, lead:]
+    if not rows.shape[1]:
+        low = rows.new_full(b.shape, -torch.inf)
+        return torch.full_like(b, first_id), low, low
+    groups = F.pad(rows, (0, -rows.shape[1] % GROUP), value=-torch.inf)
+    groups[:, -GROUP:] = torch.maximum(groups[:, -GROUP:], rest_of_group)
+    assert terms.seeds is not None
+    score, column = draw(groups, terms.seeds[b], t, terms.temperature, first_id + lead)
+    return first_id + lead + column, score, groups.gather(1, column[:, None])[:, 0]
+
+
+def summarize(rows: Tensor, terms: Terms, b: Tensor, t: Tensor, first_id: int, rest_of_group: Tensor) -> Tensor:
     """What the processes exchange about `rows` `[n, v]` float32, which are overwritten: float64 `[k, n]`.
 
-    The rows are of positions `t` `[n]` in sequences `b` `[n]`.
+    The rows are of positions `t` `[n]` in sequences `b` `[n]`; `rest_of_group`, which only sampling needs: see `drawn`.
 
-    - the id of the slice's proposal and its score, which is its logit unless there is noise;
+    - the id of the slice's proposal;
+    - the slice's largest logit, which is the proposal's unless it was drawn;
     - the logarithm of the sum of exp(l) over the rest of the slice, the mask id included; NaN if the row is unusable;
-    - with a temperature, the proposal's logit;
-    - by margin: the slice's largest logit and its second largest; the rest is then what the largest leaves;
-    - by entropy: the slice's largest logit p, the sum of exp(l - p) and that of exp(l - p)(p - l).
+    - with a temperature, the proposal's score and its logit, which another slice may hold;
+    - by margin, the slice's second largest logit;
+    - by entropy: the largest logit p with the mask's, the sum of exp(l - p) and that of exp(l - p)(p - l).
     """
     index = torch.arange(rows.shape[0], device=rows.device)
-    score, column, mask_logit = cpu.propose(rows, terms, b, t, first_id)
-    logit = rows[index, column]
-    top = rows.amax(1) if terms.sampled else score
-    left_out = column
+    mask_logit = cpu.take_mask(rows, terms.mask_id - first_id)
+    top, column = cpu.largest(rows)
+    token = first_id + column
+    more: list[Tensor] = []
+    if terms.sampled:
+        token, *more = drawn(rows, terms, b, t, first_id, rest_of_group)
     if terms.order == "margin":
-        top, left_out = cpu.first_argmax(rows) if terms.sampled else (score, column)
-        second = rows.scatter(1, left_out[:, None], -torch.inf).amax(1)
+        more.append(rows.scatter(1, column[:, None], -torch.inf).amax(1))
+    unusable = ~(rows[index, column] < torch.inf) | ~(mask_logit < torch.inf)
     # A slice may hold nothing but -inf; its row is usable all the same if another slice's is.
     shift = torch.where(top > -torch.inf, top, 0.0)
     rows.sub_(shift[:, None])
     weights = cpu.exp_(rows.clone() if terms.order == "entropy" else rows)
-    weights[index, left_out] = 0.0
+    weights[index, column] = 0.0
     rest = weights.sum(1).double()
-    top, logit, mask_logit = top.double(), logit.double(), mask_logit.double()
-    log_rest = torch.logaddexp(shift + rest.log(), mask_logit)
-    log_rest[~(logit < torch.inf) | ~(mask_logit < torch.inf)] = torch.nan
-    summary = [first_id + column.double(), score.double(), log_rest]
-    if terms.sampled:
-        summary.append(logit)
-    if terms.order == "margin":
-        summary += [top, second.double()]
+    top, mask_logit = top.double(), mask_logit.double()
+    log_rest = torch.logaddexp(shift + rest.log(), mask_logit).masked_fill(unusable, torch.nan)
     if terms.order == "entropy":
         slope = -(weights * rows.clamp_(min=-1e4)).sum(1).double()
-        one, zero = torch.ones_like(rest), torch.zeros_like(rest)
         peak = torch.maximum(top, mask_logit)
-        parts = ((top, rest, slope), (logit, one, zero), (mask_logit, one, zero))
+        parts = ((top, rest + 1.0, slope), (mask_logit, torch.ones_like(rest), torch.zeros_like(rest)))
         masses, slopes = zip(*(seen_from(peak, *part) for part in parts), strict=True)
-        summary += [peak, sum(masses), sum(slopes)]
-    return torch.stack(summary)
+        more += [peak, sum(masses), sum(slopes)]
+    return torch.stack([part.double() for part in (token, top, log_rest, *more)])
 
 
 def seen_from(peak: Tensor, top: Tensor, mass: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,35 +248,25 @@ def seen_from(peak: Tensor, top: Tensor, mass: Tensor, slope: Tensor) -> tuple[T
 
 def merge(parts: Tensor, sampled: bool, order: str) -> tuple[Tensor, Tensor, Tensor]:
     """Proposal, residual and what the rule ranks by `[n]` (see `cpu.summarize`), from summaries `[processes, k, n]`."""
-    token, score, log_rest = parts[:, :3].unbind(1)
-    logit = parts[:, 3] if sampled else score
+    token, tops, log_rest = parts[:, :3].unbind(1)
+    score, logit = parts[:, 3:5].unbind(1) if sampled else (tops, tops)
     best = score == score.amax(0)
     proposal = torch.where(best, token, torch.inf).amin(0)
-    chosen = best & (token == proposal)
-    top = torch.where(chosen, logit, -torch.inf).amax(0)
-    if order == "margin":
-        residual, rank = by_margin(log_rest, top, *parts[:, -2:].unbind(1))
-        return proposal.long(), residual, rank
-    others = torch.where(chosen, -torch.inf, logit)
-    residual = (torch.cat((log_rest, others)).logsumexp(0) - top).exp()
-    residual[~(top.abs() < torch.inf)] = torch.nan
-    if order == "confidence":
-        return proposal.long(), residual.float(), residual.float()
-    peak, mass, slope = parts[:, -3:].unbind(1)
-    highest = peak.amax(0)
-    mass, slope = (part.sum(0) for part in seen_from(highest, peak, mass, slope))
-    log_mass = torch.where(top == highest, residual.log1p(), mass.log())
-    return proposal.long(), residual.float(), (log_mass + slope / mass).clamp(min=0.0).float()
-
-
-def by_margin(log_rest: Tensor, logit: Tensor, tops: Tensor, seconds: Tensor) -> tuple[Tensor, Tensor]:
-    """Residual and odds against the margin `[n]`, float32, from the slices' `[processes, n]` and the proposal's `logit`
-    `[n]`."""
+    logit = torch.where(best & (token == proposal), logit, -torch.inf).amax(0)
     # Of slices that tie the first; a slice without a logit has nothing to leave out.
-    ranked = torch.cat((tops, seconds)).topk(2, dim=0).values
-    top, second = ranked
+    top = tops.amax(0)
     behind = tops.clone().scatter_(0, tops.argmax(0, keepdim=True), -torch.inf)
     others = (torch.cat((log_rest, behind)).logsumexp(0) - top).exp()
     residual = cpu.proposals_residual(others, top, logit)
     residual[~(logit.abs() < torch.inf)] = torch.nan
-    return residual.float(), cpu.odds(others, second - top).float()
+    rank = residual
+    if order == "margin":
+        second = torch.cat((tops, parts[:, -1])).topk(2, dim=0).values[1]
+        rank = cpu.odds(others, second - top)
+    if order == "entropy":
+        peak, mass, slope = parts[:, -3:].unbind(1)
+        highest = peak.amax(0)
+        mass, slope = (part.sum(0) for part in seen_from(highest, peak, mass, slope))
+        log_mass = torch.where(logit == highest, residual.log1p(), mass.log())
+        rank = (log_mass + slope / mass).clamp(min=0.0)
+    return proposal.long(), residual.float(), rank.float()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdpp.rules import Proposed, Rule
 from fdpp.selection import Selection
-from fdpp.step.noise import gumbel
+from fdpp.step.draw import draw
 
 
 def residual(logits: Tensor, proposal: int) -> float:
@@ -84,7 +84,7 @@ def prefix_step(
     """The step that the rule's prefix test decides, position by position; arguments as those of `select`.
 
     1. A masked position's proposal is its largest logit, the mask id left out (the lowest id of equals); with a
-       temperature, the largest of logit + temperature * Gumbel noise.
+       temperature, one drawn from softmax(l / temperature) (`fdpp.step.draw`).
     2. The profile is sorted by confidence (or margin or entropy), the lower position first among equals, unusable rows
        last.
     3. The longest accepted prefix of the usable part is committed, and at least one position.
@@ -99,13 +99,13 @@ def prefix_step(
         for t in candidate[b].nonzero().flatten().tolist():
             row = logits[b, t].double()
             score = row.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-            if temperature > 0.0:
-                assert seeds is not None
-                position = torch.tensor([t], dtype=torch.int64, device=row.device)
-                score = score + temperature * gumbel(seeds[b : b + 1], position, V, torch.float64)[0]
             if 0 <= mask_id < V:
                 score[mask_id] = -torch.inf
             choice = int(score.argmax())
+            if temperature > 0.0:
+                assert seeds is not None
+                position = torch.tensor([t], dtype=torch.int64, device=row.device)
+                choice = int(draw(score[None], seeds[b : b + 1], position, temperature)[1])
             proposal[b, t] = choice
             if row.isnan().any() or (row == torch.inf).any() or score[choice] == -torch.inf:
                 unusable[b] += 1

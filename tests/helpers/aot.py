@@ -208,8 +208,7 @@ def compiled(variant: Variant, kernel: Compiled) -> dict[str, Any]:
     )
     counted = variant.target in ("sm_90", "sm_100")
     warps = kernel.last.metadata.num_warps
-    # By margin the proposal's own sum is not kept.
-    exponentials = 1 + (variant.sampled and variant.rule.order != "margin")
+    exponentials = 1 + variant.sampled
     return {
         "name": variant.name,
         "loop": counts_of_loop(kernel.last.asm["cubin"], warps, exponentials) if counted else None,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from inputs import RULES, Problem, random_problem
+from inputs import RULES, Lead, Problem, random_problem
 from small import BLOCK_CAUSAL, SMALL, left_pad, prompts, small_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -83,6 +83,10 @@ def problems() -> dict[str, tuple[Problem, int]]:
     # Long rows are scanned in runs and taken in several chunks.
     cases["long rows"] = random_problem(4, 1, 12, 200_003, rule), 70_001
     cases["hot and long"] = random_problem(6, 2, 6, 9_001, EntropyBound(3.0), temperature=4.0), 5_000
+    # Groups of 64 ids that the cut parts or does not, and slices without an id.
+    for i, cut in enumerate((0, 1, 63, 64, 65, 100, 150, 190, 200)):
+        problem = random_problem(20 + i, 2, 12, 200, (Frechet(0.2), Lead(0.3))[i % 2], mask_id=130, temperature=1.3)
+        cases[f"sampled, cut at {cut} of 200"] = problem, cut
     return cases
 
 
