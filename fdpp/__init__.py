@@ -37,6 +37,7 @@ from fdpp.rules import (
 )
 from fdpp.selection import Selection
 from fdpp.step import DenoisingStep, select
+from fdpp.step.canvas import CanvasStep, denoise_canvas
 from fdpp.version import __version__
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ WITH_TRANSFORMERS = {
 
 __all__ = [
     "Budget",
+    "CanvasStep",
     "Credit",
     "Dawn",
     "DenoisingStep",
@@ -116,6 +118,7 @@ __all__ = [
     "TopkMargin",
     "Wino",
     "__version__",
+    "denoise_canvas",
     "patch",
     "select",
     "unpatch",

@@ -61,6 +61,50 @@ def select_launch(B: int, T: int, V: int, sampled: bool = False) -> SelectLaunch
     )
 
 
+CANVAS_BLOCK_V, CANVAS_WARPS = 1024, 4
+"""A tile is 8 logits a thread, one 16-byte load in bfloat16 and two in float32. The threads that share a group of 64
+ids are then all in one warp, and its maximum and its sums take shuffles and no barrier."""
+
+CANVAS_TILES = 64
+"""Most tiles whose noise is made at once. It then lies over the threads as a tile of logits does, and no thread makes
+what another one makes: eight numbers each. Made for one tile, it would be made by all eight that share a group."""
+
+CANVAS_MERGE_TILE = 1024
+"""Half of `MERGE_TILE`, with half of the warps."""
+
+CANVAS_PROGRAMS = 1056
+"""Eight for each of an H200's 132 multiprocessors, about as many as their registers let run at once. Derived, not
+measured: the arithmetic takes longer than the reading, and 32 warps hide what either waits for."""
+
+
+@dataclass(frozen=True)
+class CanvasLaunch:
+    """How a step of a canvas cuts its work. `splits` is a power of two; `split_len` a multiple of `block_v`."""
+
+    block_t: int
+    block_v: int
+    tiles: int
+    splits: int
+    split_len: int
+    num_warps: int = CANVAS_WARPS
+
+
+def canvas_launch(B: int, T: int, V: int) -> CanvasLaunch:
+    """The configuration for `B` canvases of `T` positions over `V` vocabulary entries."""
+    block_t = max(triton.next_power_of_2(T), 2)
+    block_v = min(CANVAS_BLOCK_V, max(triton.next_power_of_2(V), 64))
+    turns = triton.cdiv(V, block_v)
+    wanted = triton.next_power_of_2(min(triton.cdiv(CANVAS_PROGRAMS, B * T), turns))
+    splits = max(min(wanted, CANVAS_MERGE_TILE // block_t), 1)
+    return CanvasLaunch(
+        block_t=block_t,
+        block_v=block_v,
+        tiles=min(triton.next_power_of_2(triton.cdiv(turns, splits)), CANVAS_TILES),
+        splits=splits,
+        split_len=triton.cdiv(turns, splits) * block_v,
+    )
+
+
 PROJECT_PROGRAMS = 264
 """Two programs for each of an H200's 132 multiprocessors, resident at once where tiles have up to 32 rows. Derived, not
 measured: by Little's law 4.3 TB/s at some 700 ns of latency want 23 kB in flight a multiprocessor, and a program with

@@ -20,6 +20,8 @@ SPILLS_ALLOWED = {
     "attend_kernel-sm_90-1x32-1056x32x64-float16": 8,
     # ptxas spills to get to 168 registers: three of its programs share a multiprocessor.
     "attend_kernel-sm_100-1x8-1056x8x128-bfloat16-stops": 8,
+    # ptxas spills to get to 80 registers, with which six programs of four warps share a multiprocessor.
+    "canvas_kernel-sm_90-16x256x262144-bfloat16-capped": 8,
     # All 255 registers are taken; spilled before the loop and read behind it.
     "attend_kernel-sm_80-1x64-1088x32x128-bfloat16-stops-holes": 16,
     "attend_kernel-sm_80-1x64-1088x32x128-bfloat16-4branches-stops-holes": 24,
@@ -57,8 +59,8 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 """Bytes of shared memory that a program may take."""
 
 
-def reported(script: str) -> dict[str, dict[str, Any]]:
-    """What a script of this folder reports, by name."""
+def reported(script: str, least: int = 30) -> dict[str, dict[str, Any]]:
+    """What a script of this folder reports, by name: at least so many builds."""
     root = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "helpers" / script],
@@ -69,7 +71,7 @@ def reported(script: str) -> dict[str, dict[str, Any]]:
     )
     assert done.returncode == 0, done.stderr
     reports = json.loads(done.stdout)
-    assert len({report["name"] for report in reports}) == len(reports) >= 30
+    assert len({report["name"] for report in reports}) == len(reports) >= least
     return {report["name"]: report for report in reports}
 
 
@@ -90,6 +92,12 @@ def around() -> dict[str, dict[str, Any]]:
     return reported("aot_layers.py")
 
 
+@pytest.fixture(scope="module")
+def canvases() -> dict[str, dict[str, Any]]:
+    """The builds of a step of a canvas."""
+    return reported("aot_canvas.py", 15)
+
+
 def before_ticket(build: dict[str, Any]) -> list[str]:
     ticket = next(i for i, operation in enumerate(build["memory"]) if "atom" in operation)
     return build["memory"][:ticket]
@@ -102,9 +110,12 @@ def test_every_target_and_kind_is_built(builds: dict[str, dict[str, Any]]) -> No
 
 
 def test_no_spills(
-    builds: dict[str, dict[str, Any]], tiled: dict[str, dict[str, Any]], around: dict[str, dict[str, Any]]
+    builds: dict[str, dict[str, Any]],
+    tiled: dict[str, dict[str, Any]],
+    around: dict[str, dict[str, Any]],
+    canvases: dict[str, dict[str, Any]],
 ) -> None:
-    everything = builds | tiled | around
+    everything = builds | tiled | around | canvases
     spills = {name: b["stack"] + b["local"] for name, b in everything.items() if b["stack"] + b["local"]}
     assert all(size <= SPILLS_ALLOWED.get(name, 0) for name, size in spills.items()), spills
 
@@ -267,3 +278,60 @@ def test_weights_keys_and_values_come_sixteen_bytes_at_a_time(tiled: dict[str, d
         else:
             assert build["copies"] == (["0x10"] if bulk else []), name
         assert not any(load.endswith((".b16", ".u16", "ushort", "ushort_d16")) for load in loads), name
+
+
+def test_a_canvas_takes_one_exponential_a_logit(canvases: dict[str, dict[str, Any]]) -> None:
+    """Two with a soft cap, and one for each of a thread's groups, of which it has one in half precision and two in
+    float32. Groups are shared inside a warp: nothing in the loop waits for other warps. The instructions are those
+    measured with Triton 3.7.1, rounded up to ten, for 8 logits; a third of them or less are those of the last tile."""
+    assert {build["target"] for build in canvases.values()} == set(SHARED)
+    for name, build in canvases.items():
+        if build["target"] == "gfx942" or build["V"] % 16:
+            continue
+        wide = build["dtype"] == "float32"
+        capped = build["softcap"] > 0.0
+        loop = build["loop"]
+        assert loop["exponentials"] == 8 * (1 + capped) + (1 + wide), name
+        assert loop["barriers"] == loop["shared"] == 0 and loop["shuffles"] == (32 if wide else 12), name
+        bound = (470 if wide else 440) if capped else (280 if wide else 240)
+        assert build["instructions"] <= bound, (name, build["instructions"])
+
+
+def test_a_canvass_logits_are_read_once_sixteen_bytes_at_a_time(canvases: dict[str, dict[str, Any]]) -> None:
+    """And the last tile's one by one. Behind the loop two groups are read again, 64 logits each."""
+    for name, build in canvases.items():
+        if build["target"] == "gfx942" or build["V"] % 16:
+            continue
+        loads = [operation for operation in before_ticket(build) if operation.startswith("ld.")]
+        # Whether the canvas is finished (b8), its stream and its temperature (b64).
+        loads = loads[2 + build["finished"] :]
+        wide = build["dtype"] == "float32"
+        single = f"ld.global.b{32 if wide else 16}"
+        # One load for whole groups and one for those that are cut off, each of two groups.
+        assert loads == [single] * 8 + ["ld.global.v4.b32"] * (1 + wide) + [single] * 4, name
+
+
+def test_a_canvas_leaves_room_for_programs(canvases: dict[str, dict[str, Any]]) -> None:
+    """80 registers let six programs of 128 threads share a multiprocessor of sm_90, 72 seven; 64 vector registers let
+    eight waves share a SIMD of gfx942. 1,024 positions are merged at once, and rows that do not start on 16 bytes are
+    read one logit at a time, by threads of all warps."""
+    for name, build in canvases.items():
+        bound = {"gfx942": 64}.get(build["target"], 80)
+        if build["T"] == 1024 or build["V"] % 16:
+            bound = 208
+        assert build["registers"] <= bound, (name, build["registers"])
+
+
+def test_a_canvass_parts_are_stored_before_the_ticket_is_taken(canvases: dict[str, dict[str, Any]]) -> None:
+    """Then a barrier, one releasing and acquiring atomic, and loads that skip L1."""
+    for name, build in canvases.items():
+        before = before_ticket(build)
+        assert "bar" in before[-1] and all("st" in operation for operation in before[-7:-1]), name
+        assert not any("store" in operation or "st." in operation for operation in before[:-7]), name
+        tickets = [operation for operation in build["memory"] if "atom" in operation]
+        wanted = "global_atomic_add" if build["target"] == "gfx942" else "atom.global.gpu.acq_rel.add.u32"
+        assert tickets == [wanted], name
+        if build["target"] != "gfx942":
+            after = build["memory"][len(before) :]
+            assert sum(operation.startswith("ld.global.cg") for operation in after) >= 6, name
+        assert build["fp_fusion"], name
