@@ -22,6 +22,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -229,6 +230,34 @@ class Operators(TorchDispatchMode):
         elif not view and name not in FREE and any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             self.record.add(name, traffic(func, args, kwargs, out), *product(func, args, out))
         return out
+
+
+class Held(TorchDispatchMode):
+    """Within it `most` becomes the most bytes that operators' results hold at once, their arguments' own aside.
+
+    What an operator holds while it runs is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.note((args, kwargs), given=True)
+        out = func(*args, **(kwargs or {}))
+        self.note(out, given=False)
+        self.most = max(self.most, sum(size for _, size in self.held.values()))
+        return out
+
+    def note(self, tensors: Any, given: bool) -> None:
+        """Forget what is gone, and take in what is new: memory that was there before counts as none."""
+        self.held = {key: (ref, size) for key, (ref, size) in self.held.items() if not ref.expired()}
+        for leaf in tree_leaves(tensors):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                ref = StorageWeakRef(storage)
+                self.held.setdefault(ref.cdata, (ref, 0 if given else storage.nbytes()))
 
 
 def on_meta(value: Any) -> Any:

@@ -282,3 +282,28 @@ def product_launch(M: int, N: int, K: int) -> ProductLaunch:
         split_len=triton.cdiv(triton.cdiv(K, splits), PRODUCT_BLOCK_K) * PRODUCT_BLOCK_K,
         tiles=tiles,
     )
+
+
+CONDITIONING_BLOCK_V, CONDITIONING_WARPS = 2048, 4
+"""Ids of a tile of self-conditioning: 16 a thread, two 16-byte loads in bfloat16. A program asks for its logits only
+once it knows that its sequence goes on, so it has more of them on their way than SwiGLU's. Derived, not measured."""
+
+CONDITIONING_IN_L2 = 16 << 20
+"""Bytes of a slab of probabilities that the product finds in L2 (50 MB on an H100 and an H200), beside embeddings that
+stream through it. The 256 positions of one canvas then take 32,768 ids at a time, in eight launches and products."""
+
+CONDITIONING_IDS = 8192
+"""Fewest ids of a slab: a product is written, read and added to the sum, 16 bytes a channel. At 2,816 channels that is
+5.5 bytes for each probability, which takes 4 itself. The 8,192 positions of 32 canvases then hold 134 MB of them."""
+
+
+def conditioning_slab(rows: int, V: int) -> int:
+    """Ids whose probabilities are held at once for `rows` positions; a power of two, but for a smaller vocabulary."""
+    fits = CONDITIONING_IN_L2 // (2 * max(rows, 1))
+    return min(max(1 << (max(fits, 1).bit_length() - 1), CONDITIONING_IDS), V)
+
+
+def conditioning_bytes(rows: int, V: int, D: int, size: int) -> int:
+    """Most that soft embeddings of `size` bytes a channel hold at once: a slab's probabilities, the sum in float32, and
+    a slab's product, also in float32, or the output."""
+    return rows * (conditioning_slab(rows, V) * size + 8 * D)
