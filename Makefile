@@ -61,12 +61,14 @@ bench bench-smoke gate: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
 bench: $(READY)
 	$(PY) bench/bench_select.py --out $(OUT)
 	$(PY) bench/bench_kernels.py --out $(OUT)
+	$(PY) bench/bench_canvas.py --out $(OUT)
 	$(PY) bench/bench_decode.py --out $(OUT)
 	$(PY) bench/report.py $(OUT) --plot
 
 bench-smoke: $(READY)
 	$(PY) bench/bench_select.py --smoke --out $(OUT)
 	$(PY) bench/bench_kernels.py --smoke --out $(OUT)
+	$(PY) bench/bench_canvas.py --smoke --out $(OUT)
 	$(PY) bench/bench_decode.py --smoke --out $(OUT)
 	$(PY) bench/report.py $(OUT)
 

@@ -172,6 +172,25 @@ def kernels_table(result: Result) -> str:
     return markdown(["kernel", "way", "us", "extra MB"], rows)
 
 
+def canvas_table(result: Result) -> str:
+    """DiffusionGemma's step and self-conditioning by transformers and by fdpp; memory of a step of many canvases."""
+    rows = []
+    for kind in ("steps", "embeddings", "batch"):
+        for row in result.get(kind, []):
+            size = f"{row['sequences']} x {row['positions']}"
+            name = {"steps": f"step from {row.get('from')}", "embeddings": "soft embeddings", "batch": "a whole step"}
+            name = f"{name[kind]}, {size}"
+            if "error" in row:
+                rows.append([name, "-", *failed(row, 5)])
+            for way in [way for way in ("transformers", "fdpp", "fdpp, no logits") if way in row]:
+                found = row[way]
+                spread = f"{found['least']:.2f}x, {found['most']:.2f}x" if "faster" in found else "-"
+                cells = [number(found.get("ms")), f"{found['faster']:.2f}x" if "faster" in found else "-", spread]
+                rows.append([name, way, *cells, number(found["peak_mb"]), number(found.get("distance"))])
+    title = f"V = {result['vocabulary']:,}, {result['channels']:,} channels"
+    return markdown([title, "way", "ms", "faster", "least and most", "extra MB", "distance from float64"], rows)
+
+
 def targets(select: list[Result], decode: list[Result]) -> list[tuple[str, str, bool]]:
     """Each target on one H200, the measurement, and whether it is met; only for results that are there."""
     found: list[tuple[str, str, bool]] = []
@@ -218,18 +237,21 @@ def targets(select: list[Result], decode: list[Result]) -> list[tuple[str, str, 
 
 
 def report(folder: Path) -> str:
-    select, decode, kernels = (load(folder, kind) for kind in ("select", "decode", "kernels"))
-    if not (select or decode or kernels):
-        raise SystemExit(f"{folder}: expected select-*.json, decode-*.json or kernels-*.json, found none")
+    tables = {"select": select_table, "decode": decode_table, "kernels": kernels_table, "canvas": canvas_table}
+    found = {kind: load(folder, kind) for kind in tables}
+    if not any(found.values()):
+        raise SystemExit(f"{folder}: expected one of {', '.join(f'{kind}-*.json' for kind in tables)}, found none")
     parts = []
-    for results, table in ((select, select_table), (decode, decode_table), (kernels, kernels_table)):
-        for result in results:
+    for kind, table in tables.items():
+        for result in found[kind]:
             about = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
             copy = f"; copy bandwidth {result['copy_gb_s']:.0f} GB/s" if "copy_gb_s" in result else ""
             parts += [about + copy, table(result)]
             if result.get("smoke"):
                 parts.append(measure.SMOKE)
-    rows = [[name, value, "met" if met else "NOT met"] for name, value, met in targets(select, decode)]
+    rows = [
+        [name, value, "met" if met else "NOT met"] for name, value, met in targets(found["select"], found["decode"])
+    ]
     if rows:
         parts.append(markdown(["target", "measured", ""], rows))
     return "\n\n".join(parts)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
+import bench_canvas
 import bench_decode
 import bench_gate
 import bench_kernels
@@ -203,6 +204,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     bench_select.main(["--smoke", "--out", str(folder)])
     bench_kernels.main(["--smoke", "--out", str(folder)])
+    bench_canvas.main(["--smoke", "--out", str(folder)])
     bench_decode.main(["--smoke", "--repeats", "1", "--batches", "2", "--caches", "none", "dual", "--out", str(folder)])
     return folder
 
@@ -245,6 +247,23 @@ def test_kernels_are_compared_on_the_same_problem(results: Path) -> None:
     assert bench_kernels.library_head(*problem, 49).equal(bench_kernels.fused_head(*problem, 49))
     shared, ours = (way() for way in bench_kernels.branch_ways(3, 2, 5, 40, 2, 16).values())
     torch.testing.assert_close(ours, shared, rtol=1e-2, atol=1e-2)
+
+
+def test_a_canvas_is_compared_with_transformers_own_step(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [result] = report.load(results, "canvas")
+    timed = [row[way] for row in result["steps"] + result["embeddings"] for way in row if way.startswith(("t", "fdpp"))]
+    assert len(timed) == 8 and all(way["ms"] > 0 and way["peak_mb"] >= 0 for way in timed)
+    [row] = result["embeddings"]
+    assert row["fdpp"]["distance"] < row["transformers"]["distance"] / 1.5
+    [row] = result["batch"]
+    assert row["fdpp"]["peak_mb"] >= 0 and row["sequences"] == 3
+    table = report.canvas_table(result)
+    assert len(table.splitlines()) == 2 + 6 + 2 + 1 and {line.count("|") for line in table.splitlines()} == {8}
+    # Not timed where the two disagree.
+    monkeypatch.setattr(bench_canvas, "CAP", 20.0)
+    monkeypatch.setattr(bench_canvas, "capped", lambda outputs: 19.0 * (outputs.float() / 20.0).tanh())
+    with pytest.raises(AssertionError, match="other logits"):
+        bench_canvas.steps(1, 8, 1000, torch.bfloat16, 1)
 
 
 def test_tables_and_plot(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -362,8 +381,8 @@ def test_toy_shapes_are_said_to_show_no_speed(
 ) -> None:
     """Under every table of theirs and where the benchmark ends; under no other table."""
     report.main([str(results)])
-    assert capsys.readouterr().out.count(measure.SMOKE) == 3
-    for kind in ("select", "kernels", "decode"):
+    assert capsys.readouterr().out.count(measure.SMOKE) == 4
+    for kind in ("select", "kernels", "canvas", "decode"):
         [result] = report.load(results, kind)
         measure.close(tmp_path, result)
         assert measure.SMOKE in capsys.readouterr().out
