@@ -89,7 +89,7 @@ SEVERAL = {
 }
 """Operators of more than one launch, as PyTorch's sources (`ATen/native`) have them."""
 
-OVERWRITTEN = {"copy_", "fill_", "zero_", "index_put_", "arange"}
+OVERWRITTEN = {"copy_", "fill_", "zero_", "index_put_", "arange", "exponential_"}
 """Operators that do not read what they write to."""
 
 GATHERED = {"embedding": "weight", "index": "self", "index_select": "self", "gather": "self"}

@@ -9,7 +9,8 @@
   the batch when its block is complete, and the rest runs at the next `graph_size`, as in the decoding loop.
 
 `--before` prints the same for the counts in `predicted-before.json` beside it. `--against decode-<device>.json` prints
-what `bench_decode.py` measured beside what is predicted for the same settings.
+what `bench_decode.py` measured beside what is predicted for the same settings. `--canvas` prints what a step of
+DiffusionGemma moves, holds and takes besides its forward (`canvas_traffic.py`).
 
 No source gives the tokens per forward of block-causal models as they are counted here, without commits: 1, 2 and 4 are
 assumed. Beside those of SDAR and LLaDA2 stand the tokens per second if every block were committed by a forward of its
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_decode
+import canvas_traffic
 import nodes
 import torch
 from nodes import Launch
@@ -347,11 +349,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--settings", type=json.loads, default={}, help=text)
     parser.add_argument("--before", action="store_true", help="also what the stored counts give, and the ratios")
     parser.add_argument("--against", type=Path, metavar="JSON", help="compare with what bench_decode.py measured")
+    text = "a step of DiffusionGemma besides its forward, by transformers and by fdpp, in place of a decode"
+    parser.add_argument("--canvas", action="store_true", help=text)
     parser.add_argument("--store", type=Path, metavar="JSON", help="write today's counts, as --before reads them")
     options = parser.parse_args(arguments)
     on = device(options.device)
     if options.against is not None:
         print(against(options.against, on))
+        return
+    if options.canvas:
+        print("Predicted from counts, not measured. DiffusionGemma's shape, outputs and embeddings in bf16.")
+        print(canvas_traffic.table(on, options.batch))
         return
     names = ("prompt", "new", "block", "cache")
     shape = MODELS[options.model]
