@@ -166,9 +166,12 @@ def multiplied(x: Tensor, weight: Tensor, **_: Any) -> tuple[int, int, int]:
 
 KERNELS: dict[str, Callable[..., tuple[int, int, int]]] = {
     "attend_kernel": attended,
+    "canvas_kernel": selected,
+    "process_kernel": selected,
     "product_kernel": multiplied,
     "project_kernel": projected,
     "select_kernel": selected,
+    "weights_kernel": selected,
 }
 """FLOPs, rows and columns of Triton kernels, by their arguments' names."""
 

@@ -26,10 +26,14 @@ SELECT_SLOTS = {"select_kernel": 91, "select_kernel_before": 2 * 213}
 """Issue slots of a warp for 256 logits, counted in the SASS for sm_90 (tests/helpers/aot.py). Before, 213 of the 363
 instructions went to pipes of half the rate and took two slots each, beside which the others issued."""
 
-SELECT_SHARE = 0.6
-"""Share of the slots that `select_kernel` uses. Assumed."""
+CANVAS_SLOTS = {"canvas_kernel": 419, "weights_kernel": 328, "process_kernel": 312}
+"""The same of a canvas's kernels with a softcap: its tanh is 22 of the 41 instructions that a probability takes. Of the
+last two all is counted, for they have no loop."""
 
-SELECT_DECIDES_US = {"select_kernel": 4.0, "select_kernel_before": 0.0}
+SELECT_SHARE = 0.6
+"""Share of the slots that `select_kernel` and a canvas's kernels use. Assumed."""
+
+SELECT_DECIDES_US = {"select_kernel": 4.0, "select_kernel_before": 0.0, "canvas_kernel": 4.0}
 """Microseconds until the first logits are there, and after the last ones: ticket, merge, ranks, rule. Assumed; of the
 kernel before they were taken to be part of its slots' share."""
 
@@ -119,6 +123,7 @@ def seconds(launch: Launch, device: Device) -> float:
     - Products: bytes from memory, or the operations of whole tiles and waves (`product_flops`).
     - Attention: bytes from memory, or its operations.
     - `select_kernel`: logits from L2, where the head has left them, or issue slots (`SELECT_SLOTS`), and its decision.
+      A canvas's kernels: the same, but their logits fill more than L2.
     - All others: their bytes, from L2 where they fill no more than half of it, as a launch before has left them there.
     """
     memory = launch.bytes / (device.bandwidth_tb_s * 1e12)
@@ -133,10 +138,10 @@ def seconds(launch: Launch, device: Device) -> float:
         # What `combine_kernel` reads was written just before.
         moved = l2 if launch.name == "combine_kernel" else memory
         work = launch.flops / (device.attention_tflop_s * 1e12)
-    elif launch.name in SELECT_SLOTS:
-        slots = launch.rows * launch.columns / 256 * SELECT_SLOTS[launch.name] / SELECT_SHARE
+    elif slots := (SELECT_SLOTS | CANVAS_SLOTS).get(launch.name):
+        slots = launch.rows * launch.columns / 256 * slots / SELECT_SHARE
         issued = slots / (device.multiprocessors * 4) / (device.clock_ghz * 1e9)
-        moved, work = 0.0, SELECT_DECIDES_US[launch.name] * 1e-6 + max(l2, issued)
+        moved, work = 0.0, SELECT_DECIDES_US.get(launch.name, 0.0) * 1e-6 + max(l2, issued)
     else:
         moved = l2
     return device.launch_us * 1e-6 + max(moved, work)

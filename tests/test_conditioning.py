@@ -12,6 +12,7 @@ from typing import Any
 
 import nodes
 import pytest
+import roofline
 import torch
 from inputs import INTERPRETED, generator, on_gpu
 from torch import Tensor
@@ -472,6 +473,13 @@ def test_compiled_for_every_target(builds: dict[str, dict[str, Any]]) -> None:
         assert build["registers"] <= 64, name
         assert build["widest"] == 16 and build["shared"] == 0, name
         assert not [at for at in build["memory"] if "bar" in at], name
+
+
+def test_as_many_instructions_as_predictions_count(builds: dict[str, dict[str, Any]]) -> None:
+    """A thread has 16 logits, a warp of a loop of 8 has 256."""
+    for kernel in ("process_kernel", "weights_kernel"):
+        build = builds[f"{kernel}-sm_90-32-bfloat16-bfloat16-capped-finished"]
+        assert 0.9 < build["instructions"] / (2 * roofline.CANVAS_SLOTS[kernel]) < 1.1
 
 
 def test_a_finished_sequence_is_known_before_logits_are_asked_for(builds: dict[str, dict[str, Any]]) -> None:

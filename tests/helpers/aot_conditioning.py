@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import triton
-from aot import TARGETS, Compiled, TargetDriver, assembly, facts, like, watched
+from aot import INSTRUCTION, TARGETS, Compiled, TargetDriver, assembly, dumped, facts, like, watched
 from aot_layers import AMD_WIDTH, DWORDS, WIDTH
 
 from fdpp.step.canvas import conditioning
@@ -66,6 +66,8 @@ def compiled(variant: Canvas, kernels: dict[str, Compiled]) -> list[dict[str, An
             | facts(kernel)
             | {"widest": max(widths), "shared": kernel.last.metadata.shared}
         )
+        if variant.target == "sm_90":
+            found[-1]["instructions"] = len(INSTRUCTION.findall(dumped(kernel.last.asm["cubin"], "-sass")))
     return found
 
 
