@@ -94,6 +94,6 @@ def table(on: Device, batches: list[int]) -> str:
         found = [count(B, way) for B in batches]
         rows.append([f"{way}: launches", *(number(len(launches)) for launches, _ in found)])
         rows.append([f"{way}: GB moved", *(number(sum(x.bytes for x in launches) / 1e9) for launches, _ in found)])
-        rows.append([f"{way}: GB held", *(number(most / 1e9) for _, most in found)])
+        rows.append([f"{way}: MB held", *(number(most / 1e6) for _, most in found)])
         rows.append([f"{way}: ms", *(number(1e3 * sum(seconds(x, on) for x in launches)) for launches, _ in found)])
     return markdown([f"predicted, {on.name}", *(f"{B} canvases" if B > 1 else "1 canvas" for B in batches)], rows)

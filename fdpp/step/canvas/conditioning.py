@@ -286,8 +286,9 @@ def soft_embeddings(
     """`scale` * sum over v of exp(x_v - lse) E_v, `[B, T, D]` in the dtype of E: the expected embedding of a position.
 
     With the lse of a whole vocabulary those of its parts add up. On a GPU exp(x - lse) is rounded to the dtype of E, on
-    a CPU it is not; sums are in float32. The lse is rounded to float32, by up to 4e-6 where it is 64. A position whose logits hold NaN or +inf, or nothing but -inf, gets NaN, as
-    from a softmax, and no other position does. Its lse may be any of those.
+    a CPU it is not; sums are in float32. The lse is rounded to float32, by up to 4e-6 where it is 64. A position whose
+    logits hold NaN or +inf, or nothing but -inf, gets NaN, as from a softmax, and no other position does. Its lse may
+    be any of those.
 
     Args:
         logits, numbers, softcap, finished: as `processed_logits` takes them.
