@@ -118,7 +118,7 @@ def test_logits_are_tempered(device: str, dtype: torch.dtype, given: torch.dtype
     truth = processed(logits, numbers[:, 1], cap)
     assert out.dtype == dtype and out.shape == truth.shape and out.is_contiguous()
     rounding = torch.finfo(dtype).eps / 2
-    assert ((out.double() - truth).abs() <= (rounding + 5e-7) * truth.abs() + 1e-30).all()
+    assert ((out.double() - truth).abs() <= (rounding + 1e-6) * truth.abs() + 1e-30).all()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -138,7 +138,7 @@ def test_extremes_are_tempered(device: str, cap: float) -> None:
     out = called(device, "processed_logits", row.expand(1, 1, -1), numbers_of(0.5), cap, F32)[0, 0]
     truth = processed(row.expand(1, 1, -1), torch.tensor([0.5]), cap)[0, 0]
     assert out.isnan().tolist() == truth.isnan().tolist()
-    torch.testing.assert_close(out[1:].double().clamp(-3e38, 3e38), truth[1:].clamp(-3e38, 3e38), rtol=5e-7, atol=0)
+    torch.testing.assert_close(out[1:].double().clamp(-3e38, 3e38), truth[1:].clamp(-3e38, 3e38), rtol=1e-6, atol=0)
 
 
 # Soft embeddings
