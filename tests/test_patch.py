@@ -23,7 +23,7 @@ import fdpp
 from fdpp import patching
 from fdpp.models.families import families
 from fdpp.models.language_model import DiffusionLM
-from fdpp.patching import scripts
+from fdpp.patching import scripts, transfer
 
 NAMES = tuple(scripts.SELECTORS)
 pytestmark = pytest.mark.filterwarnings("ignore:.*rope_scaling. is deprecated")  # the published configuration has it
@@ -175,8 +175,8 @@ def problem(B: int = 2, L: int = 12, V: int = 40, seed: int = 0) -> dict[str, An
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The arguments of every step of ours that a script takes."""
     seen: list[Any] = []
-    step = scripts.prefix_step
-    monkeypatch.setattr(scripts, "prefix_step", lambda *args: seen.append(args) or step(*args))
+    step = transfer.prefix_step
+    monkeypatch.setattr(transfer, "prefix_step", lambda *args: seen.append(args) or step(*args))
     return seen
 
 
@@ -369,7 +369,7 @@ def test_the_operator_is_registered_properly() -> None:
     params = torch.tensor([[0.1, 0.0, 0.0]], dtype=torch.float64).expand(2, 3).clone()
     key = fdpp.Frechet.key()
     torch.library.opcheck(
-        scripts.transfer_op, (arguments["logits"], arguments["mask_index"], arguments["x"], params, key)
+        transfer.transfer_op, (arguments["logits"], arguments["mask_index"], arguments["x"], params, key)
     )
 
 
@@ -1001,7 +1001,7 @@ STEP = "DenoisingStep(rule=Frechet(margin=0.25, calibration=0.0), mask_id=62, te
         (
             0,
             "module 'generate': get_transfer_index -> fdpp's fused step, get_transfer_index_dynamic -> fdpp's fused "
-            "step, get_transfer_index_frechet_profile -> fdpp's fused step",
+            "step, get_transfer_index_frechet_profile -> fdpp's fused step, _get_transfer_index -> fdpp's fused step",
         ),
         (1, f"a LLaDAModelLM: generate -> fdpp's block loop, infill -> fdpp's block loop, denoising_step -> {STEP}"),
         (2, "a Decoder: step -> DenoisingStep(rule=Quota(k=2), mask_id=19, temperature=0.0)"),

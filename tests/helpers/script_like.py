@@ -70,6 +70,23 @@ def get_transfer_index_frechet_profile(
     return x0, first(((score > margin) & (profile >= 0)).sum(1).clamp(min=1), order, mask_index)
 
 
+def _get_transfer_index(
+    logits: Any,
+    temperature: Any,
+    remasking: Any,
+    mask_index: Any,
+    x: Any,
+    num_transfer_tokens: Any = None,
+    threshold: Any = None,
+    factor: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Of dllm's Fast-dLLM sampler for LLaDA: a factor counts before a threshold, and that before a quota."""
+    arguments = (logits, temperature, remasking, mask_index, x, num_transfer_tokens)
+    if factor is not None:
+        return get_transfer_index_dynamic(*arguments, factor)
+    return get_transfer_index(*arguments, threshold)
+
+
 @torch.no_grad()
 def generate(
     model: Any,
