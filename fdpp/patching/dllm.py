@@ -57,7 +57,7 @@ def token_and_probability(logits: Tensor, temperature: float, top_k: Any, top_p:
 
 def most_likely(logits: Tensor) -> tuple[Tensor, Tensor] | None:
     """Confidence and proposal of positions that are all masked, with an unknown mask id."""
-    if logits.dtype not in DTYPES or logits.device.type not in ("cpu", "cuda") or not logits.shape[-1]:
+    if logits.dtype not in DTYPES or logits.device.type not in ("cpu", "cuda"):
         return None
     # As sequences of one position there may be any number of them; a block stays as it is, for it may be a slice.
     block = logits.dim() == 3 and logits.shape[1] <= MAX_POSITIONS
