@@ -16,11 +16,13 @@ import remote_like
 import torch
 from captures import Captures, captured_on_cpu
 from family_of_others import TIED
+from packaging.version import Version
 from plain import plain_llada
 from small import exact, exact_model, left_pad, prompts, small_dream, small_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.generation import GenerationMixin
+from transformers.integrations import peft as integrations
 
 import fdpp
 from fdpp import cli, tiny
@@ -230,7 +232,19 @@ def test_files_are_loaded_by_peft_and_by_transformers(tmp_path: Path) -> None:
         assert decoded(kind.from_pretrained(folder)).equal(expected)
     model = small_model()
     model.load_adapter(folder)
-    assert decoded(model).equal(expected)
+    assert decoded(model).equal(expected) and not expected.equal(base)
+
+
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(integrations.MIN_PEFT_VERSION),
+    reason=f"transformers' own adapters ask for peft {integrations.MIN_PEFT_VERSION}",
+)
+def test_adapters_are_switched_by_transformers() -> None:
+    model = small_model()
+    base = decoded(model)
+    model.add_adapter(lora(init_lora_weights=False), "default")
+    expected = decoded(model)
+    assert not expected.equal(base)
     model.disable_adapters()
     assert decoded(model).equal(base)
     model.add_adapter(lora("up_proj", init_lora_weights=False), "another")
