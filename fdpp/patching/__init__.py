@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from fdpp.decoding.generate import DiffusionGenerationMixin
-from fdpp.patching import models, scripts, steps
+from fdpp.patching import diffusion_gemma, models, scripts, steps
 
 RECORD = "_fdpp_patch"
 """Where a patched target keeps what was replaced: on itself, so that a copy of it can be unpatched too."""
@@ -18,6 +19,7 @@ def supported() -> str:
     return f"""fdpp.patch takes one of
 - a Python module with {scripts.SUPPORTED}
 - a torch.nn.Module that is {models.supported()}
+- a torch.nn.Module that is {diffusion_gemma.SUPPORTED}
 - a torch.nn.Module that holds {steps.SUPPORTED}"""
 
 
@@ -43,7 +45,7 @@ class Patch:
 
     def __repr__(self) -> str:
         owner = unwrapped(self.target)
-        becomes = scripts.BECOMES if isinstance(owner, ModuleType) else models.BECOMES
+        becomes = kind_of(owner).BECOMES
         said = "already patched" if self.record is None else "undone"
         if self.record is not None and self.holds():
             shown = (
@@ -54,25 +56,27 @@ class Patch:
         return f"fdpp.patch of {described(owner)}: {said}"
 
 
-def patch(target: Any) -> Patch:
+def patch(target: Any, **options: Any) -> Patch:
     """Let `target` work with fdpp until `unpatch(target)`; in a `with` statement, until its end.
 
     - A module of a script (Fast-dLLM's `generate.py` and relatives): see `fdpp.patching.scripts`.
     - A model of one of our families that transformers loaded with remote code: see `fdpp.patching.models`.
+    - transformers' DiffusionGemma: see `fdpp.patching.diffusion_gemma`. Its option `conditioning` is "logits" or
+      "streamed".
     - A `torch.nn.Module` that holds a denoising step: see `fdpp.patching.steps`.
 
     Only `target` changes, and after an error nothing does. Patching it again does nothing: one `unpatch`, or the end of
     the outermost `with`, undoes it. Of a compiled module, or of a model in peft's wrapper, what it wraps is patched.
 
     Raises:
-        TypeError: `target` is neither a Python module nor a `torch.nn.Module`.
+        TypeError: `target` is neither a Python module nor a `torch.nn.Module`, or it takes no such option.
         ValueError: nothing to replace was found in `target`, or not as expected.
     """
     owner = unwrapped(target)
     if RECORD in vars(owner):
         return Patch(target, None)
     record = []
-    for path, name, new in replacements(owner):
+    for path, name, new in replacements(owner, **options):
         table = table_of(owner, path, new)
         record.append((path, name, name in table, table.get(name), new))
         table[name] = new
@@ -99,16 +103,23 @@ def unpatch(target: Any) -> None:
             del table[name]
 
 
-def replacements(owner: Any) -> list[tuple[str, str, Any]]:
-    """What to replace in `owner`: path of the submodule, name in it, new object."""
+def kind_of(owner: Any) -> Any:
+    """The module of this package that knows what to replace in `owner`."""
     if isinstance(owner, ModuleType):
-        kind: Any = scripts
-    elif isinstance(owner, nn.Module):
-        kind = steps if models.family_of(owner) is None else models
-    else:
-        raise TypeError(f"fdpp.patch: got {described(owner)}. {supported()}")
+        return scripts
+    if diffusion_gemma.is_one(owner):
+        return diffusion_gemma
+    return steps if models.family_of(owner) is None else models
+
+
+def replacements(owner: Any, **options: Any) -> list[tuple[str, str, Any]]:
+    """What to replace in `owner`: path of the submodule, name in it, new object."""
+    kind = kind_of(owner)
+    unknown = options.keys() - inspect.signature(kind.replacements).parameters.keys()
+    if unknown:
+        raise TypeError(f"fdpp.patch: {described(owner)} takes no option {', '.join(sorted(unknown))}")
     try:
-        return kind.replacements(owner)
+        return kind.replacements(owner, **options)
     except ValueError as error:
         own = " (fdpp's own, which needs no patch)" if isinstance(owner, DiffusionGenerationMixin) else ""
         raise ValueError(f"fdpp.patch: {described(owner)}{own}: {error}. {supported()}") from error

@@ -31,6 +31,9 @@ SUPPORTED = (
 )
 
 
+BECOMES = "fdpp's step"
+
+
 def is_step(child: nn.Module) -> bool:
     """Whether `child` is shaped like `fdpp.DenoisingStep`, see above."""
     if isinstance(child, DenoisingStep) or not all(hasattr(child, name) for name in ATTRIBUTES):

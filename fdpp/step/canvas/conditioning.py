@@ -59,11 +59,13 @@ def process_cpu(
 ) -> Tensor:
     """`fdpp::processed_logits` in PyTorch, `cpu.CHUNK` logits at a time."""
     B, T, V = logits.shape
-    out = torch.zeros(B, T, V, dtype=dtype) if before is None else before.clone(memory_format=DENSE)
+    out, active = torch.empty(B, T, V, dtype=dtype), unfinished(B, finished)
+    for b in set(range(B)).difference(active):
+        out[b] = 0.0 if before is None else before[b]
     temperatures = numbers[:, 1].expand(B).tolist()
     at_once = max(cpu.CHUNK // V, 1)
     room = torch.empty(min(at_once, T), V)
-    for b in unfinished(B, finished):
+    for b in active:
         for rows, kept in zip(logits[b].split(at_once), out[b].split(at_once), strict=True):
             kept.copy_(temper_(room[: len(rows)].copy_(rows), softcap, temperatures[b]))
     return out
