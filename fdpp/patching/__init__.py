@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fdpp.decoding.generate import DiffusionGenerationMixin
-from fdpp.patching import diffusion_gemma, models, scripts, steps
+from fdpp.patching import diffusion_gemma, models, schedulers, scripts, steps
 
 RECORD = "_fdpp_patch"
 """Where a patched target keeps what was replaced: on itself, so that a copy of it can be unpatched too."""
@@ -20,7 +20,8 @@ def supported() -> str:
 - a Python module with {scripts.SUPPORTED}
 - a torch.nn.Module that is {models.supported()}
 - a torch.nn.Module that is {diffusion_gemma.SUPPORTED}
-- a torch.nn.Module that holds {steps.SUPPORTED}"""
+- a torch.nn.Module that holds {steps.SUPPORTED}
+- {schedulers.SUPPORTED}"""
 
 
 class Patch:
@@ -31,20 +32,22 @@ class Patch:
 
     def __init__(self, target: Any, record: list[Any] | None) -> None:
         self.target, self.record = target, record
+        # A pipeline may have another scheduler later.
+        self.owner = unwrapped(target)
 
     def __enter__(self) -> Any:
         return self.target
 
     def __exit__(self, *exception: object) -> None:
         if self.holds():
-            unpatch(self.target)
+            unpatch(self.owner)
 
     def holds(self) -> bool:
         """Whether what this patch replaced is still so."""
-        return self.record is not None and vars(unwrapped(self.target)).get(RECORD) is self.record
+        return self.record is not None and vars(self.owner).get(RECORD) is self.record
 
     def __repr__(self) -> str:
-        owner = unwrapped(self.target)
+        owner = self.owner
         becomes = kind_of(owner).BECOMES
         said = "already patched" if self.record is None else "undone"
         if self.record is not None and self.holds():
@@ -64,12 +67,13 @@ def patch(target: Any, **options: Any) -> Patch:
     - transformers' DiffusionGemma: see `fdpp.patching.diffusion_gemma`. Its option `conditioning` is "logits" or
       "streamed".
     - A `torch.nn.Module` that holds a denoising step: see `fdpp.patching.steps`.
+    - A scheduler of diffusers, or a pipeline that has one: see `fdpp.patching.schedulers`.
 
     Only `target` changes, and after an error nothing does. Patching it again does nothing: one `unpatch`, or the end of
     the outermost `with`, undoes it. Of a compiled module, or of a model in peft's wrapper, what it wraps is patched.
 
     Raises:
-        TypeError: `target` is neither a Python module nor a `torch.nn.Module`, or it takes no such option.
+        TypeError: `target` is none of these kinds, or takes no such option.
         ValueError: nothing to replace was found in `target`, or not as expected.
     """
     owner = unwrapped(target)
@@ -107,6 +111,8 @@ def kind_of(owner: Any) -> Any:
     """The module of this package that knows what to replace in `owner`."""
     if isinstance(owner, ModuleType):
         return scripts
+    if not isinstance(owner, nn.Module):
+        return schedulers
     if diffusion_gemma.is_one(owner):
         return diffusion_gemma
     return steps if models.family_of(owner) is None else models
@@ -126,7 +132,10 @@ def replacements(owner: Any, **options: Any) -> list[tuple[str, str, Any]]:
 
 
 def unwrapped(target: Any) -> Any:
-    """What `torch.compile` and peft wrapped, or `target`; `TypeError` unless it is some kind of module."""
+    """What `torch.compile` and peft wrapped, a pipeline's scheduler, or `target`; `TypeError` if it is of no kind."""
+    scheduler = schedulers.scheduler_of(target)
+    if scheduler is not None:
+        return scheduler
     if not isinstance(target, (ModuleType, nn.Module)):
         raise TypeError(f"fdpp.patch: got {described(target)}. {supported()}")
     owner: Any = target

@@ -30,7 +30,6 @@ SUPPORTED = (
     f"attributes {' and '.join(ATTRIBUTES)} (and perhaps temperature)"
 )
 
-
 BECOMES = "fdpp's step"
 
 
