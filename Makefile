@@ -10,7 +10,7 @@ OUT ?= bench/results/local
 PY = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY = $(if $(VENV),$(VENV)/.ready)
 
-.PHONY: help demo test lint bench bench-smoke gate quality picture clean eval-check sglang-check \
+.PHONY: help demo test lint bench bench-smoke gate quality picture clean eval-check sglang-check diffusers-check \
 	release-check history gpu-check gpu-run gpu-rehearse gpu-smoke gpu-test gpu-stress gpu-memcheck gpu-racecheck gpu-bench
 
 # Run in parallel, the tests would slow what the benchmarks time.
@@ -24,7 +24,8 @@ help:
 	@echo "make gate       fails if fdpp has become slower than this device's baseline in bench/baselines allows"
 	@echo "make quality    every rule and cache on the embedded models, and why decodes fail: tables, plots, JSON"
 	@echo "make picture    the README's picture, from a decode of the embedded model"
-	@echo "make eval-check, make sglang-check  the tests beside lm-evaluation-harness, and beside SGLang"
+	@echo "make eval-check, make sglang-check, make diffusers-check"
+	@echo "                the tests beside lm-evaluation-harness, beside SGLang, and beside diffusers"
 	@echo "make history    adds this version's headline figures to bench/history.md"
 	@echo "make release-check  builds the archives of a release, and checks and tries them"
 	@echo "make gpu-check  all checks on a CUDA device in nine minutes: smoke, figures, tests, stress, gate, memcheck,"
@@ -94,8 +95,8 @@ release-check: PACKAGES = $(shell $(PY) -c 'import sysconfig; print(sysconfig.ge
 release-check: $(READY) build/release/.ready
 	build/release/bin/python tests/helpers/release_check.py --out dist $(if $(TAG),--tag '$(TAG)') $(if $(PACKAGES),--packages $(PACKAGES))
 
-# Environments of their own: both bring hundreds of megabytes. SGLang comes without its requirements, which are CUDA's.
-build/with-eval/.ready build/with-sglang/.ready: setup.py pyproject.toml constraints.txt tests/with_sglang/requirements.txt
+# Environments of their own: they bring what others need not. SGLang comes without its requirements, which are CUDA's.
+build/with-eval/.ready build/with-sglang/.ready build/with-diffusers/.ready: setup.py pyproject.toml constraints.txt tests/with_sglang/requirements.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -c constraints.txt setuptools wheel
 	$(@D)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[test$(EXTRA)]' $(REQUIREMENTS)
@@ -103,6 +104,7 @@ build/with-eval/.ready build/with-sglang/.ready: setup.py pyproject.toml constra
 	@touch $@
 
 build/with-eval/.ready: EXTRA = ,eval
+build/with-diffusers/.ready: EXTRA = ,diffusers
 build/with-sglang/.ready: REQUIREMENTS = -r tests/with_sglang/requirements.txt
 build/with-sglang/.ready: APART = sglang==0.5.23
 
@@ -111,6 +113,9 @@ eval-check: build/with-eval/.ready
 
 sglang-check: build/with-sglang/.ready
 	build/with-sglang/bin/python -m pytest tests/with_sglang
+
+diffusers-check: build/with-diffusers/.ready
+	build/with-diffusers/bin/python -m pytest tests/with_diffusers
 
 # A $(PYTHON) whose torch sees the GPU is used as it is: its CUDA build was chosen for this machine's driver.
 SEES_GPU = $(shell timeout 60 $(PYTHON) -c 'import torch; print("yes" if torch.cuda.is_available() else "")' 2>/dev/null)

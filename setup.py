@@ -49,6 +49,7 @@ setup(
     ],
     extras_require={
         "adapters": ["peft>=0.20"],
+        "diffusers": ["diffusers>=0.42.1"],
         "eval": ["lm_eval[math]>=0.4.13", "datasets", "evaluate", "accelerate"],
         "parallel": ["accelerate"],
         "png": ["matplotlib"],
