@@ -180,7 +180,8 @@ def test_stops_are_the_criterions(model: Any) -> None:
             zero = torch.zeros(())
             out = CanvasStep(argmax, argmax, argmax, entropy, zero, zero, entropy.mean(1))
             wanted = own(argmax, logits)
-            assert diffusion_gemma.stops(ours, out).equal(wanted)
+            stopped_now, ours.argmax_canvas_history = diffusion_gemma.stops(out, k, 0.7, ours.argmax_canvas_history)
+            assert stopped_now.equal(wanted)
             stopped += int(wanted.sum())
             if k:
                 assert ours.argmax_canvas_history.equal(own.argmax_canvas_history)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fdpp.decoding.generate import DiffusionGenerationMixin
-from fdpp.patching import diffusion_gemma, models, schedulers, scripts, steps
+from fdpp.patching import diffusion_gemma, dllm_gemma, models, schedulers, scripts, steps
 
 RECORD = "_fdpp_patch"
 """Where a patched target keeps what was replaced: on itself, so that a copy of it can be unpatched too."""
@@ -21,7 +21,8 @@ def supported() -> str:
 - a torch.nn.Module that is {models.supported()}
 - a torch.nn.Module that is {diffusion_gemma.SUPPORTED}
 - a torch.nn.Module that holds {steps.SUPPORTED}
-- {schedulers.SUPPORTED}"""
+- {schedulers.SUPPORTED}
+- {dllm_gemma.SUPPORTED}"""
 
 
 class Patch:
@@ -68,6 +69,7 @@ def patch(target: Any, **options: Any) -> Patch:
       "streamed".
     - A `torch.nn.Module` that holds a denoising step: see `fdpp.patching.steps`.
     - A scheduler of diffusers, or a pipeline that has one: see `fdpp.patching.schedulers`.
+    - dllm's sampler for DiffusionGemma: see `fdpp.patching.dllm_gemma`.
 
     Only `target` changes, and after an error nothing does. Patching it again does nothing: one `unpatch`, or the end of
     the outermost `with`, undoes it. Of a compiled module, or of a model in peft's wrapper, what it wraps is patched.
@@ -112,7 +114,7 @@ def kind_of(owner: Any) -> Any:
     if isinstance(owner, ModuleType):
         return scripts
     if not isinstance(owner, nn.Module):
-        return schedulers
+        return dllm_gemma if dllm_gemma.is_one(owner) else schedulers
     if diffusion_gemma.is_one(owner):
         return diffusion_gemma
     return steps if models.family_of(owner) is None else models
@@ -133,6 +135,8 @@ def replacements(owner: Any, **options: Any) -> list[tuple[str, str, Any]]:
 
 def unwrapped(target: Any) -> Any:
     """What `torch.compile` and peft wrapped, a pipeline's scheduler, or `target`; `TypeError` if it is of no kind."""
+    if dllm_gemma.is_one(target):
+        return target
     scheduler = schedulers.scheduler_of(target)
     if scheduler is not None:
         return scheduler

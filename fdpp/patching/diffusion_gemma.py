@@ -114,16 +114,18 @@ def folded(processors: Any) -> tuple[Any, Any]:
     return None, processors
 
 
-def stops(criterion: Any, out: CanvasStep) -> Tensor:
-    """Which sequences the `StableAndConfidentStoppingCriteria` stops, bool `[B]`; its history takes the argmax in."""
-    confident = out.mean_entropy < criterion.confidence_threshold
-    if criterion.stability_threshold == 0:
-        return confident
-    history = criterion.argmax_canvas_history
+def stops(out: CanvasStep, k: int, threshold: float, history: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Which sequences stop after `out`, bool `[B]`, and the `history` `[k, B, T]` with its argmax.
+
+    Those whose argmax was the same in the last k steps, and whose mean entropy is below the threshold.
+    """
+    confident = out.mean_entropy < threshold
+    if k == 0:
+        return confident, history
     if history is None:
-        history = out.argmax.new_full((criterion.stability_threshold, *out.argmax.shape), -1)
-    criterion.argmax_canvas_history = torch.cat((history[1:], out.argmax[None]))
-    return (history == out.argmax).all(2).all(0) & confident
+        history = out.argmax.new_full((k, *out.argmax.shape), -1)
+    stable = (history == out.argmax).all(2).all(0)
+    return stable & confident, torch.cat((history[1:], out.argmax[None]))
 
 
 class Pending(threading.local):
@@ -240,8 +242,12 @@ class DenoisingStep:
 
         conditioning = self.conditioning(model, outputs, softcap, numbers, out.lse, finished_denoising, before, passed)
         finished = finished_denoising
-        if diffusion_stopping_criteria is not None:
-            finished = finished | stops(diffusion_stopping_criteria, out)
+        criterion = diffusion_stopping_criteria
+        if criterion is not None:
+            stopped, criterion.argmax_canvas_history = stops(
+                out, criterion.stability_threshold, criterion.confidence_threshold, criterion.argmax_canvas_history
+            )
+            finished = finished | stopped
         return out.canvas, out.argmax, conditioning, finished
 
     def conditioning(
