@@ -173,6 +173,7 @@ def decide(
     stride_mt,
     stride_pb,
     mask_id,
+    scale,
     ACCEPTS: tl.constexpr,
     ORDER: tl.constexpr,
     SAMPLED: tl.constexpr,
@@ -182,7 +183,7 @@ def decide(
     COUNT_RANKS: tl.constexpr,
 ):
     """Decide all of sequence `i_b`; `mask_logit` points to the mask id's logit at its first position, others are
-    `stride_mt` apart.
+    `stride_mt` apart; it is yet to be multiplied by `scale`.
 
     `out` is a `fdpp.Selection` of pointers.
     """
@@ -195,7 +196,9 @@ def decide(
     if HAS_ACTIVE:
         m_candidate = m_candidate & (tl.load(active + i_bt + o_t, mask=m_t, other=0) != 0)
     m_mask = m_t & (mask_id >= 0) & (mask_id < V)
-    b_mask_logit = tl.load(mask_logit + o_t.to(tl.int64) * stride_mt, mask=m_mask, other=float("-inf")).to(tl.float32)
+    b_mask_logit = (
+        tl.load(mask_logit + o_t.to(tl.int64) * stride_mt, mask=m_mask, other=float("-inf")).to(tl.float32) * scale
+    )
     p0 = tl.load(numbers + i_b * stride_pb)
     p1 = tl.load(numbers + i_b * stride_pb + 1)
     calibration = tl.load(numbers + i_b * stride_pb + 2)

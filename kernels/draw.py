@@ -23,6 +23,11 @@ def clamped(temperature):
 
 
 @triton.jit
+def inverse(temperature):
+    return 1.0 / clamped(temperature)
+
+
+@triton.jit
 def masses(b_logit, temperature):
     """Of a tile `[N, G]`: the largest logit of each row, and exp((l - largest) / temperature); a NaN counts as -inf."""
     b_clean = tl.where(b_logit == b_logit, b_logit, float("-inf"))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fdpp.kernels.decide import decide, store_partial
-from fdpp.kernels.draw import draw_inside, group_scores
+from fdpp.kernels.draw import draw_inside, group_scores, inverse
 from fdpp.kernels.noise import GROUP
 from fdpp.kernels.vocab import Summary, merge
 
@@ -76,6 +76,7 @@ def project_kernel(
     temperature,
     ORDER: tl.constexpr,
     SAMPLED: tl.constexpr,
+    TEMPERED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -83,6 +84,9 @@ def project_kernel(
     PRECISION: tl.constexpr,
 ):
     """Grid (row tiles, SPLITS): the programs of one split run side by side and share its weights in L2."""
+    scale = 1.0
+    if TEMPERED:
+        scale, temperature = inverse(temperature), 1.0
     i_r, i_s = tl.program_id(0), tl.program_id(1)
     wanted = tl.load(count)
     if i_r * BLOCK_R < wanted:
@@ -101,7 +105,7 @@ def project_kernel(
         for i_v in range(start, stop, BLOCK_V):
             o_v = i_v + tl.arange(0, BLOCK_V)
             m_v = o_v < stop
-            b_logit = tile_logits(hidden, weight, o_h, m_r, o_v, m_v, D, stride_w, BLOCK_D, PRECISION)
+            b_logit = tile_logits(hidden, weight, o_h, m_r, o_v, m_v, D, stride_w, BLOCK_D, PRECISION) * scale
             if (i_v <= mask_id) & (mask_id < tl.minimum(i_v + BLOCK_V, stop)):
                 b_mask_logit = tl.sum(tl.where((o_v == mask_id)[None, :], b_logit, 0.0), 1)
                 tl.store(mask_logit + o_bt, b_mask_logit, mask=m_r)
@@ -156,6 +160,7 @@ def decide_kernel(
         1,
         stride_pb,
         mask_id,
+        1.0,
         ACCEPTS,
         ORDER,
         SAMPLED,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fdpp.kernels.decide import decide, store_partial
+from fdpp.kernels.draw import inverse
 from fdpp.kernels.ticket import is_last
 from fdpp.kernels.vocab import summarize_row
 
@@ -34,6 +35,7 @@ def select_kernel(
     ACCEPTS: tl.constexpr,
     ORDER: tl.constexpr,
     SAMPLED: tl.constexpr,
+    TEMPERED: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -45,6 +47,9 @@ def select_kernel(
     Nobody waits: every program writes its summary and takes a ticket, and the one that draws the last ticket of its
     sequence merges, ranks, applies the rule and writes all outputs. It also resets the ticket for the next launch.
     """
+    scale = 1.0
+    if TEMPERED:
+        scale, temperature = inverse(temperature), 1.0
     i_s = tl.program_id(0) % SPLITS
     i_t = tl.program_id(0) // SPLITS % T
     i_b = tl.program_id(0) // SPLITS // T
@@ -57,7 +62,7 @@ def select_kernel(
         row = logits + i_b.to(tl.int64) * stride_lb + i_t.to(tl.int64) * stride_lt
         start = i_s * split_len
         stop = tl.minimum(start + split_len, V)
-        summary = summarize_row(row, start, stop, mask_id, seed, i_t, temperature, SAMPLED, ORDER, BLOCK_V)
+        summary = summarize_row(row, start, stop, mask_id, seed, i_t, temperature, scale, SAMPLED, ORDER, BLOCK_V)
         i_bt = i_b.to(tl.int64) * T + i_t
         store_partial(partial, i_bt, i_s, None, summary, B, T, SAMPLED, ORDER, SPLITS)
 
@@ -76,6 +81,7 @@ def select_kernel(
             stride_lt,
             stride_pb,
             mask_id,
+            scale,
             ACCEPTS,
             ORDER,
             SAMPLED,

@@ -145,14 +145,14 @@ def gather_lanes(lanes, start, ORDER: tl.constexpr):
 
 
 @triton.jit
-def drawn(lanes, row, start, stop, mask_id, seed, i_t, temperature):
+def drawn(lanes, row, start, stop, mask_id, seed, i_t, temperature, scale):
     """Score, logit and token of what the lanes' best group gives, whose logits are read once more."""
     WIDTH: tl.constexpr = lanes.top.shape[0] // lanes.score.shape[0]
     score = tl.max(lanes.score, 0)
     group = tl.min(tl.where(lanes.score == score, lanes.group, NO_TILE), 0)
     m_none = group >= NO_TILE
     i_v = tl.where(m_none, start, group * GROUP)
-    b_logit = load_tile(row, i_v, start, stop, mask_id, WIDTH).to(tl.float32)
+    b_logit = load_tile(row, i_v, start, stop, mask_id, WIDTH).to(tl.float32) * scale
     o_group = group + tl.zeros([1], tl.int32)
     column = tl.sum(draw_inside(b_logit[None, :], o_group, seed, i_t, temperature), 0)
     logit = tl.max(tl.where(tl.arange(0, WIDTH) == column, b_logit, float("-inf")), 0)
@@ -187,11 +187,12 @@ def summarize_row(
     seed,
     i_t,
     temperature,
+    scale,
     SAMPLED: tl.constexpr,
     ORDER: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The summary of `row[start:stop]`, the mask id left out; nothing where `stop` is not above `start`.
+    """The summary of `scale * row[start:stop]`, the mask id left out; nothing where `stop` is not above `start`.
 
     From the last tile to the first, so that the lower id wins a tie by >=. Two tiles are on their way at a time, but
     not when sampling, whose arithmetic takes longer than the wait.
@@ -207,11 +208,11 @@ def summarize_row(
         b_high = load_tile(row, i_v, start, stop, mask_id, BLOCK_V)
         if not SAMPLED:
             b_low = load_tile(row, i_v - BLOCK_V, start, stop, mask_id, BLOCK_V)
-        lanes = meet(lanes, b_high.to(tl.float32), i_v, seed, i_t, temperature, SAMPLED, ORDER)
+        lanes = meet(lanes, b_high.to(tl.float32) * scale, i_v, seed, i_t, temperature, SAMPLED, ORDER)
         if not SAMPLED:
-            lanes = meet(lanes, b_low.to(tl.float32), i_v - BLOCK_V, seed, i_t, temperature, SAMPLED, ORDER)
+            lanes = meet(lanes, b_low.to(tl.float32) * scale, i_v - BLOCK_V, seed, i_t, temperature, SAMPLED, ORDER)
     summary = gather_lanes(lanes, start, ORDER)
     if SAMPLED:
-        score, logit, token = drawn(lanes, row, start, stop, mask_id, seed, i_t, temperature)
+        score, logit, token = drawn(lanes, row, start, stop, mask_id, seed, i_t, temperature, scale)
         summary = Summary(summary.top, summary.rest, score, logit, token, summary.slope, summary.second)
     return summary

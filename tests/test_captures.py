@@ -57,6 +57,7 @@ KINDS: list[dict[str, Any]] = [
     {"head": "fused"},
     {"head": "fused", "drafts": 3},
     {"temperature": 0.7, "seed": 3},
+    {"rule": fdpp.EntropyBound(0.5, tempered=True), "temperature": 0.7, "seed": 3},
     {"rule": fdpp.Klass(0.3, 0.5, 1), "cache": "prefix"},
     {"rule": fdpp.LocalLeap(0.6, 0.3), "drafts": 2},
     {"rule": fdpp.Quota(), "steps": 9, "remasking": "random", "seed": 3},

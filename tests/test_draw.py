@@ -37,7 +37,7 @@ def draw_kernel(logits, seeds, positions, temperature, score, logit, token, V, s
     start = i_s * split_len
     stop = tl.minimum(start + split_len, V)
     seed, i_t = tl.load(seeds + i), tl.load(positions + i)
-    part = summarize_row(logits + i * V, start, stop, -1, seed, i_t, temperature, True, "confidence", BLOCK_V)
+    part = summarize_row(logits + i * V, start, stop, -1, seed, i_t, temperature, 1.0, True, "confidence", BLOCK_V)
     tl.store(score + i * splits + i_s, part.score)
     tl.store(logit + i * splits + i_s, part.logit)
     tl.store(token + i * splits + i_s, part.token)

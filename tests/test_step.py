@@ -88,7 +88,7 @@ def test_state_dict_is_empty_and_copies_work() -> None:
     assert not step.state_dict()
     assert not list(step.parameters())
     assert copy.deepcopy(step).rule == step.rule
-    assert repr(step) == "DenoisingStep(rule=EntropyBound(gamma=0.3), mask_id=5, temperature=0.5)"
+    assert repr(step) == "DenoisingStep(rule=EntropyBound(gamma=0.3, tempered=False), mask_id=5, temperature=0.5)"
 
 
 @pytest.mark.parametrize(

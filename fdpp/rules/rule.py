@@ -33,6 +33,9 @@ from fdpp.selection import Selection, masked_again, recommit
 
 ORDERS = ("confidence", "margin", "entropy")
 
+TEMPERED = " of softmax(l / T)"
+"""Ends what `Rule.tested` returns where a step with a temperature T > 0 takes l / T for the logits, drawing at 1."""
+
 
 class Needs(NamedTuple):
     """What a rule has to see beyond the logits of masked positions; a decode asks this and not the rule's class.
@@ -293,7 +296,10 @@ class Rule:
         return f"{cls.__module__}.{cls.__qualname__}"
 
     def tested(self) -> str:
-        """The key of the rule whose predicate and order the prefix test takes: its own, unless it wraps one."""
+        """The key of the rule whose predicate and order the prefix test takes: its own, unless it wraps one.
+
+        With `TEMPERED` behind it all of the step, confidence, order and draw, is of softmax(l / T).
+        """
         return self.key()
 
     @staticmethod

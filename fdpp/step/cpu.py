@@ -44,7 +44,7 @@ def propose(rows: Tensor, terms: Terms, b: Tensor, t: Tensor) -> tuple[Tensor, T
     """
     mask_logit = take_mask(rows, terms.mask_id)
     if terms.sampled and terms.seeds is not None:
-        return *draw(rows, terms.seeds[b], t, terms.temperature), mask_logit
+        return *draw(rows, terms.seeds[b], t, terms.drawn_at), mask_logit
     return *largest(rows), mask_logit
 
 
@@ -81,6 +81,8 @@ def summarize(rows: Tensor, terms: Terms, b: Tensor, t: Tensor) -> tuple[Tensor,
 
     The rows are of positions `t` `[n]` in sequences `b` `[n]`.
     """
+    if terms.tempered:
+        rows /= terms.temperature
     logit, proposal, mask_logit = propose(rows, terms, b, t)
     column = proposal[:, None]
     if terms.sampled:

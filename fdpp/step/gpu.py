@@ -130,6 +130,7 @@ def select(logits: Tensor, tokens: Tensor, active: Tensor | None, terms: Terms) 
             ACCEPTS=terms.kind.predicate,
             ORDER=terms.order,
             SAMPLED=terms.sampled,
+            TEMPERED=terms.tempered,
             HAS_ACTIVE=active is not None,
             SPLITS=config.splits,
             BLOCK_V=config.block_v,

@@ -169,6 +169,8 @@ def lend(logits: Tensor, terms: Terms, b: Tensor, t: Tensor, first_id: int) -> T
     at, count = first_id % GROUP, min(-first_id % GROUP, logits.shape[2])
     lent = logits.new_full((b.numel(), GROUP + 1), -torch.inf, dtype=torch.float32)
     lent[:, at : at + count] = cpu.rows_of(logits[..., :count], b, t)
+    if terms.tempered:
+        lent /= terms.temperature
     cpu.take_mask(lent[:, :GROUP], terms.mask_id - (first_id - at))
     lent[:, GROUP] = first_id // GROUP
     return lent
@@ -196,7 +198,7 @@ def drawn(
     groups = F.pad(rows, (0, -rows.shape[1] % GROUP), value=-torch.inf)
     groups[:, -GROUP:] = torch.maximum(groups[:, -GROUP:], rest_of_group)
     assert terms.seeds is not None
-    score, column = draw(groups, terms.seeds[b], t, terms.temperature, first_id + lead)
+    score, column = draw(groups, terms.seeds[b], t, terms.drawn_at, first_id + lead)
     return first_id + lead + column, score, groups.gather(1, column[:, None])[:, 0]
 
 
@@ -212,6 +214,8 @@ def summarize(rows: Tensor, terms: Terms, b: Tensor, t: Tensor, first_id: int, r
     - by margin, the slice's second largest logit;
     - by entropy: the largest logit p with the mask's, the sum of exp(l - p) and that of exp(l - p)(p - l).
     """
+    if terms.tempered:
+        rows /= terms.temperature
     index = torch.arange(rows.shape[0], device=rows.device)
     mask_logit = cpu.take_mask(rows, terms.mask_id - first_id)
     top, column = cpu.largest(rows)

@@ -104,6 +104,7 @@ def project_gpu(hidden: Tensor, weight: Tensor, tokens: Tensor, active: Tensor |
             terms.mask_id,
             float(terms.temperature),
             **kinds,
+            TEMPERED=terms.tempered,
             BLOCK_R=config.block_r,
             BLOCK_V=config.block_v,
             BLOCK_D=config.block_d,

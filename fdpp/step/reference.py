@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdpp.rules import Proposed, Rule
+from fdpp.rules.rule import TEMPERED
 from fdpp.selection import Selection
 from fdpp.step.draw import draw
 
@@ -84,11 +85,14 @@ def prefix_step(
     """The step that the rule's prefix test decides, position by position; arguments as those of `select`.
 
     1. A masked position's proposal is its largest logit, the mask id left out (the lowest id of equals); with a
-       temperature, one drawn from softmax(l / temperature) (`fdpp.step.draw`).
+       temperature, one drawn from softmax(l / temperature) (`fdpp.step.draw`). If the rule is tempered, l / temperature
+       stands for l in all that follows, too.
     2. The profile is sorted by confidence (or margin or entropy), the lower position first among equals, unusable rows
        last.
     3. The longest accepted prefix of the usable part is committed, and at least one position.
     """
+    if temperature > 0.0 and rule.tested().endswith(TEMPERED):
+        logits, temperature = logits.double() / temperature, 1.0
     B, T, V = logits.shape
     candidate = tokens == mask_id if active is None else (tokens == mask_id) & active
     proposal, committed = tokens.clone(), torch.zeros_like(candidate)

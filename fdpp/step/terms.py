@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdpp.rules import Rule
+from fdpp.rules.rule import TEMPERED
 from fdpp.selection import check_temperature
 
 
@@ -16,7 +17,7 @@ class Terms(NamedTuple):
 
     Attributes:
         params: `[1, 3]` float64, as `pack` makes it, or one such row per sequence.
-        rule: `Rule.key()`.
+        rule: `Rule.tested()`.
         mask_id: the id that marks a masked position.
         temperature: 0 for greedy proposals.
         seeds: `[B]` int64, a noise stream per sequence; required with a temperature.
@@ -30,7 +31,7 @@ class Terms(NamedTuple):
 
     @property
     def kind(self) -> type[Rule]:
-        return Rule.registry[self.rule]
+        return Rule.registry[self.rule.removesuffix(TEMPERED)]
 
     @property
     def order(self) -> str:
@@ -39,6 +40,15 @@ class Terms(NamedTuple):
     @property
     def sampled(self) -> bool:
         return self.temperature > 0.0
+
+    @property
+    def tempered(self) -> bool:
+        """Whether all of the step is of softmax(l / T), so that logits are divided and the draw is at temperature 1."""
+        return self.sampled and self.rule.endswith(TEMPERED)
+
+    @property
+    def drawn_at(self) -> float:
+        return 1.0 if self.tempered else self.temperature
 
 
 def pack(rule: Rule, device: torch.device | str | None = None) -> Tensor:

@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import fdpp
+from fdpp.rules.rule import TEMPERED
 from fdpp.step import gpu
 from fdpp.step.terms import Terms, pack
 
@@ -48,7 +49,8 @@ class Variant:
 
     @property
     def name(self) -> str:
-        facts = [self.target, type(self.rule).__name__, f"{self.B}x{self.T}x{self.V}", self.dtype]
+        rule = type(self.rule).__name__ + "-tempered" * self.rule.tested().endswith(TEMPERED)
+        facts = [self.target, rule, f"{self.B}x{self.T}x{self.V}", self.dtype]
         return "-".join(facts + ["sampled"] * self.sampled + ["active"] * self.active)
 
 
@@ -68,6 +70,7 @@ def variants() -> list[Variant]:
         found += [Variant(target), Variant(target, entropy), Variant(target, entropy, sampled=True)]
         found += [Variant(target, margin), Variant(target, margin, sampled=True)]
         found += [Variant(target, B=256, T=128, sampled=True)]
+    found += [Variant(target, fdpp.EntropyBound(0.1, tempered=True), sampled=True) for target in TARGETS]
     found += [Variant("sm_80", T=1024), Variant("gfx942", T=1024), Variant("sm_100", T=1024)]
     return found
 
@@ -200,7 +203,7 @@ def compiled(variant: Variant, kernel: Compiled) -> dict[str, Any]:
         like(torch.bool, B, T) if variant.active else None,
         Terms(
             pack(variant.rule, "meta"),
-            variant.rule.key(),
+            variant.rule.tested(),
             126336,
             1.0 if variant.sampled else 0.0,
             like(torch.int64, B) if variant.sampled else None,

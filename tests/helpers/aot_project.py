@@ -17,6 +17,7 @@ from aot import TARGETS, Compiled, TargetDriver, assembly, facts, like, watched
 
 import fdpp
 from fdpp.attention import split_keys
+from fdpp.rules.rule import TEMPERED
 from fdpp.step import project
 from fdpp.step.terms import Terms, pack
 
@@ -39,7 +40,8 @@ class Head:
 
     @property
     def name(self) -> str:
-        facts = [self.target, type(self.rule).__name__, f"{self.B}x{self.T}", self.dtype]
+        rule = type(self.rule).__name__ + "-tempered" * self.rule.tested().endswith(TEMPERED)
+        facts = [self.target, rule, f"{self.B}x{self.T}", self.dtype]
         return "-".join(facts + ["sampled"] * self.sampled)
 
     @property
@@ -56,7 +58,7 @@ class Head:
             None,
             Terms(
                 pack(self.rule, "meta"),
-                self.rule.key(),
+                self.rule.tested(),
                 126336,
                 1.0 if self.sampled else 0.0,
                 like(torch.int64, self.B) if self.sampled else None,
@@ -74,6 +76,7 @@ def heads() -> list[Head]:
             found.append(Head(target, margin, B=B, T=T))
         found += [Head(target, B=B, sampled=True) for B in (1, 8)]
         found += [Head(target, rule, B=B, sampled=True) for B in (1, 8) for rule in (entropy, margin)]
+        found += [Head(target, fdpp.EntropyBound(0.1, tempered=True), sampled=True)]
         found += [Head(target, T=1024), Head(target, entropy, T=1024, sampled=True)]
         found += [Head(target, margin, T=1024, sampled=True)]
     found += [Head("sm_90", B=B, dtype="float32", sampled=sampled) for B in (1, 8) for sampled in (False, True)]
