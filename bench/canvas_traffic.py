@@ -6,7 +6,8 @@ kernels on a GPU is composed here as its sources (`ATen/native`) have it, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from nodes import GPU, Launch
 from report import markdown, number
 from roofline import Device, seconds
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
 from fdpp.step.canvas.conditioning import soft_embeddings
@@ -75,9 +77,21 @@ def ways(B: int) -> dict[str, Callable[[], Any]]:
     }
 
 
+@contextmanager
+def checked() -> Iterator[None]:
+    """Distributions check their arguments, as they do until something was compiled in the process: `torch.compile` ends
+    that for good."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(True)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
 def count(B: int, way: str) -> tuple[list[Launch], int]:
     """The launches of one of `ways`, and the most bytes that it holds beyond what it is given."""
-    with nodes.recorded() as record, Composed():
+    with nodes.recorded() as record, Composed(), checked():
         call = ways(B)[way]
         record.launches.clear()
         with nodes.Held() as held:

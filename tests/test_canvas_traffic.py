@@ -28,7 +28,10 @@ def test_what_pytorch_composes_gives_what_it_gives() -> None:
     assert multinomial(torch.eye(40)[chosen], 1)[:, 0].equal(chosen)
 
 
-def test_transformers_step_passes_over_57_canvases() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transformers_step_passes_over_57_canvases(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not something was compiled in the process before."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", not compiled)
     launches, held = count(1, "transformers, step")
     assert moved(launches) == pytest.approx(57, abs=0.1)
     # Softcap, temperature, softmax, sample, argmax, entropy for acceptance and again for the stop, and the cast.

@@ -26,6 +26,7 @@ from fdpp.decoding import static
 from fdpp.decoding.settings import DiffusionGenerationConfig
 from fdpp.integrations.evaluation import likelihood
 from fdpp.step import parallel, reference
+from fdpp.step.canvas import operator, processed_logits, soft_embeddings
 from fdpp.step.terms import Terms, pack, streams
 from fdpp.trace.record import record
 
@@ -293,7 +294,22 @@ def a_captured_decode(rule: fdpp.Rule) -> Callable[[], Any]:
     return run
 
 
-ENTRIES = (a_select, a_reference, a_module, a_kernel, slices, a_trace, a_captured_decode)
+def a_canvas(rule: fdpp.Rule) -> Callable[[], Any]:
+    """A step of a canvas, one of three finished, and both ways to condition the next forward; no rule is asked."""
+    generator = torch.Generator().manual_seed(0)
+    outputs, weight = torch.randn(3, 6, 40, generator=generator), torch.randn(40, 8, generator=generator)
+    canvas, finished = torch.randint(40, (3, 6), generator=generator), torch.tensor([False, True, False])
+    numbers = torch.tensor([[0.5, 0.7]], dtype=torch.float64)
+
+    def run() -> Any:
+        step = operator.step(outputs, canvas, canvas, finished, numbers, streams(3, 3, outputs.device), 30.0)
+        logits = processed_logits(outputs, numbers, 30.0, torch.bfloat16, finished)
+        return *step, logits, soft_embeddings(outputs, step.lse, numbers, weight, 30.0, 2.0, finished)
+
+    return run
+
+
+ENTRIES = (a_select, a_reference, a_module, a_kernel, slices, a_trace, a_captured_decode, a_canvas)
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")

@@ -236,7 +236,7 @@ class DenoisingStep:
         if outputs.dtype not in DTYPES:
             outputs = outputs.float()
         numbers = self.numbers(sampler.entropy_bound, schedule, cur_step, outputs.device)
-        seeds = torch.randint(2**63 - 1, current_canvas.shape[:1], device=outputs.device)
+        seeds = torch.randint(2**63 - 1, current_canvas.shape[:1], dtype=torch.int64, device=outputs.device)
         out = step(outputs, current_canvas.long(), argmax_canvas, finished_denoising, numbers, seeds, softcap)
         sampler.accepted_token_mask = out.accepted
 

@@ -166,7 +166,9 @@ class BlockRefinementStep(Step):
         proposal, c = proposed(logits, seeds_of(sample, generator) if sampled else None)
         if mask_token_id is None:
             chosen, edited = self.of_noise(c, proposal != sample, int(timestep), tau, edit)
-            random = torch.randint(model_output.shape[2], sample.shape, device=sample.device, generator=generator)
+            random = torch.randint(
+                model_output.shape[2], sample.shape, generator=generator, dtype=torch.int64, device=sample.device
+            )
             kept = torch.where(self.scheduler._committed, sample, random)
         else:
             masked = sample == mask_token_id
@@ -244,7 +246,7 @@ def filters(top_p: float | None, top_k: int | None, V: int) -> bool:
 
 def seeds_of(sample: Tensor, generator: torch.Generator | None) -> Tensor:
     """A stream for every sequence of `sample`, `[B]`."""
-    return torch.randint(2**63 - 1, sample.shape[:1], generator=generator, device=sample.device)
+    return torch.randint(2**63 - 1, sample.shape[:1], generator=generator, dtype=torch.int64, device=sample.device)
 
 
 def proposed(logits: Tensor, seeds: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -59,12 +59,12 @@ def process_cpu(
 ) -> Tensor:
     """`fdpp::processed_logits` in PyTorch, `cpu.CHUNK` logits at a time."""
     B, T, V = logits.shape
-    out, active = torch.empty(B, T, V, dtype=dtype), unfinished(B, finished)
+    out, active = torch.empty(B, T, V, dtype=dtype, device="cpu"), unfinished(B, finished)
     for b in set(range(B)).difference(active):
         out[b] = 0.0 if before is None else before[b]
     temperatures = numbers[:, 1].expand(B).tolist()
     at_once = max(cpu.CHUNK // V, 1)
-    room = torch.empty(min(at_once, T), V)
+    room = torch.empty(min(at_once, T), V, dtype=torch.float32, device="cpu")
     for b in active:
         for rows, kept in zip(logits[b].split(at_once), out[b].split(at_once), strict=True):
             kept.copy_(temper_(room[: len(rows)].copy_(rows), softcap, temperatures[b]))
@@ -119,10 +119,10 @@ def embed_cpu(
 ) -> Tensor:
     """`fdpp::soft_embeddings` in PyTorch, `SLAB` ids at a time, products and sums in float32."""
     (B, T, V), D = logits.shape, weight.shape[1]
-    out = torch.zeros(B, T, D, dtype=weight.dtype) if before is None else before.clone(memory_format=DENSE)
+    out = weight.new_zeros(B, T, D) if before is None else before.clone(memory_format=DENSE)
     active, temperatures = unfinished(B, finished), numbers[:, 1].expand(B).tolist()
-    totals = torch.zeros(len(active), T, D)
-    room, wide = torch.empty(T, min(SLAB, V)), torch.empty(min(SLAB, V), D)
+    totals = lse.new_zeros(len(active), T, D)
+    room, wide = lse.new_empty(T, min(SLAB, V)), lse.new_empty(min(SLAB, V), D)
     for start in range(0, V if active else 0, SLAB):
         part = weight[start : start + SLAB]
         rows = part if part.dtype == torch.float32 else wide[: len(part)].copy_(part)

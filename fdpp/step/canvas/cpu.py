@@ -33,15 +33,15 @@ def denoise_canvas(
 ) -> CanvasStep:
     """See `fdpp.step.canvas.operator.denoise_op`."""
     B, T, V = logits.shape
-    running = torch.arange(B) if finished is None else (~finished).nonzero()[:, 0]
-    positions = torch.arange(T)
+    running = torch.arange(B, device="cpu") if finished is None else (~finished).nonzero()[:, 0]
+    positions = torch.arange(T, device="cpu")
     bound, temperature = numbers.expand(B, 2)[running].unbind(1)
     b, t = running.repeat_interleave(T), positions.repeat(len(running))
     sample, best, entropy, lse = summaries(logits, b, t, temperature.repeat_interleave(T), seeds[b], softcap)
 
     out_sample, out_argmax, out_canvas = canvas.clone(), argmax.clone(), canvas.clone()
     out_entropy, out_lse = (logits.new_zeros(B, T, dtype=torch.float32) for _ in range(2))
-    out_accepted, mean = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B)
+    out_accepted, mean = torch.zeros_like(canvas, dtype=torch.bool), out_entropy.new_zeros(B)
     if len(b):
         entropy, sample = entropy.view(-1, T), sample.view(-1, T)
         accepted = accept(entropy, bound)
@@ -57,7 +57,7 @@ def accept(entropy: Tensor, bound: Tensor) -> Tensor:
     """The positions `[R, T]` that the `bound` `[R]` accepts, by their entropies `[R, T]`, +inf of unusable rows."""
     key, order = entropy.double().sort(dim=1, stable=True)
     within = getattr(entropy_bound, "fn", entropy_bound)
-    n = torch.arange(1, key.shape[1] + 1)
+    n = torch.arange(1, key.shape[1] + 1, device="cpu")
     ok = within(n, key, key.cumsum(1), bound[:, None], 0.0) & (key < torch.inf)
     longest = (ok * n).amax(1, keepdim=True)
     return torch.empty_like(ok).scatter_(1, order, n <= longest)
@@ -108,7 +108,7 @@ def summarize(bits: Tensor, noise: Tensor, seeds: Tensor, t: Tensor) -> tuple[Te
     peak = distance.amax(2)
     distance.sub_(peak[..., None])
     mass = distance.exp2()
-    rows = torch.arange(len(bits))
+    rows = torch.arange(len(bits), device="cpu")
     # Sums of 64 by a matrix product, which reads them once.
     ones = bits.new_ones(GROUP)
     total = mass @ ones

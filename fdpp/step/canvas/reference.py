@@ -42,11 +42,9 @@ def denoise_canvas(
     """`fdpp.denoise_canvas` with all numbers as tensors `[B]`; entropies and lse in float64."""
     B, T, V = logits.shape
     x = processed(logits, temperature, softcap)
-    zero = torch.zeros(B, T, dtype=torch.float64)
-    out = CanvasStep(
-        canvas.clone(), canvas.clone(), argmax.clone(), zero, zero.clone(), zero.bool(), torch.zeros(B).double()
-    )
-    positions = torch.arange(T)
+    zero = x.new_zeros(B, T)
+    out = CanvasStep(canvas.clone(), canvas.clone(), argmax.clone(), zero, zero.clone(), zero.bool(), x.new_zeros(B))
+    positions = torch.arange(T, device=x.device)
     for b in range(B):
         if finished[b]:
             continue
