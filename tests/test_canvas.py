@@ -53,7 +53,7 @@ def problem_of(logits: Tensor, **settings: Any) -> Canvases:
 @pytest.mark.parametrize("T", [1, 2, 33])
 @pytest.mark.parametrize("V", [1, 5, 63, 64, 65, 1000])
 def test_sizes(implementation: str, V: int, T: int, softcap: float) -> None:
-    if implementation == "interpreter" and T == 33 and V not in (65, 1000):
+    if implementation == "interpreter" and T == 33 and (V not in (65, 1000) or not softcap):
         pytest.skip("the interpreter takes a tenth of a second a position")
     problem = canvases(V + T, 2, T, V, bound=(0.3,), softcap=softcap)
     assert_as_specified(run(implementation, problem), problem)
@@ -69,9 +69,9 @@ def test_dtypes(implementation: str, dtype: torch.dtype, softcap: float) -> None
 
 
 @everywhere
-@pytest.mark.parametrize("T", [256, 1024])
+@pytest.mark.parametrize("T", [100, 1024])
 def test_long_canvases(implementation: str, T: int) -> None:
-    if implementation == "interpreter" and T > 256:
+    if implementation == "interpreter" and T > 100:
         pytest.skip("the interpreter takes a minute and a half")
     problem = canvases(T, 1, T, 65, bound=(20.0,))
     out = run(implementation, problem)
