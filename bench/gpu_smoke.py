@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 
+import canvases
 import inputs
 import measure
 import torch.nn.functional as F
@@ -63,6 +64,19 @@ def select_agrees(problem: Problem) -> str:
     """Commits as the reference does, wherever rounding does not decide."""
     inputs.assert_as_specified(inputs.run("cuda" if ON_GPU else "interpreter", problem), problem)
     return f"{list(problem.logits.shape)} {problem.logits.dtype}"
+
+
+def canvas_agrees(dtype: torch.dtype, B: int, T: int, vocabulary: int) -> str:
+    """The CPU's step, wherever rounding does not decide; the second canvas is finished."""
+    problem = canvases.canvases(1, B, T, vocabulary, dtype, bound=(2.0,), softcap=30.0, finished=(False, True))
+    out = canvases.run("cuda" if ON_GPU else "interpreter", problem)
+    truth = canvases.run("cpu", problem)
+    torch.testing.assert_close(out.entropy, truth.entropy, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(out.lse, truth.lse, rtol=1e-5, atol=2e-5)
+    differing = int((out.sample != truth.sample).sum() + (out.argmax != truth.argmax).sum())
+    # Of float32's rounding: one in tens of thousands.
+    assert differing <= 2 and int((out.accepted != truth.accepted).sum()) <= 2, differing
+    return f"{list(problem.logits.shape)} {dtype}, {differing} ids differ from the CPU's"
 
 
 def head_agrees(B: int, T: int, D: int, vocabulary: int, dtype: torch.dtype, temperature: float = 0.0) -> str:
@@ -334,6 +348,9 @@ def kernels() -> Iterator[Check]:
     if ON_GPU:
         whole = random_problem(4, 1, 32, 126464, Frechet(0.25), dtype=half)
         yield "select, LLaDA's vocabulary", partial(select_agrees, whole)
+    for dtype in (half, torch.float32):
+        sizes = (2, 64, 262144) if ON_GPU else (2, 9, 700)
+        yield f"denoise_canvas, {dtype}", partial(canvas_agrees, dtype, *sizes)
     yield "fused head", partial(head_agrees, 2, 8, 64, vocabulary, HALF)
     yield "fused head, float32", partial(head_agrees, 2, 8, 64, vocabulary, torch.float32)
     yield "fused head, sampled", partial(head_agrees, 2, 8, 64, vocabulary, HALF, 0.8)

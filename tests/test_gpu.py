@@ -1,7 +1,7 @@
 """On a GPU: many launches, streams and graphs, compiled modules, big inputs, and what a step costs besides time.
 
-`test_select.py`, `test_kernels.py`, `test_ops.py`, `test_noise.py`, `test_rules.py`, `test_dawn.py`, `test_project.py`
-and `test_attention.py` run there too, with the compiled kernels in place of the interpreter.
+`test_select.py`, `test_canvas.py`, `test_kernels.py`, `test_ops.py`, `test_noise.py`, `test_rules.py`, `test_dawn.py`,
+`test_project.py` and `test_attention.py` run there too, with the compiled kernels in place of the interpreter.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 import unwritten
+from canvases import Canvases, canvases
+from canvases import assert_equal as assert_equal_steps
+from canvases import run as run_canvases
 from inputs import Problem, assert_as_specified, assert_equal, expected, generator, random_problem, run
 from small import MASK, SMALL, left_pad, prompts
 from torch import Tensor
@@ -24,6 +27,7 @@ from fdpp.attention import block_attention
 from fdpp.decoding.arena import uncaptured
 from fdpp.decoding.static import steps_of
 from fdpp.step import gpu, operators, project, reference
+from fdpp.step.canvas import operator as canvas_operator
 from fdpp.step.terms import Terms, pack
 
 pytestmark = pytest.mark.gpu
@@ -290,6 +294,45 @@ def replayed(function: Callable[..., Any], *tensors: Tensor) -> None:
         graph.replay()
         for a, b in zip(pytree.tree_leaves(out), pytree.tree_leaves(function(*tensors)), strict=True):
             assert a.equal(b)
+
+
+def canvas_arguments() -> tuple[Canvases, tuple[Any, ...]]:
+    """A shape of `test_canvas.py`, whose kernel is there already."""
+    problem = canvases(1, 2, 9, 72, bound=(0.3,), softcap=30.0, finished=(False, True))
+    return problem, problem.arguments(DEVICE)
+
+
+def test_a_canvass_step_in_a_graph() -> None:
+    """Replays with new logits, a finished canvas and another temperature; a loop's tensors are all that changes."""
+    problem, arguments = canvas_arguments()
+    logits, _, _, finished, numbers, _, _ = arguments
+    canvas_operator.step(*arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = canvas_operator.step(*arguments)
+    for seed in range(5):
+        logits.copy_(torch.randn(logits.shape, generator=generator(seed)) * 3)
+        finished.copy_(torch.tensor([seed % 2 == 1, seed % 3 == 1]))
+        numbers[:, 1] = 0.3 + 0.1 * seed
+        graph.replay()
+        assert_equal_steps(out, canvas_operator.step(*arguments))
+    assert not any(slab.any() for slab in gpu.slabs) and len(problem.canvas) == 2
+
+
+def test_a_canvass_step_does_not_wait_for_the_device() -> None:
+    _, arguments = canvas_arguments()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        canvas_operator.step(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_dispatcher_leads_to_the_canvass_kernel() -> None:
+    problem, arguments = canvas_arguments()
+    out = canvas_operator.denoise_op(*arguments)
+    assert_equal_steps(fdpp.CanvasStep(*(field.cpu() for field in out)), run_canvases("cuda", problem))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
