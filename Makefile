@@ -114,6 +114,8 @@ eval-check: build/with-eval/.ready
 sglang-check: build/with-sglang/.ready
 	build/with-sglang/bin/python -m pytest tests/with_sglang
 
+# Its tensors are small: threads would wait for each other.
+diffusers-check: export OMP_NUM_THREADS := 1
 diffusers-check: build/with-diffusers/.ready
 	build/with-diffusers/bin/python -m pytest tests/with_diffusers
 

@@ -159,6 +159,24 @@ def test_equal_confidences_go_by_position() -> None:
         assert (out.sampled_tokens == 0).all()
 
 
+@pytest.mark.parametrize("mask", [1, None], ids=["mask", "noise"])
+def test_confidences_on_a_line_do_not_pass(mask: int | None) -> None:
+    scheduler = BlockRefinementScheduler()
+    fdpp.patch(scheduler)
+    scheduler.set_timesteps(4, block_length=4)
+    logits, canvas = torch.zeros(1, 4, 2), torch.ones(1, 4, dtype=torch.int64)
+    out = scheduler.step(logits, 0, canvas, mask_token_id=mask, threshold=0.5)
+    assert (out.sampled_probs == 0.5).all()
+    assert out.transfer_index.tolist() == [[True, False, False, False]]
+    state = out.transfer_index if mask is None else None
+    for edit in (0.5, 0.49):
+        scheduler._committed = state
+        # With a mask id of 0, no 1 is a mask.
+        again = scheduler.step(logits, 1, canvas, mask_token_id=mask and 0, threshold=2.0, editing_threshold=edit)
+        edited = [edit < 0.5, *[edit < 0.5 and mask is not None] * 3]
+        assert again.editing_transfer_index.tolist() == [edited]
+
+
 # What goes to the original
 
 REFINING: dict[str, dict[str, Any]] = {

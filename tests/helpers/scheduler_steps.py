@@ -54,6 +54,8 @@ def refinement(seed: int) -> Case:
         "sampling_method": "greedy",
         "top_k": pick(None, 3),
     }
+    if call["temperature"] == 0.0:
+        call["sampling_method"] = pick("auto", "greedy", "multinomial")
     steps = {"num_inference_steps": pick(1, 2, T, 2 * T), "block_length": T}
     return Case(call, pick(steps, steps, steps, None))
 
