@@ -149,7 +149,9 @@ def steps(B: int, T: int, V: int, given: torch.dtype, rounds: int) -> dict[str, 
         "fdpp, no logits": fdpp_step(outputs, canvas, softcap, None),
     }
     (_, best, x, _), (_, same, y, _) = ways["transformers"](), ways["fdpp"]()
-    assert best.equal(same) and x.equal(y), "another argmax, or other logits"
+    # A GPU's tanh is ours there, and may round otherwise.
+    agrees = x.equal(y) if x.device.type == "cpu" else torch.allclose(x.float(), y.float(), rtol=2**-7, atol=1e-4)
+    assert best.equal(same) and agrees, "another argmax, or other logits"
     return timed(ways, rounds)
 
 

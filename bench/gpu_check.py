@@ -117,10 +117,10 @@ def stages(out: Path, rehearse: bool = False) -> list[Stage]:
         Stage(
             "decode",
             [script("bench_decode", "--headline", *small, "--repeats", repeats, "--budget", SECONDS, "--out", out)],
-            110,
+            105,
         ),
         Stage("select", [script("bench_select", *small, "--out", out)], 30),
-        Stage("kernels", [script("bench_kernels", *small, "--out", out)], 25),
+        Stage("kernels", [script(name, *small, "--out", out) for name in ("bench_kernels", "bench_canvas")], 40),
         Stage("report", [script("report", out)], 5),
         Stage(
             "tests",
@@ -130,11 +130,11 @@ def stages(out: Path, rehearse: bool = False) -> list[Stage]:
             nothing=5,
             environment={"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // PROCESSES, 1))},
         ),
-        Stage("stress", stress, 35),
+        Stage("stress", stress, 30),
         Stage("gate", [script("gate", "--out", out, *gated)], 35, nothing=os.EX_TEMPFAIL),
         # One allocation per tensor, so that reading past one is seen.
         sanitizer("memcheck", out, rehearse, 45, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
-        sanitizer("racecheck", out, rehearse, 35),
+        sanitizer("racecheck", out, rehearse, 30),
     ]
 
 
