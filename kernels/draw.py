@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from fdpp.kernels.noise import GROUP, group_gumbel, place
+from fdpp.kernels.shape import LOG2_E
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 HIGHEST = tl.constexpr(3.4028234663852886e38)
 """The highest finite float32."""
 COLDEST, HOTTEST = tl.constexpr(2.0**-126), tl.constexpr(2.0**100)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fdpp.kernels.draw import LOG2_E, draw_inside, group_scores
+from fdpp.kernels.draw import draw_inside, group_scores
 from fdpp.kernels.noise import GROUP
+from fdpp.kernels.shape import LOG2_E
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 """The lowest finite float32."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdpp.decoding.contexts import Contexts
-from fdpp.step.noise import philox
+from fdpp.step import noise
 
 NO_GROUP = 0xFFFFFFFF
 """The number in the counter of noise that is drawn once per position: no vocabulary has as many groups of ids."""
@@ -130,9 +130,9 @@ def drawn(tokens: Tensor, k: Tensor, seeds: Tensor, mask_id: int) -> Tensor:
 def position_bits(seeds: Tensor, T: int) -> Tensor:
     """32 random bits of every position, int64 `[n, T]`, of the noise streams `seeds` `[n]`."""
     positions = torch.arange(T, device=seeds.device)[None]
-    return philox(seeds[:, None], torch.full_like(positions, NO_GROUP), positions)[0]
+    return noise.philox(seeds[:, None], torch.full_like(positions, NO_GROUP), positions)[0]
 
 
 def uniform(seeds: Tensor, T: int) -> Tensor:
     """A random number in (0, 1) of every position, float64 `[n, T]`, of the noise streams `seeds` `[n]`."""
-    return (position_bits(seeds, T).double() + 0.5) * 2.0**-32
+    return noise.uniform(position_bits(seeds, T), torch.float64)

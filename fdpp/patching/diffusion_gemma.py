@@ -114,6 +114,11 @@ def folded(processors: Any) -> tuple[Any, Any]:
     return None, processors
 
 
+def readable(logits: Tensor) -> Tensor:
+    """`logits` in a dtype that a step reads."""
+    return logits if logits.dtype in DTYPES else logits.float()
+
+
 def stops(out: CanvasStep, k: int, threshold: float, history: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Which sequences stop after `out`, bool `[B]`, and the `history` `[k, B, T]` with its argmax.
 
@@ -228,13 +233,13 @@ class DenoisingStep:
         }
         before = self_conditioning_logits
         outputs, softcap = self.forward(model, decoder_forward, inputs, before)
+        outputs = readable(outputs)
         schedule, processors = folded(logits_processor)
         if processors:
-            logits = softcap * (outputs.float() / softcap).tanh() if softcap else outputs.float()
+            untempered = self.numbers(sampler.entropy_bound, None, cur_step, outputs.device)
+            logits = processed_logits(outputs, untempered, softcap, torch.float32)
             at = torch.tensor(cur_step, dtype=torch.int32, device=logits.device)
-            outputs, softcap = processors(input_ids, logits, cur_step=at), 0.0
-        if outputs.dtype not in DTYPES:
-            outputs = outputs.float()
+            outputs, softcap = readable(processors(input_ids, logits, cur_step=at)), 0.0
         numbers = self.numbers(sampler.entropy_bound, schedule, cur_step, outputs.device)
         seeds = torch.randint(2**63 - 1, current_canvas.shape[:1], dtype=torch.int64, device=outputs.device)
         out = step(outputs, current_canvas.long(), argmax_canvas, finished_denoising, numbers, seeds, softcap)
